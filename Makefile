@@ -1,0 +1,54 @@
+# A fresh machine needs Python 3.11 or newer and make; `make demo` and `make test` install the rest.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format lock image clean
+
+DATA ?= ../shared/data
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# Its date says when the environment was last brought in line with the lock.
+READY := $(VENV)/.ready
+# Use the uv that is there; without one, install it into a venv of its own in the user's cache.
+UV_HOME := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vaefeat-uv
+UV = $$(command -v uv || echo $(UV_HOME)/bin/uv)
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-10s %s\n", $$1, $$2}'
+
+$(READY): requirements.lock pyproject.toml
+	@command -v uv >/dev/null || test -x $(UV_HOME)/bin/uv || \
+		{ python3 -m venv $(UV_HOME) && $(UV_HOME)/bin/pip install --quiet uv; }
+	@echo "installing into $(VENV)"
+	@test -x $(PYTHON) || $(UV) venv --quiet --python '>=3.11' $(VENV)
+	@$(UV) pip sync --quiet --python $(PYTHON) requirements.lock
+	@$(UV) pip install --quiet --python $(PYTHON) --no-deps --editable .
+	@touch $@
+
+demo: $(READY) ## the main job on scikit-learn's digits: pretrain, serve, embed, classify, report
+	$(PYTHON) -m pipelines run pipelines/configs/digits.toml
+
+test: $(READY) ## the tests, without those marked slow, gpu or serve
+	$(PYTHON) -m pytest -m "not slow and not gpu and not serve" --data-dir $(DATA)
+
+test-all: $(READY) ## all tests; those marked gpu need a CUDA device
+	$(PYTHON) -m pytest --data-dir $(DATA)
+
+lint: $(READY) ## ruff, mypy --strict, import-linter
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(PYTHON) -m mypy
+	$(VENV)/bin/lint-imports --no-cache
+
+format: $(READY) ## let ruff mend what it can
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+lock: ## renew requirements.lock
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile pyproject.toml --all-extras --group dev --universal \
+		--python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --upgrade --quiet \
+		--output-file requirements.lock
+
+image: ## the service's container image (needs a container engine); CUDA with ACCELERATOR=cuda
+	docker build --build-arg ACCELERATOR=$(or $(ACCELERATOR),cpu) --tag vaefeat .
+
+clean: ## remove what is generated, but not runs/
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -1,0 +1,172 @@
+"""The TOML file of a run, and ``--set`` on top of it."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from vaefeat.config import ModelConfig, Settings, TrainConfig, unknown_name
+from vaefeat.errors import ConfigError
+
+__all__ = ["DataConfig", "ProbeConfig", "RunConfig", "ServeConfig", "load_config"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Settings):
+    """Where rows and labels come from.
+
+    Parameters
+    ----------
+    path : str
+        ``digits`` for scikit-learn's embedded digits, or anything with labels that :func:`vaefeat.data.load_rows`
+        reads.
+    pretrain_on : {"train", "all"}
+        The rows that the encoder is trained on, without their labels. ``all`` includes the test rows' pixels.
+    test_share : float
+        Share of the rows that become test rows, where the data come without a test split.
+    """
+
+    path: str = "digits"
+    pretrain_on: str = "train"
+    test_share: float = 0.28
+
+    def __post_init__(self) -> None:
+        if self.pretrain_on not in {"train", "all"}:
+            raise unknown_name("data.pretrain_on", str(self.pretrain_on), ("train", "all"))
+        if not 0 < self.test_share < 1:
+            raise ConfigError(f"got data.test_share={self.test_share!r}, wanted a number between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(Settings):
+    """The service that embeds the rows.
+
+    Parameters
+    ----------
+    engine : {"ray", "local"}
+    start_timeout_s : float
+    """
+
+    engine: str = "ray"
+    start_timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        if self.engine not in {"ray", "local"}:
+            raise unknown_name("serve.engine", str(self.engine), ("ray", "local"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig(Settings):
+    """How features are judged: a linear classifier on few labels, over several draws of them.
+
+    Parameters
+    ----------
+    n_labels : int
+        Labelled rows in a draw, balanced over the classes.
+    n_draws : int
+    seed : int
+        Of the draws and the split.
+    """
+
+    n_labels: int = 50
+    n_draws: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("n_labels", "n_draws"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ConfigError(f"got probe.{name}={getattr(self, name)!r}, wanted a whole number of at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything about a run.
+
+    Parameters
+    ----------
+    name : str
+        Of the encoder.
+    out : str
+        Folder of the run, which is also the bundle's.
+    data, model, train, serve, probe
+        One TOML table each.
+    """
+
+    name: str = "digits"
+    out: str = "runs/digits"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from TOML's tables; raises ConfigError on unknown keys and impossible values."""
+        known = [f.name for f in fields(cls)]
+        tables: dict[str, type[Settings]] = {
+            "data": DataConfig,
+            "model": ModelConfig,
+            "train": TrainConfig,
+            "serve": ServeConfig,
+            "probe": ProbeConfig,
+        }
+        made: dict[str, Any] = {}
+        for key, value in values.items():
+            if key not in known:
+                raise unknown_name("configuration key", key, known)
+            if key in tables and not isinstance(value, Mapping):
+                raise ConfigError(f"got {key}={value!r}, wanted a table [{key}]")
+            made[key] = tables[key].from_dict(value) if key in tables else str(value)
+        return cls(**made)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {key: value.to_dict() if isinstance(value, Settings) else value for key, value in values.items()}
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a TOML file and apply overrides.
+
+    Parameters
+    ----------
+    path : Path
+    overrides : iterable of str
+        Each ``table.key=value``; the value as TOML writes it, a text also without quotes.
+
+    Raises
+    ------
+    ConfigError
+        The file cannot be read, or holds what is not known or not possible.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"could not read the configuration {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"got {path}, which is not TOML: {error}") from error
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"got --set {override!r}, wanted key=value, for instance --set train.max_epochs=5")
+        _assign(values, key.split("."), _toml_value(text))
+    return RunConfig.from_dict(values)
+
+
+def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"got --set {'.'.join(keys)}=..., but {key!r} is a value, not a table")
+    values[keys[-1]] = value
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

@@ -1,0 +1,118 @@
+"""Training and test rows of a run, with labels to judge by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from pipelines.config import DataConfig
+from vaefeat.data import Rows, load_rows
+from vaefeat.errors import InputError
+
+__all__ = ["Dataset", "load_dataset"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows (n, ...) and labels (n,), training and test.
+
+    Attributes
+    ----------
+    pretraining : Rows
+        What the encoder is trained on: no label is looked at there.
+    train, test : ndarray of shape (n, ...)
+    train_labels, test_labels : ndarray of shape (n,)
+        Class indices.
+    names : tuple of str
+        Of the classes.
+    """
+
+    pretraining: Rows
+    train: NDArray[Any]
+    train_labels: NDArray[np.int64]
+    test: NDArray[Any]
+    test_labels: NDArray[np.int64]
+    names: tuple[str, ...]
+
+
+def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
+    """Read the rows of a run.
+
+    Parameters
+    ----------
+    config : DataConfig
+    seed : int
+        Of the split, where the data come without one.
+
+    Raises
+    ------
+    InputError
+        Nothing readable, or no labels to judge by.
+    """
+    if config.path == "digits":
+        digits = load_digits()
+        # The values are whole numbers from 0 to 16.
+        return _split(digits.images.astype(np.uint8)[:, None], digits.target, None, config, seed, "digits")
+    train = load_rows(config.path, split="train")
+    _require_labels(train)
+    try:
+        test = load_rows(config.path, split="test")
+    except InputError:
+        return _split(train.array, train.labels, train.names, config, seed, train.source)
+    _require_labels(test)
+    if test.source == train.source and test.fingerprint() == train.fingerprint():
+        # A single file has no splits: it was read twice.
+        return _split(train.array, train.labels, train.names, config, seed, train.source)
+    labels, names = _indices(np.concatenate([train.labels, test.labels]), train.names)
+    pretraining = np.concatenate([train.array, test.array]) if config.pretrain_on == "all" else train.array
+    return Dataset(
+        pretraining=Rows(array=pretraining, source=train.source),
+        train=train.array,
+        train_labels=labels[: len(train)],
+        test=test.array,
+        test_labels=labels[len(train) :],
+        names=names,
+    )
+
+
+def _split(
+    rows: NDArray[Any], raw_labels: Any, names: tuple[str, ...] | None, config: DataConfig, seed: int, source: str
+) -> Dataset:
+    labels, found = _indices(raw_labels, names)
+    try:
+        train, test = train_test_split(
+            np.arange(len(rows)), test_size=config.test_share, stratify=labels, random_state=seed
+        )
+    except ValueError as error:
+        raise InputError(
+            f"could not put aside {config.test_share:.0%} of {len(rows)} rows as test rows: {error}"
+        ) from None
+    train, test = np.sort(train), np.sort(test)
+    return Dataset(
+        pretraining=Rows(array=rows if config.pretrain_on == "all" else rows[train], source=source),
+        train=rows[train],
+        train_labels=labels[train],
+        test=rows[test],
+        test_labels=labels[test],
+        names=found,
+    )
+
+
+def _indices(labels: NDArray[Any], names: tuple[str, ...] | None) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    classes, indices = np.unique(labels, return_inverse=True)
+    if names is not None and np.issubdtype(classes.dtype, np.integer):
+        return indices.astype(np.int64), tuple(names[int(c)] for c in classes)
+    return indices.astype(np.int64), tuple(str(c) for c in classes)
+
+
+def _require_labels(rows: Rows) -> None:
+    if rows.labels is None:
+        raise InputError(
+            f"got rows without labels from {rows.source}, wanted labels to judge the features by; "
+            "to pretrain without labels use: vaefeat pretrain DATA --out FOLDER"
+        )

@@ -1,0 +1,91 @@
+"""A service of the other application, started as a process of its own and stopped for certain."""
+
+from __future__ import annotations
+
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vaefeat.errors import RemoteError
+
+__all__ = ["ProcessError", "running_server"]
+
+_STOP_TIMEOUT_S = 60.0
+
+
+class ProcessError(RemoteError):
+    """The service did not start, or ended by itself."""
+
+
+@contextmanager
+def running_server(bundle: Path, *, engine: str, start_timeout_s: float) -> Iterator[str]:
+    """Serve a bundle on a free loopback port for the time of a ``with`` block.
+
+    Parameters
+    ----------
+    bundle : Path
+    engine : {"ray", "local"}
+    start_timeout_s : float
+
+    Yields
+    ------
+    str
+        The service's address, ``http://127.0.0.1:PORT``, once it is ready.
+
+    Raises
+    ------
+    ProcessError
+        It ended before it was ready, or was not ready in time; what it wrote to its log is in the message.
+    """
+    command = [sys.executable, "-m", "serving", str(bundle), "--engine", engine, "--port", "0"]
+    # A session of its own: Ctrl-C in the terminal reaches this process alone, which then stops the server in order.
+    process = subprocess.Popen(  # noqa: S603 - our own module, with arguments that are no shell text
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    log: list[str] = []
+    lines: queue.Queue[str] = queue.Queue()
+    for stream, take in ((process.stdout, lines.put), (process.stderr, log.append)):
+        threading.Thread(target=_forward, args=(stream, take), daemon=True).start()
+    try:
+        yield _address(process, lines, log, start_timeout_s)
+    finally:
+        _stop(process)
+
+
+def _forward(stream: object, take: object) -> None:
+    for line in stream:  # type: ignore[attr-defined]  # a text stream
+        take(line)  # type: ignore[operator]
+
+
+def _address(process: subprocess.Popen[str], lines: queue.Queue[str], log: list[str], timeout_s: float) -> str:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            words = lines.get(timeout=0.1).split()
+        except queue.Empty:
+            if process.poll() is not None:
+                raise ProcessError(f"the service ended with status {process.returncode}: {_tail(log)}") from None
+            continue
+        if words[:1] == ["ready"]:
+            return words[1]
+    raise ProcessError(f"the service was not ready within {timeout_s:g} s; give it longer with serve.start_timeout_s")
+
+
+def _tail(log: list[str]) -> str:
+    return " ".join(line.strip() for line in log[-5:]) or "it wrote nothing"
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(_STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,50 @@
+"""Fixtures that several folders of tests share: real rows, and one real bundle trained on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+
+from vaefeat import ModelConfig, TrainConfig, pretrain
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--data-dir",
+        default=str(Path(__file__).parents[2] / "shared" / "data"),
+        help="folder that holds MNIST/ and CIFAR10/; tests that need them are skipped where it is missing",
+    )
+
+
+@pytest.fixture(scope="session")
+def data_dir(request: pytest.FixtureRequest) -> Path:
+    folder = Path(request.config.getoption("--data-dir"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}; give --data-dir")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits_rows() -> NDArray[np.uint8]:
+    """scikit-learn's 1,797 digits, (n, 1, 8, 8)."""
+    images: NDArray[Any] = load_digits().images
+    return images.astype(np.uint8)[:, None]
+
+
+@pytest.fixture(scope="session")
+def digits_bundle(tmp_path_factory: pytest.TempPathFactory, digits_rows: NDArray[np.uint8]) -> Path:
+    """A small convolutional VAE, trained for three epochs."""
+    folder = tmp_path_factory.mktemp("bundles") / "digits"
+    pretrain(
+        digits_rows,
+        model=ModelConfig(latent_dim=8, channels=(16, 32), hidden_dims=(64,)),
+        train=TrainConfig(max_epochs=3),
+        out=folder,
+        progress=False,
+    )
+    return folder

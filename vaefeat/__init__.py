@@ -1,0 +1,61 @@
+"""Pretrain a variational auto-encoder on unlabelled rows and serve its posterior mean as features.
+
+The public names are imported lazily: ``import vaefeat`` loads neither torch nor ONNX Runtime, so that the serving side
+stays small and a missing extra is reported by the name that needs it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vaefeat.bundle import Bundle, load_bundle
+    from vaefeat.config import ModelConfig, TrainConfig
+    from vaefeat.encoder import OnnxEncoder
+    from vaefeat.errors import VaefeatError
+    from vaefeat.features import VAEFeatures, VAETransformer
+    from vaefeat.pretraining import pretrain
+    from vaefeat.remote import RemoteEncoder
+
+__all__ = [
+    "Bundle",
+    "ModelConfig",
+    "OnnxEncoder",
+    "RemoteEncoder",
+    "TrainConfig",
+    "VAEFeatures",
+    "VAETransformer",
+    "VaefeatError",
+    "load_bundle",
+    "pretrain",
+]
+
+try:
+    __version__ = version("vaefeat")
+except PackageNotFoundError:  # a checkout that is on the path without being installed
+    __version__ = "0+checkout"
+
+_ROOMS = {
+    "Bundle": "vaefeat.bundle",
+    "ModelConfig": "vaefeat.config",
+    "OnnxEncoder": "vaefeat.encoder",
+    "RemoteEncoder": "vaefeat.remote",
+    "TrainConfig": "vaefeat.config",
+    "VAEFeatures": "vaefeat.features",
+    "VAETransformer": "vaefeat.features",
+    "VaefeatError": "vaefeat.errors",
+    "load_bundle": "vaefeat.bundle",
+    "pretrain": "vaefeat.pretraining",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'vaefeat' has no attribute {name!r}")
+    return getattr(import_module(_ROOMS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,312 @@
+"""The bundle: one folder that holds a trained encoder and everything that is known about it.
+
+==========================  =======================================================================================
+``bundle.json``             the manifest: schema version, name, SHA-256 and size of every other file, the bundle's
+                            digest, input, outputs, configuration, data fingerprint, figures, versions, parity
+``encoder.onnx``            rows -> mean, logvar, hidden (float32); preprocessing inside, any batch size
+``decoder.onnx``            latents -> rows in the units of the training rows (float32)
+``weights.safetensors``     the torch weights, to fine-tune
+``README.md``, ``*.png``    model card and pictures, written by the code
+==========================  =======================================================================================
+
+This module is the only reader and writer. There is no pickle anywhere, and a folder may hold other files (checkpoints,
+reports): what the manifest does not list is never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+from vaefeat.atomic import replace_file
+from vaefeat.errors import BundleError, InputError
+from vaefeat.input_spec import InputSpec
+
+__all__ = ["SCHEMA_VERSION", "Bundle", "Manifest", "load_bundle"]
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "bundle.json"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_MAX_MANIFEST_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What ``bundle.json`` says about the encoder, apart from files and digest.
+
+    Parameters
+    ----------
+    name : str
+        Letters, digits, ``.``, ``_`` and ``-``, at most 64; the model's name in the service.
+    input : InputSpec
+        The rows it takes.
+    outputs : dict of str to int
+        Width of each output of the encoder: ``mean``, ``logvar``, ``hidden``.
+    latent_dim : int
+        Number of latent variables.
+    active_units : tuple of int
+        Latent variables whose mean varies over the data (variance over 0.01; Burda et al. 2015, section 5).
+    objective : str
+        What was maximised, a name of :data:`vaefeat.model.objectives.OBJECTIVES`.
+    model, train : dict
+        The configurations, as :meth:`ModelConfig.to_dict` and :meth:`TrainConfig.to_dict` give them.
+    data : dict
+        ``fingerprint`` and ``n_rows`` of the rows it was trained on.
+    metrics : dict
+        Held-out figures in nats per row: ``elbo``, ``log_likelihood``, ``kl``; ``epochs``.
+    parity : dict
+        Largest difference between the ONNX graph and the torch model on real rows, and the latents' scale.
+    versions : dict
+        Versions of the libraries that trained and exported it.
+    """
+
+    name: str
+    input: InputSpec
+    outputs: dict[str, int]
+    latent_dim: int
+    active_units: tuple[int, ...]
+    objective: str
+    model: dict[str, Any]
+    train: dict[str, Any]
+    data: dict[str, Any]
+    metrics: dict[str, Any]
+    parity: dict[str, Any]
+    versions: dict[str, str]
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold."""
+        return {**asdict(self), "input": self.input.to_dict(), "active_units": list(self.active_units)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild from :meth:`to_dict`'s JSON form; raises BundleError on keys that are missing or unknown."""
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise BundleError(f"got a {MANIFEST_FILE} with unknown keys {unknown}, wanted only {sorted(known)}")
+        if missing := sorted(known - values.keys()):
+            raise BundleError(f"got a {MANIFEST_FILE} without {missing}; export the bundle again")
+        try:
+            return cls(
+                **{
+                    **values,
+                    "input": InputSpec.from_dict(values["input"]),
+                    "active_units": tuple(values["active_units"]),
+                }
+            )
+        except (TypeError, KeyError, ValueError) as error:
+            raise BundleError(f"got a {MANIFEST_FILE} with a value of the wrong form: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A trained encoder with its manifest; on disk (after :func:`load_bundle`) or in memory (after training).
+
+    Attributes
+    ----------
+    manifest : Manifest
+    files : dict of str to dict
+        ``sha256`` and ``bytes`` of every file.
+    digest : str
+        ``sha256:`` and the hash of the manifest with all file hashes: two bundles with one digest are the same.
+    path : Path or None
+        The folder, None while the bundle is only in memory.
+    """
+
+    manifest: Manifest
+    files: dict[str, dict[str, Any]]
+    digest: str
+    path: Path | None = None
+    _contents: dict[str, bytes] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, manifest: Manifest, contents: Mapping[str, bytes]) -> Self:
+        """Make a bundle in memory from its manifest and the bytes of its files."""
+        files = {
+            name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+            for name, content in sorted(contents.items())
+        }
+        return cls(manifest=manifest, files=files, digest=_digest(manifest, files), _contents=dict(contents))
+
+    @property
+    def name(self) -> str:
+        """Name of the encoder."""
+        return self.manifest.name
+
+    def read(self, name: str) -> bytes:
+        """Bytes of one file, checked against its hash at the moment of reading.
+
+        Raises
+        ------
+        BundleError
+            The bundle has no such file, or it was changed on the disk.
+        """
+        if name not in self.files:
+            raise BundleError(f"got no {name} in bundle {self.name!r}, it holds {sorted(self.files)}")
+        if name in self._contents:
+            return self._contents[name]
+        assert self.path is not None  # a bundle without contents comes from load_bundle
+        content = _read(self.path, name, limit=self.files[name]["bytes"])
+        if hashlib.sha256(content).hexdigest() != self.files[name]["sha256"]:
+            raise _changed(self.path / name)
+        return content
+
+    def save(self, path: str | PathLike[str]) -> Bundle:
+        """Write the bundle to a folder, the manifest last, and load it back verified.
+
+        A file that cannot be written leaves a bundle that was there before as it was.
+
+        Parameters
+        ----------
+        path : path-like
+            Made when missing. Other files in it are left alone.
+
+        Raises
+        ------
+        BundleError
+            The folder cannot be written, for instance because the disk is full.
+        """
+        folder = Path(path)
+        staged = {name: self.read(name) for name in self.files}
+        staged[MANIFEST_FILE] = _manifest_bytes(self.manifest, self.files, self.digest)
+        staging = folder / ".staging"
+        try:
+            staging.mkdir(parents=True, exist_ok=True)
+            # Everything is on the disk before the first name changes, so that a full disk spoils nothing.
+            for name, content in staged.items():
+                replace_file(staging / name, content)
+            for name in staged:
+                (staging / name).replace(folder / name)
+        except OSError as error:
+            raise BundleError(
+                f"could not write bundle {self.name!r} to {folder}: {error.strerror or error}; "
+                "free some space or choose another folder; what was there before is unchanged"
+            ) from error
+        finally:
+            _remove_staging(staging)
+        return load_bundle(folder)
+
+
+def load_bundle(path: str | PathLike[str]) -> Bundle:
+    """Read a bundle's manifest and verify every file against it.
+
+    Parameters
+    ----------
+    path : path-like
+        The folder that holds ``bundle.json``.
+
+    Returns
+    -------
+    Bundle
+
+    Raises
+    ------
+    BundleError
+        No bundle there, a newer schema, unknown keys, a file missing or changed, or a manifest that was edited.
+    """
+    folder = Path(path)
+    if not (folder / MANIFEST_FILE).is_file():
+        raise BundleError(
+            f"got {folder}, wanted the folder of a bundle; it has no {MANIFEST_FILE}. "
+            "Make one with vaefeat.pretrain(rows, out=folder)"
+        )
+    try:
+        values = json.loads(_read(folder, MANIFEST_FILE, limit=_MAX_MANIFEST_BYTES))
+    except ValueError as error:
+        raise BundleError(f"got a {MANIFEST_FILE} in {folder} that is not JSON: {error}; export it again") from error
+    if not isinstance(values, dict):
+        raise BundleError(f"got a {MANIFEST_FILE} in {folder} that holds no object; export it again")
+    _check_schema(values.pop("schema_version", None), folder)
+    digest, files = values.pop("digest", None), _checked_files(values.pop("files", None), folder)
+    manifest = Manifest.from_dict(values)
+    if digest != _digest(manifest, files):
+        raise _changed(folder / MANIFEST_FILE)
+    for name, entry in files.items():
+        _verify(folder / name, entry)
+    return Bundle(manifest=manifest, files=files, digest=digest, path=folder)
+
+
+def check_name(name: str) -> None:
+    """Raise InputError unless `name` can name a bundle: it becomes a file name and part of a URL."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InputError(
+            f"got the bundle name {name!r}, wanted 1 to 64 letters, digits, '.', '_' or '-', not starting with a dot "
+            "or dash; choose one with name="
+        )
+
+
+def _check_schema(version: object, folder: Path) -> None:
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise BundleError(
+            f"got a bundle of schema {version} in {folder}, wanted at most {SCHEMA_VERSION}; "
+            "it was written by a newer vaefeat: upgrade with pip install -U vaefeat"
+        )
+    if version != SCHEMA_VERSION:
+        raise BundleError(f"got schema {version!r} in {folder / MANIFEST_FILE}, wanted {SCHEMA_VERSION}")
+
+
+def _checked_files(files: Any, folder: Path) -> dict[str, dict[str, Any]]:
+    """Refuse anything but plain names with a hash and a size: a name is going to be opened."""
+    if not isinstance(files, dict) or "encoder.onnx" not in files:
+        raise BundleError(f"got a {MANIFEST_FILE} in {folder} that lists no encoder.onnx; export the bundle again")
+    for name, entry in files.items():
+        plain = _NAME.fullmatch(name) and name != MANIFEST_FILE
+        if not (plain and isinstance(entry, dict) and entry.keys() == {"sha256", "bytes"}):
+            raise BundleError(f"got a {MANIFEST_FILE} in {folder} with the file entry {name!r}: {entry!r}, not ours")
+        if not (isinstance(entry["bytes"], int) and entry["bytes"] >= 0 and isinstance(entry["sha256"], str)):
+            raise BundleError(f"got a {MANIFEST_FILE} in {folder} with a bad size or hash for {name!r}")
+    return files
+
+
+def _verify(path: Path, entry: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise BundleError(f"got no file {path}, which the bundle lists; copy the whole folder again")
+    if path.stat().st_size != entry["bytes"]:
+        raise _changed(path)
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            raise _changed(path)
+
+
+def _read(folder: Path, name: str, *, limit: int) -> bytes:
+    try:
+        with (folder / name).open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise BundleError(f"could not read {folder / name}: {error.strerror or error}") from error
+    if len(content) > limit:
+        raise _changed(folder / name)
+    return content
+
+
+def _changed(path: Path) -> BundleError:
+    return BundleError(
+        f"got {path} with contents that do not match the bundle's hashes; it is corrupt or was edited: "
+        "copy the whole folder again, or export it again"
+    )
+
+
+def _manifest_bytes(manifest: Manifest, files: Mapping[str, Any], digest: str) -> bytes:
+    values = {"schema_version": SCHEMA_VERSION, "digest": digest, **manifest.to_dict(), "files": files}
+    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _digest(manifest: Manifest, files: Mapping[str, Any]) -> str:
+    values = {"schema_version": SCHEMA_VERSION, **manifest.to_dict(), "files": files}
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
+    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _remove_staging(staging: Path) -> None:
+    if staging.is_dir():
+        for leftover in staging.iterdir():
+            leftover.unlink(missing_ok=True)
+        staging.rmdir()

@@ -1,0 +1,359 @@
+"""Where rows come from: arrays, NumPy files, MNIST's IDX files, folders of images, Parquet.
+
+:func:`load_rows` looks at a source, hands it to the room that knows the format (``arrays``, ``idx``, ``images``,
+``parquet``), and checks what comes back in one place. Nothing here scales, shuffles or splits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from vaefeat.arrays import as_labels, as_rows, read_npy, read_npz
+from vaefeat.errors import InputError
+from vaefeat.idx import find_idx, is_idx, read_idx, read_idx_shape
+from vaefeat.images import SUFFIXES as IMAGE_SUFFIXES
+from vaefeat.images import OnError, class_folders, decode_images, find_images
+from vaefeat.parquet import DEFAULT_IMAGE_COLUMN, DEFAULT_LABEL_COLUMN, find_parquet, read_parquet
+from vaefeat.parquet import SUFFIXES as PARQUET_SUFFIXES
+
+__all__ = ["Rows", "Split", "batches", "fingerprint", "load_rows"]
+
+Split = Literal["train", "test"]
+
+FINGERPRINT_ROWS = 4096
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """Rows, and what came with them.
+
+    Parameters
+    ----------
+    array : ndarray of shape (n, features) or (n, C, H, W)
+        uint8 or float32. May be a view of the source, and a read-only memory map.
+    labels : ndarray of shape (n,) or None
+        int64 or strings; None where the source has none.
+    names : tuple of str or None
+        Class names in the order of integer labels, where the source has them.
+    source : str
+        What the rows were read from, for people: ``"array"`` or a path.
+    skipped : tuple of str
+        Unreadable inputs that were left out, with ``on_error="skip"``.
+    """
+
+    array: NDArray[Any]
+    labels: NDArray[Any] | None = field(default=None, repr=False)
+    names: tuple[str, ...] | None = None
+    source: str = "array"
+    skipped: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @property
+    def kind(self) -> Literal["image", "vector"]:
+        """``"image"`` for rows of shape (C, H, W), ``"vector"`` for rows of shape (features,)."""
+        return "image" if self.array.ndim == 4 else "vector"
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row, without the axis of rows."""
+        return self.array.shape[1:]
+
+    def fingerprint(self) -> str:
+        """Return :func:`fingerprint` of the array."""
+        return fingerprint(self.array)
+
+
+class _Request(NamedTuple):
+    """The arguments of :func:`load_rows`, checked."""
+
+    split: Split
+    image_size: tuple[int, int] | None
+    columns: tuple[str, ...] | None
+    label_column: str | None
+    image_column: str
+    on_error: OnError
+    max_rows: int | None
+
+    def refuse(self, source: str, *, image_size: bool = False, columns: bool = False, split: bool = False) -> None:
+        """Refuse arguments that do not apply to `source`, rather than ignore what somebody asked for."""
+        if image_size and self.image_size is not None:
+            raise InputError(f"got image_size for {source}; it applies to encoded images only, leave it out")
+        if columns and self.columns is not None:
+            raise InputError(f"got columns for {source}; they apply to Parquet only, leave them out")
+        if split and self.split != "train":
+            raise InputError(
+                f"got split={self.split!r} for {source}, which has no splits; leave it out to read all rows, "
+                "or pass the path of the test rows"
+            )
+
+
+class _Found(NamedTuple):
+    """What a reader hands back, not yet checked."""
+
+    array: Any
+    source: str
+    labels: NDArray[Any] | None = None
+    names: tuple[str, ...] | None = None
+    columns: tuple[str, ...] | None = None
+    skipped: tuple[str, ...] = ()
+
+
+def load_rows(
+    source: ArrayLike | str | os.PathLike[str],
+    *,
+    split: Split = "train",
+    image_size: int | Sequence[int] | None = None,
+    columns: Sequence[str] | None = None,
+    label_column: str | None = DEFAULT_LABEL_COLUMN,
+    image_column: str = DEFAULT_IMAGE_COLUMN,
+    on_error: OnError = "raise",
+    max_rows: int | None = None,
+) -> Rows:
+    """Read rows from an array, a file or a folder.
+
+    Parameters
+    ----------
+    source : array-like, str or path-like
+        - an array of shape (n, features), (n, H, W) or (n, C, H, W), see :func:`vaefeat.arrays.as_rows`;
+        - ``.npy`` (stays memory-mapped if it is uint8 or float32) or ``.npz``, see :func:`vaefeat.arrays.read_npz`;
+        - an IDX file, or a folder with MNIST's four, gzipped or not, also in ``raw/`` or ``MNIST/raw/`` below it;
+        - a Parquet file, or a folder of them, see :func:`vaefeat.parquet.read_parquet`;
+        - a folder of PNG, JPEG or WebP images, see :mod:`vaefeat.images` for what is done to them. If every image
+          lies in a sub-folder, these are the classes.
+
+        A folder is searched in this order, IDX first.
+    split : {"train", "test"}, default="train"
+        Chooses the IDX files, Parquet files or sub-folder of that name. Sources without splits are read whole as
+        "train" and refused as "test".
+    image_size : int or (int, int), optional
+        Height and width to which encoded images are resized; one number for a square.
+    columns, label_column, image_column
+        Columns of a Parquet file. ``label_column=None`` reads no labels.
+    on_error : {"raise", "skip"}, default="raise"
+        Whether an unreadable image is an error, or left out and named in :attr:`Rows.skipped`.
+    max_rows : int, optional
+        Take only the first `max_rows` rows (or images, before unreadable ones are skipped).
+
+    Returns
+    -------
+    Rows
+
+    Raises
+    ------
+    InputError
+        The source does not exist, holds nothing readable, is damaged, or holds something else than finite real rows
+        of one shape; or an argument does not apply to it.
+    MissingExtraError
+        Parquet without pyarrow.
+    """
+    request = _Request(
+        split=_one_of("split", split, get_args(Split)),
+        image_size=_as_size(image_size),
+        columns=_as_names(columns),
+        label_column=label_column,
+        image_column=image_column,
+        on_error=_one_of("on_error", on_error, get_args(OnError)),
+        max_rows=None if max_rows is None else _as_positive("max_rows", max_rows),
+    )
+    found = _find(source, request)
+    array = as_rows(found.array, what=found.source, max_rows=request.max_rows, columns=found.columns)
+    labels = None if found.labels is None else as_labels(found.labels, what=found.source, count=len(found.array))
+    return Rows(
+        array=array,
+        labels=None if labels is None else labels[: len(array)],
+        names=found.names,
+        source=found.source,
+        skipped=found.skipped,
+    )
+
+
+def fingerprint(array: NDArray[Any]) -> str:
+    """Tell arrays apart by a digest that is cheap even for a memory map.
+
+    Parameters
+    ----------
+    array : ndarray of shape (n, ...)
+        Numbers.
+
+    Returns
+    -------
+    str
+        ``"sha256:"`` and 64 hexadecimal digits, over the shape, the dtype and at most 4,096 evenly spaced rows (the
+        first and the last among them). Changes in other rows go unnoticed. The same on every machine.
+    """
+    digest = hashlib.sha256(f"{array.shape} {array.dtype.name}".encode())
+    little_endian = array.dtype.newbyteorder("<")
+    # Row by row, because 4,096 large images at once may not fit into memory.
+    count = min(len(array), FINGERPRINT_ROWS)
+    for position in range(count):
+        row = position * (len(array) - 1) // max(count - 1, 1)
+        digest.update(array[row].astype(little_endian).tobytes())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def batches(array: NDArray[Any], batch_size: int) -> Iterator[NDArray[Any]]:
+    """Cut an array into views of `batch_size` rows, in order; the last one may be shorter.
+
+    Raises
+    ------
+    InputError
+        `batch_size` is not a positive integer.
+    """
+    size = _as_positive("batch_size", batch_size)
+    return (array[start : start + size] for start in range(0, len(array), size))
+
+
+def _as_positive(name: str, value: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise InputError(f"got {name}={value!r}, wanted a positive integer")
+    return number
+
+
+def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if value not in allowed:
+        raise InputError(f"got {name}={value!r}, wanted {' or '.join(map(repr, allowed))}")
+    return value
+
+
+def _as_size(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    if image_size is None:
+        return None
+    sides = image_size if isinstance(image_size, Sequence) else (image_size, image_size)
+    if len(sides) != 2:
+        raise InputError(f"got image_size={image_size!r}, wanted (height, width), or one number for a square")
+    return _as_positive("image_size", sides[0]), _as_positive("image_size", sides[1])
+
+
+def _as_names(columns: Sequence[str] | None) -> tuple[str, ...] | None:
+    if isinstance(columns, str):
+        raise InputError(f"got columns={columns!r}, wanted a list of names; pass columns=[{columns!r}]")
+    return None if columns is None else tuple(columns)
+
+
+def _find(source: Any, request: _Request) -> _Found:
+    if not isinstance(source, str | os.PathLike):
+        request.refuse("an array", image_size=True, columns=True, split=True)
+        # A DataFrame's column names make an error message easier to act on.
+        columns = tuple(map(str, source.columns)) if hasattr(source, "columns") else None
+        return _Found(source, "array", columns=columns)
+    path = Path(source)
+    if path.is_dir():
+        return _read_folder(path, request)
+    if path.is_file():
+        return _read_file(path, request)
+    raise InputError(f"got {path}, which does not exist; wanted a folder or a file, see vaefeat.data.load_rows")
+
+
+def _read_file(path: Path, request: _Request) -> _Found:
+    suffix = path.suffix.lower()
+    request.refuse(str(path), split=True)
+    if suffix in PARQUET_SUFFIXES:
+        return _read_parquet(path, [path], request)
+    request.refuse(str(path), image_size=True, columns=True)
+    if suffix == ".npy":
+        return _Found(read_npy(path), str(path))
+    if suffix == ".npz":
+        rows, labels = read_npz(path)
+        return _Found(rows, str(path), labels)
+    if is_idx(path):
+        return _Found(read_idx(path, max_rows=request.max_rows), str(path))
+    hint = "pass the folder that holds the images" if suffix in IMAGE_SUFFIXES else "convert it to one of these"
+    raise InputError(f"got {path}, wanted a .npy, .npz, .parquet or IDX file, or a folder; {hint}")
+
+
+def _read_folder(folder: Path, request: _Request) -> _Found:
+    """Try the formats in the order of :func:`load_rows`."""
+    if idx := find_idx(folder, request.split):
+        request.refuse(str(folder), image_size=True, columns=True)
+        return _read_idx(*idx, request)
+    inner = _split_folder(folder, request.split)
+    files, has_splits = find_parquet(inner, request.split)
+    images = [] if files else find_images(inner)
+    if not files and not images:
+        raise InputError(
+            f"got {inner} without anything to read; wanted train-images-idx3-ubyte[.gz] (also in raw/ or MNIST/raw/), "
+            f"*.parquet, or images ({', '.join(IMAGE_SUFFIXES)}) at any depth"
+        )
+    request.refuse(str(folder), split=inner is folder and not has_splits)
+    if files:
+        return _read_parquet(inner, files, request)
+    request.refuse(str(folder), columns=True)
+    return _read_images(inner, images, request, train=None if inner is folder else folder / "train")
+
+
+def _split_folder(folder: Path, split: Split) -> Path:
+    """Return the sub-folder of the split, or the folder itself where it has no such sub-folders."""
+    present = [name for name in get_args(Split) if (folder / name).is_dir()]
+    if present and split not in present:
+        raise InputError(f"got {folder} with the sub-folder {present[0]}/ only, wanted {split}/ for split={split!r}")
+    return folder / split if present else folder
+
+
+def _read_idx(images: Path, labels: Path | None, request: _Request) -> _Found:
+    rows = read_idx(images, max_rows=request.max_rows)
+    if labels is None:
+        return _Found(rows, str(images))
+    # With max_rows both are cut to the same length, which would hide that one of them belongs to something else.
+    n_images, n_labels = read_idx_shape(images)[0], read_idx_shape(labels)[0]
+    if n_images != n_labels:
+        raise InputError(f"got {n_labels} labels in {labels}, wanted one for each of the {n_images} images in {images}")
+    return _Found(rows, str(images), read_idx(labels, max_rows=request.max_rows))
+
+
+def _read_parquet(source: Path, files: Sequence[Path], request: _Request) -> _Found:
+    table = read_parquet(
+        files,
+        columns=request.columns,
+        label_column=request.label_column,
+        image_column=request.image_column,
+        image_size=request.image_size,
+        on_error=request.on_error,
+        max_rows=request.max_rows,
+    )
+    return _Found(table.array, str(source), table.labels, columns=table.columns, skipped=table.skipped)
+
+
+def _read_images(folder: Path, files: list[Path], request: _Request, *, train: Path | None) -> _Found:
+    in_classes = all(len(file.relative_to(folder).parts) > 1 for file in files)
+    names = _class_names(folder, train) if in_classes else None
+    files = files[: request.max_rows]
+    images = decode_images(
+        ((str(file), file) for file in files),
+        count=len(files),
+        image_size=request.image_size,
+        on_error=request.on_error,
+    )
+    labels = None
+    if names is not None:
+        every = np.array([names.index(file.relative_to(folder).parts[0]) for file in files])
+        labels = every[images.kept]
+    return _Found(images.array, str(folder), labels, names, skipped=images.skipped)
+
+
+def _class_names(folder: Path, train: Path | None) -> tuple[str, ...]:
+    """Return the class folders; those of ``train/`` for ``test/``, too, so that a label means the same in both."""
+    names = class_folders(folder)
+    train_names = class_folders(train) if train is not None and train.is_dir() else ()
+    if not train_names:
+        return names
+    if unknown := sorted(set(names) - set(train_names)):
+        raise InputError(
+            f"got {folder} with the classes {', '.join(unknown)}, wanted only those of {train}: "
+            f"{', '.join(train_names)}; rename the folders, or pass {folder} itself to number its classes on their own"
+        )
+    return train_names

@@ -1,0 +1,99 @@
+"""Everything that vaefeat raises on purpose, and what a caller can do about it.
+
+::
+
+    VaefeatError
+    ├── InputError (ValueError)           rows, labels or arguments that cannot be used; the caller's to mend
+    │   └── ConfigError                   an unknown key, an impossible value or combination of settings
+    ├── BundleError (ValueError)          a bundle that is missing, corrupt, edited, or of a newer schema
+    ├── ExportError (RuntimeError)        the ONNX graph does not compute what the torch model computes
+    ├── DeviceError (RuntimeError)        a device was asked for and is not there
+    ├── MissingExtraError (ImportError)   an optional dependency is not installed; names the command
+    ├── TrainingError (RuntimeError)
+    │   ├── NonFiniteLossError            the loss became NaN or infinite; epoch and batch are named
+    │   ├── CheckpointError               a checkpoint that cannot be written, read, or continued
+    │   └── TrainingInterrupted           stopped on request, the checkpoint is on disk
+    └── RemoteError (ConnectionError)     the embedding server cannot be reached or answered with a failure
+
+Every message says what was got, what was wanted, and what to do. An :class:`InputError` or :class:`BundleError` is safe
+to show to whoever sent the request: it never holds secrets or file contents.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "DeviceError",
+    "ExportError",
+    "InputError",
+    "MissingExtraError",
+    "NonFiniteLossError",
+    "RemoteError",
+    "TrainingError",
+    "TrainingInterrupted",
+    "VaefeatError",
+]
+
+
+class VaefeatError(Exception):
+    """Base class of all errors that vaefeat raises on purpose."""
+
+
+class InputError(VaefeatError, ValueError):
+    """Rows, labels or arguments that cannot be used."""
+
+
+class ConfigError(InputError):
+    """An unknown setting, an impossible value, or settings that exclude each other."""
+
+
+class BundleError(VaefeatError, ValueError):
+    """A bundle that is missing, incomplete, corrupt, edited, or written by a newer version."""
+
+
+class ExportError(VaefeatError, RuntimeError):
+    """The exported ONNX graph is not what was trained."""
+
+
+class DeviceError(VaefeatError, RuntimeError):
+    """A device was asked for by name and is not available."""
+
+
+class MissingExtraError(VaefeatError, ImportError):
+    """An optional dependency is not installed.
+
+    Parameters
+    ----------
+    what : str
+        The feature that needs it, as the subject of a sentence.
+    extra : str
+        The extra of the ``vaefeat`` distribution that brings it.
+    """
+
+    def __init__(self, what: str, *, extra: str) -> None:
+        super().__init__(
+            f"{what} needs packages that are not installed; install them with: pip install 'vaefeat[{extra}]'"
+        )
+        self.extra = extra
+
+
+class TrainingError(VaefeatError, RuntimeError):
+    """Training could not go on."""
+
+
+class NonFiniteLossError(TrainingError):
+    """The loss became NaN or infinite."""
+
+
+class CheckpointError(TrainingError):
+    """A checkpoint that cannot be written, read, or continued from."""
+
+
+class TrainingInterrupted(TrainingError):
+    """Training was asked to stop; what was reached is in the checkpoint."""
+
+
+class RemoteError(VaefeatError, ConnectionError):
+    """The embedding server cannot be reached, or it answered with a failure."""

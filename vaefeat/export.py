@@ -1,0 +1,222 @@
+"""From torch to ONNX, and the proof that both compute the same."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vaefeat.bundle import Bundle
+from vaefeat.config import ModelConfig
+from vaefeat.decoder import OnnxDecoder
+from vaefeat.encoder import OnnxEncoder
+from vaefeat.errors import BundleError, ExportError, MissingExtraError
+from vaefeat.model.evaluation import fixed_noise
+from vaefeat.model.vae import VAE
+from vaefeat.runtime import check_graph
+
+__all__ = [
+    "OPSET",
+    "PARITY_TOLERANCE",
+    "export_decoder",
+    "export_encoder",
+    "measure_parity",
+    "restore_vae",
+    "sample_prior",
+]
+
+#: skl2onnx, which appends classifiers to the graph, goes no further than 22.
+OPSET = 20
+#: Largest difference between ONNX Runtime and torch, in units of the output's own scale.
+PARITY_TOLERANCE = 1e-4
+
+
+def export_encoder(vae: VAE, example: NDArray[Any]) -> bytes:
+    """Export rows -> (mean, logvar, hidden), scaling included.
+
+    Parameters
+    ----------
+    vae : VAE
+        On the CPU.
+    example : ndarray of shape (n, ...)
+        Rows of the dtype that the graph will take; n of any size.
+
+    Returns
+    -------
+    bytes
+        A ``ModelProto`` with a dynamic batch axis, no random node and no external data.
+
+    Raises
+    ------
+    ExportError
+        The graph has what it must not have.
+    """
+    # Two rows: torch.export takes an axis of one row for a constant.
+    rows = torch.from_numpy(np.resize(example, (2, *example.shape[1:])))
+    return _export(_Encoder(vae), rows, name="rows", outputs=("mean", "logvar", "hidden"))
+
+
+def export_decoder(vae: VAE) -> bytes:
+    """Export latents -> rows in the units of the training rows, float32; see :func:`export_encoder`."""
+    return _export(_Decoder(vae), torch.zeros(2, vae.config.latent_dim), name="latents", outputs=("rows",))
+
+
+def measure_parity(vae: VAE, bundle: Bundle, rows: NDArray[Any]) -> dict[str, Any]:
+    """Compare ONNX Runtime with torch on real rows.
+
+    Parameters
+    ----------
+    vae : VAE
+        What `bundle` was exported from, on the CPU.
+    bundle : Bundle
+    rows : ndarray of shape (n, ...)
+
+    Returns
+    -------
+    dict
+        ``n_rows``, ``tolerance``, and per output ``max_abs_difference`` and ``scale``. The scale of the mean is the
+        smallest standard deviation among the latents under the aggregate posterior (variance of the mean and mean of
+        the variance together); that of the log-variance is 1, since it is a logarithm; that of everything else is the
+        standard deviation over all values.
+
+    Raises
+    ------
+    ExportError
+        An output differs by more than `tolerance` of its scale.
+    """
+    encoder = OnnxEncoder(bundle, device="cpu")
+    with torch.no_grad():
+        wanted = dict(
+            zip(encoder.outputs, (t.numpy() for t in vae.features(torch.from_numpy(np.array(rows)))), strict=True)
+        )
+        wanted["reconstruction"] = vae.reconstruct(torch.from_numpy(wanted["mean"])).numpy()
+    got = {name: encoder.embed(rows, output=name) for name in encoder.outputs}
+    got["reconstruction"] = OnnxDecoder(bundle, device="cpu").decode(wanted["mean"])
+
+    latent_variance = wanted["mean"].var(axis=0) + np.exp(wanted["logvar"]).mean(axis=0)
+    scales = {name: float(values.std()) or 1.0 for name, values in wanted.items()}
+    scales |= {"mean": float(np.sqrt(latent_variance.min())), "logvar": 1.0}
+    outputs = {
+        name: {"max_abs_difference": float(np.abs(got[name] - wanted[name]).max()), "scale": scales[name]}
+        for name in wanted
+    }
+    for name, figures in outputs.items():
+        if not figures["max_abs_difference"] <= PARITY_TOLERANCE * figures["scale"]:
+            raise ExportError(
+                f"the ONNX graph's {name} differs from torch's by {figures['max_abs_difference']:.3g} on {len(rows)} "
+                f"rows, wanted at most {PARITY_TOLERANCE:g} of its scale {figures['scale']:.3g}; nothing was written. "
+                "Please report it with the model's configuration"
+            )
+    return {"n_rows": len(rows), "tolerance": PARITY_TOLERANCE, "outputs": outputs}
+
+
+def weights_of(vae: VAE) -> bytes:
+    """Serialise the weights and the scaling, as ``weights.safetensors``."""
+    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in vae.state_dict().items()})
+
+
+def restore_vae(bundle: Bundle) -> VAE:
+    """Rebuild the torch model from a bundle, on the CPU, in evaluation mode.
+
+    Raises
+    ------
+    BundleError
+        The weights do not fit the configuration.
+    """
+    vae = VAE(ModelConfig.from_dict(bundle.manifest.model), bundle.manifest.input.shape)
+    try:
+        vae.load_state_dict(safetensors.torch.load(bundle.read("weights.safetensors")))
+    except (RuntimeError, safetensors.SafetensorError) as error:
+        raise BundleError(
+            f"got weights in bundle {bundle.name!r} that do not fit its configuration: {error}"
+        ) from error
+    return vae.eval()
+
+
+@torch.no_grad()
+def sample_prior(vae: VAE, n: int, *, seed: int) -> NDArray[np.float32]:
+    """Draw latents (n, latent_dim) from the prior with a generator of their own."""
+    with fixed_noise(seed, torch.device("cpu")):
+        return vae.sample_prior(n).numpy()
+
+
+class _Encoder(nn.Module):
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.vae.features(rows)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.vae.reconstruct(latents)
+
+
+def _export(module: nn.Module, example: Tensor, *, name: str, outputs: Sequence[str]) -> bytes:
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                module.eval(),
+                (example,),
+                dynamo=True,
+                input_names=[name],
+                output_names=list(outputs),
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+            )
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("Exporting to ONNX", extra="train") from error
+    assert program is not None  # torch.onnx.export returns None only without dynamo
+    model = program.model_proto
+    _strip(model)
+    content: bytes = model.SerializeToString()
+    try:
+        check_graph(content, what="the exported graph")
+    except BundleError as error:
+        raise ExportError(f"{error}; nothing was written") from error
+    opset = next(entry.version for entry in model.opset_import if entry.domain == "")
+    if opset > OPSET:
+        raise ExportError(f"the exported graph has opset {opset}, wanted at most {OPSET}; nothing was written")
+    return content
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Drop the exporter's notes: they hold stack traces with paths of this machine, and make equal models differ."""
+    del model.metadata_props[:]
+    model.doc_string = model.graph.doc_string = ""
+    del model.graph.metadata_props[:]
+    for part in (*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output):
+        part.doc_string = ""
+        del part.metadata_props[:]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's remarks, which nobody can act on, off the terminal; its errors still raise."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

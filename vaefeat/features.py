@@ -1,0 +1,411 @@
+"""Scikit-learn transformers: one that trains an encoder in ``fit``, one that serves an encoder trained before.
+
+Neither imports torch until it trains or scores: a fitted :class:`VAETransformer` transforms with ONNX Runtime, so its
+pickle works where torch is not installed, and gives the numbers that its bundle gives anywhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from vaefeat.bundle import Bundle
+from vaefeat.config import ModelConfig, TrainConfig
+from vaefeat.decoder import OnnxDecoder
+from vaefeat.encoder import OnnxEncoder
+from vaefeat.errors import InputError, MissingExtraError
+from vaefeat.remote import RemoteEncoder
+
+if TYPE_CHECKING:
+    from sklearn.utils import Tags
+
+__all__ = ["VAEFeatures", "VAETransformer"]
+
+#: Scikit-learn hands these dtypes through; anything else numeric becomes the first.
+_DTYPES = [np.float32, np.uint8]
+
+
+class _Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+    """What both transformers share: an ``encoder_`` to ask, and float32 out."""
+
+    encoder_: OnnxEncoder | RemoteEncoder
+    _output = "mean"
+
+    def transform(self, X: ArrayLike) -> NDArray[np.float32]:
+        """Encode rows.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, C, H, W)
+
+        Returns
+        -------
+        ndarray of shape (n, n_features_out), float32
+        """
+        check_is_fitted(self)
+        rows = validate_data(self, flat_images(X, self.encoder_.input.shape), dtype=_DTYPES, reset=False)
+        return self.encoder_.embed(rows, output=self._output)
+
+    @property
+    def _n_features_out(self) -> int:
+        return self.encoder_.outputs[self._output]
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+
+class VAETransformer(_Features):
+    """Train a variational auto-encoder in ``fit``; transform to its posterior mean.
+
+    Parameters
+    ----------
+    n_components : int
+        Number of latent variables, and of features.
+    image_shape : tuple of int, optional
+        (C, H, W) of the images in the rows of `X`. Not needed when `X` is given as (n, C, H, W). Without either,
+        rows are vectors.
+    network : {"auto", "mlp", "conv"}
+    hidden_dims, channels : tuple of int
+    posterior, prior, likelihood : str
+    gaussian_std : float, optional
+        See :class:`vaefeat.config.ModelConfig`.
+    objective : str
+    kl_weight : float
+    max_epochs, batch_size : int
+    learning_rate : float
+    heldout : float
+    patience : int, optional
+    device : {"auto", "cpu", "cuda"}
+        See :class:`vaefeat.config.TrainConfig`. A model trained on a GPU transforms on any machine.
+    random_state : int, RandomState or None
+        The same number, rows and machine give the same features.
+    verbose : int
+        Show a progress bar if not 0.
+
+    Attributes
+    ----------
+    bundle_ : Bundle
+        The trained encoder, decoder and weights, in memory; :meth:`save_bundle` writes it.
+    encoder_ : OnnxEncoder
+    n_features_in_ : int
+    feature_names_in_ : ndarray of str
+        Where `X` had column names.
+    n_iter_ : int
+        Epochs trained.
+
+    References
+    ----------
+    Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from vaefeat import VAETransformer
+    >>> X, y = load_digits(return_X_y=True)
+    >>> features = VAETransformer(8, image_shape=(1, 8, 8), max_epochs=1, random_state=0)
+    >>> pipe = make_pipeline(features, LogisticRegression(max_iter=1000))
+    >>> pipe.fit(X, y).predict(X).shape
+    (1797,)
+    """
+
+    def __init__(
+        self,
+        n_components: int = 32,
+        *,
+        image_shape: tuple[int, int, int] | None = None,
+        network: str = "auto",
+        hidden_dims: tuple[int, ...] = (256,),
+        channels: tuple[int, ...] = (32, 64),
+        posterior: str = "diagonal",
+        prior: str = "standard",
+        likelihood: str = "auto",
+        gaussian_std: float | None = None,
+        objective: str = "elbo",
+        kl_weight: float = 1.0,
+        max_epochs: int = 20,
+        batch_size: int = 128,
+        learning_rate: float = 2e-3,
+        heldout: float = 0.1,
+        patience: int | None = None,
+        device: str = "auto",
+        random_state: int | np.random.RandomState | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.n_components = n_components
+        self.image_shape = image_shape
+        self.network = network
+        self.hidden_dims = hidden_dims
+        self.channels = channels
+        self.posterior = posterior
+        self.prior = prior
+        self.likelihood = likelihood
+        self.gaussian_std = gaussian_std
+        self.objective = objective
+        self.kl_weight = kl_weight
+        self.max_epochs = max_epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.heldout = heldout
+        self.patience = patience
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: ArrayLike, y: object = None) -> Self:
+        """Train on rows; labels are not looked at.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, C, H, W)
+            uint8, or anything that becomes float32. At least two rows.
+        y : None
+            Ignored, for pipelines.
+
+        Raises
+        ------
+        InputError
+            Rows that cannot be trained on, or settings that do not fit them.
+        """
+        image_shape = _image_shape(X, self.image_shape)
+        rows = validate_data(self, flat_images(X, image_shape), dtype=_DTYPES, ensure_min_samples=2)
+        if image_shape is not None:
+            rows = rows.reshape(-1, *image_shape)
+        try:
+            from vaefeat.pretraining import pretrain
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("Training", extra="train") from error
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        self.bundle_: Bundle = pretrain(
+            rows, model=self._model_config(), train=self._train_config(seed), name="encoder", progress=self.verbose != 0
+        )
+        self.encoder_ = OnnxEncoder(self.bundle_)
+        self.n_iter_: int = self.bundle_.manifest.metrics["epochs"]
+        return self
+
+    def inverse_transform(self, X: ArrayLike) -> NDArray[np.float32]:
+        """Decode features to rows: the likelihood's mean.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_components)
+
+        Returns
+        -------
+        ndarray of shape (n, n_features_in_), float32
+            In the units of the training rows.
+        """
+        check_is_fitted(self)
+        rows = OnnxDecoder(self.bundle_).decode(X)
+        return rows.reshape(len(rows), -1)
+
+    def score_samples(self, X: ArrayLike) -> NDArray[np.float64]:
+        """Bound the log-likelihood of each row from below, in nats of the scaled row; lower is more unusual.
+
+        The importance-weighted bound with 64 samples (Burda et al. 2015, equation 8), the same for a row whatever its
+        neighbours. Needs torch.
+
+        Returns
+        -------
+        ndarray of shape (n,), float64
+        """
+        check_is_fitted(self)
+        rows = validate_data(self, flat_images(X, self.encoder_.input.shape), dtype=_DTYPES, reset=False)
+        try:
+            from vaefeat.export import restore_vae
+            from vaefeat.model.evaluation import importance_weighted_bound
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("score_samples", extra="train") from error
+        return importance_weighted_bound(restore_vae(self.bundle_), self.encoder_.input.prepare(rows))
+
+    def score(self, X: ArrayLike, y: object = None) -> float:
+        """Average :meth:`score_samples`, for model selection; `y` is ignored."""
+        return float(self.score_samples(X).mean())
+
+    def sample(self, n_samples: int = 1) -> NDArray[np.float32]:
+        """Generate rows: draw latents from the prior and decode them.
+
+        Draws follow `random_state`. Needs torch.
+
+        Returns
+        -------
+        ndarray of shape (n_samples, n_features_in_), float32
+            The likelihood's mean for each draw, in the units of the training rows.
+        """
+        check_is_fitted(self)
+        if n_samples < 1:
+            raise InputError(f"got n_samples={n_samples}, wanted at least 1")
+        try:
+            from vaefeat.export import restore_vae, sample_prior
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("sample", extra="train") from error
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        return self.inverse_transform(sample_prior(restore_vae(self.bundle_), n_samples, seed=seed))
+
+    def save_bundle(self, path: str | PathLike[str]) -> Bundle:
+        """Write the bundle to a folder, for :class:`VAEFeatures`, the service and the jobs.
+
+        Parameters
+        ----------
+        path : path-like
+
+        Returns
+        -------
+        Bundle
+            Loaded back and verified; its digest is that of ``bundle_``.
+        """
+        check_is_fitted(self)
+        return self.bundle_.save(path)
+
+    def _model_config(self) -> ModelConfig:
+        return ModelConfig.from_dict(
+            _plain(
+                latent_dim=self.n_components,
+                network=self.network,
+                hidden_dims=self.hidden_dims,
+                channels=self.channels,
+                posterior=self.posterior,
+                prior=self.prior,
+                likelihood=self.likelihood,
+                gaussian_std=self.gaussian_std,
+            )
+        )
+
+    def _train_config(self, seed: int) -> TrainConfig:
+        return TrainConfig.from_dict(
+            _plain(
+                objective=self.objective,
+                kl_weight=self.kl_weight,
+                max_epochs=self.max_epochs,
+                batch_size=self.batch_size,
+                learning_rate=self.learning_rate,
+                heldout=self.heldout,
+                patience=self.patience,
+                device=self.device,
+                seed=seed,
+            )
+        )
+
+
+class VAEFeatures(_Features):
+    """Features from an encoder that was trained before: a bundle on the disk, or a service.
+
+    The encoder is a constructor argument, so :func:`sklearn.base.clone` and searches keep it; ``fit`` learns nothing.
+
+    Parameters
+    ----------
+    encoder : path-like, URL, Bundle, OnnxEncoder or RemoteEncoder
+        ``http://`` or ``https://`` asks the service there.
+    output : {"mean", "hidden", "logvar"}
+        The posterior's mean, the encoder's last hidden layer, or the logarithm of the posterior's variance.
+    model : str, optional
+        Which of the service's models; needed when it has several.
+    device : {"auto", "cpu", "cuda"}
+        Where a bundle runs.
+    threads : int, optional
+        For a bundle on the CPU: threads within an operator; all processors when None.
+
+    Attributes
+    ----------
+    encoder_ : OnnxEncoder or RemoteEncoder
+    digest_ : str
+        Of the bundle: two estimators with one digest give the same features.
+    n_features_in_ : int
+
+    Examples
+    --------
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> from sklearn.pipeline import make_pipeline
+    >>> from vaefeat import VAEFeatures
+    >>> pipe = make_pipeline(VAEFeatures("runs/digits"), LogisticRegression())
+    """
+
+    def __init__(
+        self,
+        encoder: str | PathLike[str] | Bundle | OnnxEncoder | RemoteEncoder,
+        *,
+        output: str = "mean",
+        model: str | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        self.encoder = encoder
+        self.output = output
+        self.model = model
+        self.device = device
+        self.threads = threads
+
+    def fit(self, X: ArrayLike, y: object = None) -> Self:
+        """Load the encoder and check that it takes rows like these; nothing is learned.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, C, H, W)
+        y : None
+            Ignored, for pipelines.
+
+        Raises
+        ------
+        BundleError, RemoteError, DeviceError
+            The encoder cannot be loaded.
+        InputError
+            It takes other rows, or has no such output.
+        """
+        encoder = self._open()
+        rows = validate_data(self, flat_images(X, encoder.input.shape), dtype=_DTYPES)
+        encoder.input.prepare(rows[:1])
+        if self.output not in encoder.outputs:
+            raise InputError(f"got output={self.output!r}, wanted one of {sorted(encoder.outputs)}")
+        self.encoder_ = encoder
+        self.digest_: str = encoder.digest
+        self._output = self.output
+        return self
+
+    def _open(self) -> OnnxEncoder | RemoteEncoder:
+        if isinstance(self.encoder, OnnxEncoder | RemoteEncoder):
+            return self.encoder
+        if isinstance(self.encoder, str) and self.encoder.startswith(("http://", "https://")):
+            return RemoteEncoder(self.encoder, model=self.model)
+        return OnnxEncoder(self.encoder, device=self.device, threads=self.threads)
+
+
+def flat_images(X: Any, image_shape: tuple[int, ...] | None) -> Any:
+    """Flatten images (n, C, H, W) of the expected shape, so that scikit-learn's two-dimensional checks apply.
+
+    Anything else is handed on as it is, for those checks to judge.
+    """
+    shape = tuple(getattr(X, "shape", ()))
+    if len(shape) == 4 and shape[1:] == image_shape:
+        return np.asarray(X).reshape(shape[0], -1)
+    return X
+
+
+def _image_shape(X: Any, asked: tuple[int, int, int] | None) -> tuple[int, ...] | None:
+    shape = tuple(getattr(X, "shape", ()))
+    if asked is None:
+        return shape[1:] if len(shape) == 4 else None
+    wanted: tuple[int, ...] = tuple(int(size) for size in asked)
+    if len(wanted) != 3 or min(wanted) < 1:
+        raise InputError(f"got image_shape={asked!r}, wanted (channels, height, width), all at least 1")
+    n_features = int(np.prod(wanted))
+    if (len(shape) == 2 and shape[1] != n_features) or (len(shape) == 4 and shape[1:] != wanted):
+        raise InputError(
+            f"got rows of shape {shape[1:]}, wanted {n_features} values for image_shape={wanted}; give the (C, H, W) "
+            "that the rows have"
+        )
+    return wanted
+
+
+def _plain(**settings: Any) -> Mapping[str, Any]:
+    """Turn NumPy's numbers, which parameter grids are made of, into Python's."""
+    return {key: value.item() if isinstance(value, np.generic) else value for key, value in settings.items()}

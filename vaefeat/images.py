@@ -1,0 +1,288 @@
+"""Encoded images (PNG, JPEG, WebP) as uint8 rows, and folders of them.
+
+What is done to an image on the way, in this order:
+
+1. Its EXIF orientation is applied.
+2. 16-bit grey keeps the high byte, as Pillow does for 16-bit colour. Keep the full depth in a ``.npy`` file.
+3. Transparent pixels are laid on white.
+4. Black-and-white, grey and grey with alpha become one channel; everything else (palettes and CMYK, too) becomes RGB.
+5. With `image_size`, it is resized (bilinear, antialiased) to exactly that size, whatever its aspect ratio was.
+
+Axes, where a comment names them: n rows, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaefeat.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["DecodedImages", "OnError", "class_folders", "decode_images", "find_images"]
+
+OnError = Literal["raise", "skip"]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_FORMATS = ("PNG", "JPEG", "WEBP")
+_GREY_MODES = ("1", "L", "LA", "I;16")
+# Small blocks keep the threads busy with tiny images and bound what is in flight with large ones.
+_BLOCK = 32
+
+
+class DecodedImages(NamedTuple):
+    """What :func:`decode_images` returns."""
+
+    array: NDArray[np.uint8]
+    """Of shape (n, 1, H, W) where all images are grey, else (n, 3, H, W)."""
+
+    kept: NDArray[np.intp]
+    """Of shape (n,): which of the inputs each row is."""
+
+    skipped: tuple[str, ...]
+    """Names of the unreadable inputs."""
+
+
+class _Reference(NamedTuple):
+    """The first image: all others must have its size."""
+
+    name: str
+    size: tuple[int, ...]
+    """Height and width."""
+
+
+class _UnreadableError(Exception):
+    """An image that Pillow could read and this library refuses."""
+
+
+def find_images(folder: Path) -> list[Path]:
+    """List the image files in and below `folder`, sorted by their path.
+
+    Hidden files and folders are left out, and links to folders are not followed.
+
+    Raises
+    ------
+    InputError
+        A folder that cannot be listed.
+    """
+    return sorted(_walk(folder), key=lambda path: path.relative_to(folder).parts)
+
+
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """Names of the sub-folders of `folder` that hold images, sorted."""
+    children = (child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return tuple(sorted(child.name for child in children if any(True for _ in _walk(child))))
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        raise InputError(f"got {folder}, in which a folder cannot be listed ({error}); make it readable") from error
+
+    # Path.rglob would pass over a folder without the right to read it.
+    for place, inner, files in os.walk(folder, onerror=refuse):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        for name in files:
+            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+                yield Path(place, name)
+
+
+def decode_images(
+    items: Iterable[tuple[str, Path | bytes | None]],
+    *,
+    count: int,
+    image_size: tuple[int, int] | None = None,
+    on_error: OnError = "raise",
+) -> DecodedImages:
+    """Decode images into one array, with a few threads and a bounded number of images in flight.
+
+    Parameters
+    ----------
+    items : iterable of (name, encoded)
+        A name for error messages; and a file, its content, or None where there is none. It is consumed as it is needed.
+    count : int
+        Number of items, for which the array is allocated.
+    image_size : (int, int), optional
+        Height and width to resize every image to.
+    on_error : {"raise", "skip"}, default="raise"
+        Whether an unreadable image is an error, or left out and named in the result.
+
+    Returns
+    -------
+    DecodedImages
+
+    Raises
+    ------
+    InputError
+        An unreadable image (with ``on_error="raise"``), no readable image, or images of different sizes without
+        `image_size`.
+    """
+    canvas = _Canvas(count)
+    kept: list[int] = []
+    skipped: list[str] = []
+    reference: _Reference | None = None
+    position = 0
+    blocks = _blocks(items)
+    pending: deque[Future[list[tuple[str, NDArray[np.uint8] | None]]]] = deque()
+    n_threads = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(n_threads, thread_name_prefix="vaefeat-decode") as pool:
+        while True:
+            # Until the size is known, one block at a time: the other threads would not know what to refuse.
+            in_flight = 1 if reference is None else 2 * n_threads
+            for block in islice(blocks, in_flight - len(pending)):
+                pending.append(pool.submit(_decode_block, block, image_size, on_error, reference))
+            if not pending:
+                break
+            for name, pixels in pending.popleft().result():
+                if pixels is None:
+                    skipped.append(name)
+                else:
+                    reference = reference or _Reference(name, pixels.shape[:2])
+                    canvas.add(pixels)
+                    kept.append(position)
+                position += 1
+    if canvas.array is None:
+        raise InputError(
+            f"got {position} images of which none can be read (first: {skipped[0]}), wanted PNG, JPEG or WebP; "
+            "on_error='raise' tells why"
+        )
+    return DecodedImages(canvas.array[: len(kept)], np.array(kept, np.intp), tuple(skipped))
+
+
+class _Canvas:
+    """The array that is filled: grey as long as all images are, widened to RGB by the first that is not."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._filled = 0
+        self.array: NDArray[np.uint8] | None = None
+
+    def add(self, pixels: NDArray[np.uint8]) -> None:
+        """Put down one image of shape (H, W) or (H, W, 3)."""
+        channels = 1 if pixels.ndim == 2 else 3
+        if self.array is None:
+            self.array = np.empty((self._count, channels, *pixels.shape[:2]), np.uint8)
+        elif channels > self.array.shape[1]:
+            grey = self.array
+            self.array = np.empty((self._count, channels, *pixels.shape[:2]), np.uint8)
+            self.array[: self._filled] = grey[: self._filled]
+        # Broadcasting repeats grey over the channels, here and above.
+        self.array[self._filled] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        self._filled += 1
+
+
+def _blocks(items: Iterable[tuple[str, Path | bytes | None]]) -> Iterator[list[tuple[str, Path | bytes | None]]]:
+    iterator = iter(items)
+    while block := list(islice(iterator, _BLOCK)):
+        yield block
+
+
+def _decode_block(
+    block: list[tuple[str, Path | bytes | None]],
+    image_size: tuple[int, int] | None,
+    on_error: OnError,
+    reference: _Reference | None,
+) -> list[tuple[str, NDArray[np.uint8] | None]]:
+    """Decode in a thread; None stands for an image that is left out."""
+    from PIL import Image
+
+    # What Pillow's readers raise on damaged files. DecompressionBombWarning is raised where warnings are errors.
+    unreadable = (
+        _UnreadableError,
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        LookupError,
+        EOFError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    )
+    decoded: list[tuple[str, NDArray[np.uint8] | None]] = []
+    for name, encoded in block:
+        try:
+            pixels = _decode(name, encoded, image_size, reference)
+        except InputError:
+            raise
+        except unreadable as error:
+            if on_error == "raise":
+                raise InputError(
+                    f"got an unreadable image {name} ({error}), wanted PNG, JPEG or WebP; "
+                    "mend or remove it, or leave such images out with on_error='skip'"
+                ) from error
+            decoded.append((name, None))
+        else:
+            reference = reference or _Reference(name, pixels.shape[:2])
+            decoded.append((name, pixels))
+    return decoded
+
+
+def _decode(
+    name: str, encoded: Path | bytes | None, image_size: tuple[int, int] | None, reference: _Reference | None
+) -> NDArray[np.uint8]:
+    """Decode one image to shape (H, W) or (H, W, 3)."""
+    from PIL import Image, ImageOps
+
+    if encoded is None:
+        raise _UnreadableError("no image: the cell is null")
+    with Image.open(encoded if isinstance(encoded, Path) else BytesIO(encoded), formats=_FORMATS) as image:
+        _check_header(image)
+        must_fit = reference if image_size is None else None
+        # Before the pixels are decoded; the orientation, which in PNG can stand behind them, may yet swap the sides.
+        if must_fit is not None and sorted(image.size) != sorted(must_fit.size):
+            raise _size_error(name, image, must_fit)
+        ImageOps.exif_transpose(image, in_place=True)
+        if must_fit is not None and image.size[::-1] != must_fit.size:
+            raise _size_error(name, image, must_fit)
+        plain = _to_grey_or_rgb(image)
+        if image_size is not None and plain.size != image_size[::-1]:
+            plain = plain.resize(image_size[::-1], Image.Resampling.BILINEAR)
+        return np.asarray(plain)
+
+
+def _check_header(image: Image) -> None:
+    """Refuse an image before its pixels are decoded."""
+    from PIL import Image as Pillow
+
+    # Pillow itself only warns between this limit and twice as much.
+    limit = Pillow.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise _UnreadableError(f"{image.width * image.height} pixels, more than Pillow's MAX_IMAGE_PIXELS of {limit}")
+    # MPO is what many telephones write: a JPEG photo with a preview or a depth map behind it, which is not wanted.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise _UnreadableError("animated, and it is not clear which picture is meant")
+
+
+def _size_error(name: str, image: Image, reference: _Reference) -> InputError:
+    height, width = reference.size
+    return InputError(
+        f"got images of different sizes: {reference.name} is {height} high and {width} wide, {name} is {image.height} "
+        f"high and {image.width} wide; wanted one size, pass image_size=(height, width) to resize them all"
+    )
+
+
+def _to_grey_or_rgb(image: Image) -> Image:
+    """Convert to mode L or RGB."""
+    from PIL import Image as Pillow
+
+    mode = "L" if image.mode in _GREY_MODES else "RGB"
+    if image.mode == "I;16":
+        return Pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        white = Pillow.new("RGBA", image.size, "white")
+        return Pillow.alpha_composite(white, image.convert("RGBA")).convert(mode)
+    return image if image.mode == mode else image.convert(mode)

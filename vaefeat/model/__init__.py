@@ -1,0 +1,19 @@
+"""The variational auto-encoder in torch, one noun a file.
+
+Each family of parts has its base class, its classes and its registry in one file: to add a posterior, prior, likelihood
+or objective, write the class and enter its name there. :class:`~vaefeat.model.vae.VAE` puts the parts together.
+
+==================  ====================================================================
+``preprocessing``   rows as they come -> the network's input, and back
+``networks``        encoder and decoder networks
+``posteriors``      q(z|x)
+``priors``          p(z)
+``likelihoods``     p(x|z)
+``objectives``      what is maximised, in nats per row
+``vae``             the model
+``evaluation``      held-out figures
+==================  ====================================================================
+
+Axes in names: B rows of a batch, C channels, H height, W width, F width of a hidden layer, L latents, K parameters of
+the likelihood per value, S samples.
+"""

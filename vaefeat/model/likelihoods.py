@@ -1,0 +1,86 @@
+"""Likelihoods p(x|z): from the decoder's output to a distribution over scaled rows, in nats.
+
+B batch, K parameters per value of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli, Distribution, Independent, Normal
+
+from vaefeat.config import ModelConfig
+from vaefeat.model.preprocessing import Scaling
+
+__all__ = ["LIKELIHOODS", "BernoulliLikelihood", "GaussianLikelihood", "Likelihood"]
+
+#: A standard deviation below this, on rows of variance one, is a decoder that has learned rows by heart.
+_SMALLEST_LOG_STD = -6.0
+
+
+class Likelihood(nn.Module, ABC):
+    """p(x|z), parametrised by the decoder's output.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    """
+
+    #: K, what the decoder gives per value of a row.
+    n_parameters: ClassVar[int] = 1
+    #: What rows are scaled to before they are encoded and compared.
+    scaling: ClassVar[Scaling]
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(self, output: Tensor) -> Distribution:
+        """Turn the decoder's (B, K, ...) into p(x|z) with batch shape (B,) and the event shape of a row.
+
+        ``log_prob`` sums over the values of a row: it is in nats per row.
+        """
+
+
+class BernoulliLikelihood(Likelihood):
+    """Each value is a coin; Kingma and Welling 2013 (arXiv:1312.6114), equation 11.
+
+    Values between 0 and 1 are taken as the probability that a binary value is 1: the log-likelihood is then the
+    expected one, the negative cross-entropy. The decoder gives logits, which stay exact where probabilities saturate.
+    """
+
+    scaling = "unit"
+
+    def forward(self, output: Tensor) -> Distribution:
+        """Give Bernoulli(sigmoid(output))."""
+        logits = output.squeeze(1)
+        return Independent(Bernoulli(logits=logits, validate_args=False), logits.ndim - 1, validate_args=False)
+
+
+class GaussianLikelihood(Likelihood):
+    """Each value is Gaussian around the decoder's output; Kingma and Welling 2013 (arXiv:1312.6114), equation 12.
+
+    With a fixed standard deviation this is the squared error in nats. A learned one, shared by all values, weighs
+    reconstruction against KL by itself (Rybkin et al. 2021, arXiv:2006.13202, section 3).
+    """
+
+    scaling = "standard"
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        learned = config.gaussian_std is None
+        log_std = torch.tensor(0.0 if config.gaussian_std is None else math.log(config.gaussian_std))
+        self.log_std = nn.Parameter(log_std, requires_grad=learned)
+
+    def forward(self, output: Tensor) -> Distribution:
+        """Give N(output, std^2)."""
+        mean = output.squeeze(1)
+        std = self.log_std.clamp(min=_SMALLEST_LOG_STD).exp().expand_as(mean)
+        return Independent(Normal(mean, std, validate_args=False), mean.ndim - 1, validate_args=False)
+
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {"bernoulli": BernoulliLikelihood, "gaussian": GaussianLikelihood}

@@ -1,0 +1,87 @@
+"""The bundle's README.md and its picture, written from what is known about the encoder."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vaefeat.bundle import Manifest
+
+__all__ = ["model_card", "reconstruction_picture"]
+
+_CELL_PIXELS = 56
+_COLUMNS = 12
+_GAP = 4
+
+
+def model_card(manifest: Manifest, *, picture: str | None) -> str:
+    """Describe a bundle in Markdown.
+
+    Parameters
+    ----------
+    manifest : Manifest
+    picture : str or None
+        File name of the picture of reconstructions; tables have none.
+    """
+    metrics, parity = manifest.metrics, manifest.parity["outputs"]["mean"]
+    shown = f"![rows above, their reconstructions below]({picture})\n\n" if picture else ""
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    return f"""# {manifest.name}
+
+A variational auto-encoder's encoder: it turns {manifest.input} into {manifest.latent_dim} features,
+the mean of the posterior q(z|x). Scaling is inside the graph.
+
+{shown}| | |
+|---|---|
+| trained on | {manifest.data["n_rows"]:,} rows, `{manifest.data["fingerprint"][:23]}...` |
+| values | {manifest.input.low:g} to {manifest.input.high:g} |
+| model | {manifest.model["posterior"]} posterior, {manifest.model["prior"]} prior, \
+{manifest.model["likelihood"]} likelihood, {manifest.model["network"]} network |
+| objective | {manifest.objective}, {metrics["epochs"]} epochs |
+| held-out ELBO | {metrics["elbo"]:.2f} nats per row |
+| = log-likelihood | {metrics["log_likelihood"]:.2f} nats per row |
+| - KL divergence | {metrics["kl"]:.2f} nats per row |
+| active units | {len(manifest.active_units)} of {manifest.latent_dim} |
+| ONNX against torch | mean differs by at most {parity["max_abs_difference"]:.2g} \
+(scale {parity["scale"]:.2g}) on {manifest.parity["n_rows"]} rows |
+| made with | {versions} |
+
+```python
+from vaefeat import OnnxEncoder
+
+features = OnnxEncoder("this folder").embed(rows)  # (n, {manifest.latent_dim}) float32
+```
+
+`encoder.onnx` also gives the posterior's log-variance (`logvar`) and the last hidden layer (`hidden`,
+{manifest.outputs["hidden"]} values); `decoder.onnx` turns latents back into rows; `weights.safetensors` holds the torch
+weights. `bundle.json` lists every file with its SHA-256 and the whole configuration.
+"""
+
+
+def reconstruction_picture(rows: NDArray[Any], reconstructions: NDArray[np.float32]) -> bytes:
+    """Draw images (n, C, H, W) above their reconstructions, as a PNG.
+
+    Both are stretched from the smallest to the largest value of `rows`.
+    """
+    count = min(_COLUMNS, len(rows))
+    low, high = float(rows[:count].min()), float(rows[:count].max())
+    height, width = rows.shape[2:]
+    zoom = max(1, round(_CELL_PIXELS / max(height, width)))
+    step_y, step_x = height * zoom + _GAP, width * zoom + _GAP
+    canvas = np.full((2 * step_y + _GAP, count * step_x + _GAP, 3), 255, dtype=np.uint8)
+    for line, images in enumerate((rows, reconstructions)):
+        for column in range(count):
+            unit = np.clip((images[column].astype(np.float64) - low) / max(high - low, 1e-12), 0, 1)
+            pixels = np.rint(unit * 255).astype(np.uint8).transpose(1, 2, 0).repeat(zoom, 0).repeat(zoom, 1)
+            y, x = _GAP + line * step_y, _GAP + column * step_x
+            # Grey is broadcast to three channels; a fourth (alpha) is not shown.
+            canvas[y : y + height * zoom, x : x + width * zoom] = (
+                pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1]
+            )
+    file = io.BytesIO()
+    Image.fromarray(canvas).save(file, format="PNG", optimize=True)
+    return file.getvalue()

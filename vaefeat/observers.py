@@ -1,0 +1,153 @@
+"""What can be watched in a training run, and two that watch: a progress bar and TensorBoard's event files."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vaefeat.errors import MissingExtraError
+
+__all__ = ["EpochRecord", "EventLog", "Observer", "ProgressBar"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """Figures of one epoch, in nats per row.
+
+    Attributes
+    ----------
+    epoch : int
+        Counted from 1.
+    train_elbo, train_log_likelihood, train_kl : float
+        Means over the minibatches while the weights changed.
+    heldout_elbo, heldout_log_likelihood, heldout_kl : float
+        After the epoch, on the rows that are never trained on.
+    heldout_objective : float
+        With the KL term at its final weight: what chooses the best weights.
+    active_units : int
+        Latents whose mean varies over the held-out rows.
+    kl_weight, learning_rate : float
+        At the last step.
+    rows_per_s, seconds : float
+        Of training alone; of everything.
+    """
+
+    epoch: int
+    train_elbo: float
+    train_log_likelihood: float
+    train_kl: float
+    heldout_elbo: float
+    heldout_log_likelihood: float
+    heldout_kl: float
+    heldout_objective: float
+    active_units: int
+    kl_weight: float
+    learning_rate: float
+    rows_per_s: float
+    seconds: float
+
+
+class Observer:
+    """Told what happens in a training run; every method does nothing until overridden."""
+
+    def on_start(self, *, epochs: int, steps_per_epoch: int, epoch: int) -> None:
+        """Take note that training starts, or continues after `epoch` epochs."""
+
+    def on_steps(
+        self, *, epoch: int, step: int, elbo: float, log_likelihood: float, kl: float, rows_per_s: float
+    ) -> None:
+        """Take note of the means over the latest steps, in nats per row; `step` is counted within the epoch."""
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        """Take note that an epoch is over."""
+
+    def on_end(self) -> None:
+        """Take note that training is over, for whatever reason."""
+
+
+class ProgressBar(Observer):
+    """A bar on standard error: ELBO, reconstruction, KL, active units, rows per second, time left."""
+
+    def __init__(self, title: str = "pretrain") -> None:
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("A progress bar", extra="train") from error
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[epochs]}"),
+            TextColumn("{task.fields[figures]}", style="cyan"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._title = title
+        self._epochs = self._steps_per_epoch = self._active = 0
+
+    def on_start(self, *, epochs: int, steps_per_epoch: int, epoch: int) -> None:
+        """Show the bar."""
+        self._epochs, self._steps_per_epoch = epochs, steps_per_epoch
+        self._task = self._progress.add_task(
+            self._title, total=epochs * steps_per_epoch, completed=epoch * steps_per_epoch, epochs="", figures=""
+        )
+        self._progress.start()
+
+    def on_steps(
+        self, *, epoch: int, step: int, elbo: float, log_likelihood: float, kl: float, rows_per_s: float
+    ) -> None:
+        """Move the bar."""
+        self._progress.update(
+            self._task,
+            completed=(epoch - 1) * self._steps_per_epoch + step,
+            epochs=f"epoch {epoch}/{self._epochs}",
+            figures=f"ELBO {elbo:.2f}  rec {log_likelihood:.2f}  KL {kl:.2f}  "
+            + f"active {self._active}  " * (self._active > 0)
+            + f"{rows_per_s:,.0f} rows/s",
+        )
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        """Take over the number of active units."""
+        self._active = record.active_units
+
+    def on_end(self) -> None:
+        """Leave the bar as it stands."""
+        self._progress.stop()
+
+
+class EventLog(Observer):
+    """TensorBoard event files, a point per epoch.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the files go: ``tensorboard --logdir`` takes it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise MissingExtraError("TensorBoard's event files", extra="train") from error
+        self._folder = folder
+        self._open: Any = SummaryWriter
+        self._writer: Any = None
+
+    def on_start(self, *, epochs: int, steps_per_epoch: int, epoch: int) -> None:
+        """Open a file; a run from the start replaces the points of one before it."""
+        if epoch == 0 and self._folder.is_dir():
+            for old in self._folder.glob("events.out.tfevents.*"):
+                old.unlink()
+        self._writer = self._open(str(self._folder), purge_step=epoch + 1 if epoch else None)
+
+    def on_epoch(self, record: EpochRecord) -> None:
+        """Write the epoch's figures."""
+        for name, value in asdict(record).items():
+            if name != "epoch":
+                group = name.partition("_")[0] if name.startswith(("train_", "heldout_")) else "run"
+                self._writer.add_scalar(f"{group}/{name.removeprefix(group + '_')}", value, record.epoch)
+
+    def on_end(self) -> None:
+        """Flush and close."""
+        self._writer.close()

@@ -1,0 +1,337 @@
+"""Parquet files as rows: numeric columns, or a column of encoded images. Needs pyarrow (the extra ``parquet``)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaefeat.errors import InputError, MissingExtraError
+from vaefeat.images import OnError, decode_images
+
+__all__ = ["ParquetRows", "find_parquet", "read_parquet"]
+
+SUFFIXES = (".parquet", ".pq")
+DEFAULT_IMAGE_COLUMN = "image"
+DEFAULT_LABEL_COLUMN = "label"
+
+# Rows that are read at a time: encoded images are large, and a row group may hold any number of them.
+_IMAGE_BATCH = 256
+_NUMERIC_BATCH = 65_536
+
+
+class ParquetRows(NamedTuple):
+    """What :func:`read_parquet` returns."""
+
+    array: NDArray[Any]
+    """Of shape (n, features), float32 or uint8; or (n, C, H, W), uint8."""
+
+    labels: NDArray[Any] | None
+    """Of shape (n,): integers, booleans or strings."""
+
+    columns: tuple[str, ...] | None
+    """Names of the features; None for images."""
+
+    skipped: tuple[str, ...]
+    """Names of the unreadable images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """Files that are read as one, in order."""
+
+    files: tuple[Path, ...]
+    schemas: tuple[Any, ...]
+    count: int
+
+    def types(self, column: str) -> list[Any]:
+        return [schema.field(column).type for schema in self.schemas]
+
+    def require(self, column: str) -> None:
+        names = self.schemas[0].names
+        if column not in names:
+            near = difflib.get_close_matches(column, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names)}"
+            raise InputError(f"got no column {column!r} in {self.files[0]}; {hint}")
+
+
+def find_parquet(folder: Path, split: str) -> tuple[list[Path], bool]:
+    """List the Parquet files of one split.
+
+    Parameters
+    ----------
+    folder : Path
+    split : {"train", "test"}
+
+    Returns
+    -------
+    files : list of Path
+        Those named after the split (``train.parquet``, ``train-00000-of-00002.parquet``), or, where no file is named
+        after a split, all of them. Sorted by name; empty where the folder holds no Parquet file.
+    has_splits : bool
+        Whether files are named after splits.
+
+    Raises
+    ------
+    InputError
+        Files are named after the other split only.
+    """
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] not in "._")
+    by_split = {
+        name: [path for path in files if path.stem == name or path.stem.startswith(f"{name}-")]
+        for name in ("train", "test")
+    }
+    has_splits = any(by_split.values())
+    if has_splits and not by_split[split]:
+        raise InputError(f"got {folder} with {', '.join(path.name for path in files)}, wanted {split}.parquet, too")
+    return (by_split[split] if has_splits else files), has_splits
+
+
+def read_parquet(
+    files: Sequence[Path],
+    *,
+    columns: Sequence[str] | None = None,
+    label_column: str | None = DEFAULT_LABEL_COLUMN,
+    image_column: str = DEFAULT_IMAGE_COLUMN,
+    image_size: tuple[int, int] | None = None,
+    on_error: OnError = "raise",
+    max_rows: int | None = None,
+) -> ParquetRows:
+    """Read one Parquet file, or several of the same columns as one, a batch of rows at a time.
+
+    Parameters
+    ----------
+    files : sequence of Path
+        At least one.
+    columns : sequence of str, optional
+        Numeric columns to read. By default the image column where there is one, else every numeric or boolean column
+        but the label; others are left out.
+    label_column : str or None, default="label"
+        Integers, booleans or strings; read where it is there. None reads no labels; a column of the default name is
+        still no feature then, unless it is in `columns`.
+    image_column : str, default="image"
+        Encoded images: ``binary``, or ``struct<bytes: binary, path: string>`` as dataset hubs write it.
+    image_size, on_error
+        As in :func:`vaefeat.images.decode_images`.
+    max_rows : int, optional
+        Read only the first `max_rows` rows.
+
+    Returns
+    -------
+    ParquetRows
+        float32, or uint8 where every column is uint8.
+
+    Raises
+    ------
+    InputError
+        A damaged file, a missing column, a column of another type, or a null.
+    MissingExtraError
+        pyarrow is not installed.
+    """
+    parts = _open_parts(files, max_rows)
+    labels = _Labels(parts, label_column)
+    if columns is None and _has_images(parts, image_column):
+        items = _encoded_images(parts, image_column, labels)
+        images = decode_images(items, count=parts.count, image_size=image_size, on_error=on_error)
+        every = labels.joined()
+        return ParquetRows(images.array, None if every is None else every[images.kept], None, images.skipped)
+    if image_size is not None:
+        raise InputError(
+            f"got image_size for numeric columns of {files[0]}; it applies to encoded images, leave it out"
+        )
+    names = _numeric_columns(parts, columns, label_column)
+    return ParquetRows(_read_numbers(parts, names, labels), labels.joined(), names, ())
+
+
+def _open_parts(files: Sequence[Path], max_rows: int | None) -> _Parts:
+    """Read every file's schema, so that a wrong file is found before the first row is read."""
+    schemas = []
+    count = 0
+    for path in files:
+        with _open(path) as file:
+            schemas.append(file.schema_arrow)
+            count += file.metadata.num_rows
+            names, wanted = schemas[-1].names, schemas[0].names
+        if set(names) != set(wanted):
+            raise InputError(
+                f"got {path} with the columns {', '.join(names)}, wanted those of {files[0]}: "
+                f"{', '.join(wanted)}; read files of different columns one by one"
+            )
+    if count < 1:
+        raise InputError(f"got {count} rows in {files[0].parent if len(files) > 1 else files[0]}, wanted at least one")
+    return _Parts(files=tuple(files), schemas=tuple(schemas), count=count if max_rows is None else min(count, max_rows))
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        import pyarrow as pa
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise MissingExtraError("Reading Parquet", extra="parquet") from error
+    try:
+        with ParquetFile(path) as file:
+            yield file
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"got {path}, which is no readable Parquet file ({error}); fetch or write it again") from error
+
+
+def _batches(parts: _Parts, columns: Sequence[str], batch_size: int) -> Iterator[tuple[Path, int, Any]]:
+    """Yield (file, row in the file, record batch) until the wanted number of rows is reached."""
+    left = parts.count
+    for path in parts.files:
+        with _open(path) as file:
+            row = 0
+            for batch in file.iter_batches(batch_size=min(batch_size, left), columns=list(columns)):
+                batch.validate(full=True)  # finds text that is no UTF-8, on which to_pylist would stumble
+                yield path, row, batch.slice(0, left)
+                row += batch.num_rows
+                left -= min(left, batch.num_rows)
+                if left == 0:
+                    return
+    raise InputError(
+        f"got {parts.count - left} rows in {parts.files[0].parent}, wanted the {parts.count} that the files announce; "
+        "fetch or write them again"
+    )
+
+
+class _Labels:
+    """The label column, collected batch by batch beside the rows."""
+
+    def __init__(self, parts: _Parts, column: str | None) -> None:
+        if column is not None and column != DEFAULT_LABEL_COLUMN:
+            parts.require(column)
+        self._column = column if column in parts.schemas[0].names else None
+        self._pieces: list[NDArray[Any]] = []
+        for arrow_type in parts.types(self._column) if self._column is not None else ():
+            plain = _undictionaried(arrow_type)
+            if not (_is_text(plain) or _is_integer(plain)):
+                raise InputError(
+                    f"got the label column {column!r} of type {arrow_type}, wanted integers or strings; "
+                    "convert it, or read no labels with label_column=None"
+                )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What to read for it: one name or none."""
+        return () if self._column is None else (self._column,)
+
+    def add(self, path: Path, row: int, batch: Any) -> None:
+        if self._column is None:
+            return
+        column = batch.column(self._column)
+        hint = "fill them with -1 (unlabelled), or read no labels with label_column=None"
+        _refuse_nulls(column, self._column, path, row, hint)
+        column = column.cast(_undictionaried(column.type))
+        is_text = _is_text(column.type)
+        self._pieces.append(np.array(column.to_pylist(), str) if is_text else column.to_numpy(zero_copy_only=False))
+
+    def joined(self) -> NDArray[Any] | None:
+        return None if self._column is None else np.concatenate(self._pieces)
+
+
+def _undictionaried(arrow_type: Any) -> Any:
+    """Return the type of the values where `arrow_type` is a dictionary, which is how pandas writes its categories."""
+    from pyarrow import types
+
+    return arrow_type.value_type if types.is_dictionary(arrow_type) else arrow_type
+
+
+def _is_text(arrow_type: Any) -> bool:
+    from pyarrow import types
+
+    return any(check(arrow_type) for check in (types.is_string, types.is_large_string, types.is_string_view))
+
+
+def _is_integer(arrow_type: Any) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_integer(arrow_type) or types.is_boolean(arrow_type))
+
+
+def _is_encoded(arrow_type: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(arrow_type):
+        index = arrow_type.get_field_index("bytes")
+        return index >= 0 and _is_encoded(arrow_type.field(index).type)
+    return any(check(arrow_type) for check in (types.is_binary, types.is_large_binary, types.is_binary_view))
+
+
+def _refuse_nulls(column: Any, name: str, path: Path, row: int, hint: str) -> None:
+    if column.null_count:
+        first = row + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+        raise InputError(f"got nulls in column {name!r} of {path} (first in row {first}), wanted values; {hint}")
+
+
+def _has_images(parts: _Parts, column: str) -> bool:
+    """Whether there is a column of encoded images; one that was asked for by its own name must be."""
+    if column != DEFAULT_IMAGE_COLUMN:
+        parts.require(column)
+    elif column not in parts.schemas[0].names:
+        return False
+    encoded = all(map(_is_encoded, parts.types(column)))
+    if not encoded and column != DEFAULT_IMAGE_COLUMN:
+        raise InputError(
+            f"got the image column {column!r} of type {parts.types(column)[0]}, wanted binary or "
+            "struct<bytes: binary, path: string>; read numbers with columns=[...]"
+        )
+    return encoded
+
+
+def _encoded_images(parts: _Parts, column: str, labels: _Labels) -> Iterator[tuple[str, bytes | None]]:
+    """Yield a name and the encoded bytes of each row, and collect its label."""
+    for path, start, batch in _batches(parts, (column, *labels.columns), _IMAGE_BATCH):
+        labels.add(path, start, batch)
+        for row, cell in enumerate(batch.column(column).to_pylist(), start):
+            fields = cell if isinstance(cell, dict) else {"bytes": cell}
+            original = f" ({fields['path']})" if fields.get("path") else ""
+            yield f"{path} row {row}{original}", fields["bytes"]
+
+
+def _numeric_columns(parts: _Parts, columns: Sequence[str] | None, label_column: str | None) -> tuple[str, ...]:
+    from pyarrow import types
+
+    def is_numeric(name: str) -> bool:
+        return all(_is_integer(arrow_type) or types.is_floating(arrow_type) for arrow_type in parts.types(name))
+
+    if columns is None:
+        labels = {label_column, DEFAULT_LABEL_COLUMN if label_column is None else label_column}
+        names = tuple(name for name in parts.schemas[0].names if name not in labels and is_numeric(name))
+    else:
+        names = tuple(columns)
+        for name in names:
+            parts.require(name)
+            if not is_numeric(name):
+                raise InputError(
+                    f"got column {name!r} of type {parts.types(name)[0]}, wanted numbers; convert it first"
+                )
+    if not names:
+        raise InputError(
+            f"got no numeric column and no column {DEFAULT_IMAGE_COLUMN!r} of encoded images in {parts.files[0]} "
+            f"(columns: {', '.join(parts.schemas[0].names)}); name the column of images with image_column="
+        )
+    return names
+
+
+def _read_numbers(parts: _Parts, names: tuple[str, ...], labels: _Labels) -> NDArray[Any]:
+    from pyarrow import types
+
+    all_uint8 = all(types.is_uint8(arrow_type) for name in names for arrow_type in parts.types(name))
+    rows = np.empty((parts.count, len(names)), np.uint8 if all_uint8 else np.float32)
+    start = 0
+    for path, row, batch in _batches(parts, (*names, *labels.columns), _NUMERIC_BATCH):
+        labels.add(path, row, batch)
+        for index, name in enumerate(names):
+            column = batch.column(name)
+            _refuse_nulls(column, name, path, row, "fill or drop them first")
+            with np.errstate(over="ignore", invalid="ignore"):  # becomes infinite or NaN, which load_rows refuses
+                rows[start : start + batch.num_rows, index] = column.to_numpy(zero_copy_only=False)
+        start += batch.num_rows
+    return rows

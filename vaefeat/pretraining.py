@@ -1,0 +1,219 @@
+"""From unlabelled rows to a bundle: load, train, export, prove, write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from vaefeat.atomic import replace_file
+from vaefeat.bundle import Bundle, Manifest, check_name
+from vaefeat.config import ModelConfig, TrainConfig
+from vaefeat.data import Rows, fingerprint, load_rows
+from vaefeat.decoder import OnnxDecoder
+from vaefeat.encoder import OnnxEncoder
+from vaefeat.errors import InputError, TrainingError
+from vaefeat.export import export_decoder, export_encoder, measure_parity, weights_of
+from vaefeat.input_spec import InputSpec
+from vaefeat.model.evaluation import fixed_noise
+from vaefeat.model.networks import network_name
+from vaefeat.model.vae import VAE, likelihood_name
+from vaefeat.model_card import model_card, reconstruction_picture
+from vaefeat.observers import EventLog, Observer, ProgressBar
+from vaefeat.training import Trainer, TrainingResult
+
+__all__ = ["CHECKPOINT_FILE", "HISTORY_FILE", "TRAINING_FOLDER", "pretrain"]
+
+#: Inside the output folder: what training leaves besides the bundle.
+TRAINING_FOLDER = "training"
+CHECKPOINT_FILE = "checkpoint.safetensors"
+HISTORY_FILE = "history.json"
+_PARITY_ROWS = 1000
+_PICTURE = "reconstructions.png"
+_LIBRARIES = ("vaefeat", "torch", "onnx", "onnxscript", "numpy")
+
+
+def pretrain(
+    data: str | PathLike[str] | ArrayLike | Rows,
+    *,
+    model: ModelConfig | None = None,
+    train: TrainConfig | None = None,
+    out: str | PathLike[str] | None = None,
+    name: str | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    observers: Sequence[Observer] = (),
+) -> Bundle:
+    """Train a variational auto-encoder on unlabelled rows and export its encoder.
+
+    Parameters
+    ----------
+    data : path-like, array-like or Rows
+        Anything that :func:`vaefeat.data.load_rows` reads. Labels in it are not looked at.
+    model : ModelConfig, optional
+    train : TrainConfig, optional
+    out : path-like, optional
+        The folder of the bundle. While training, its sub-folder ``training`` gets the checkpoint and TensorBoard's
+        event files. Without it the bundle stays in memory and nothing is written.
+    name : str, optional
+        Name of the encoder; the folder's name when None.
+    resume : bool
+        Continue from the checkpoint in `out`, if there is one, to the same result as a run that was never stopped.
+    progress : bool
+        Show a progress bar on standard error.
+    observers : sequence of Observer
+        Told what happens.
+
+    Returns
+    -------
+    Bundle
+        Loaded and verified.
+
+    Raises
+    ------
+    InputError
+        Rows that cannot be trained on: fewer than two, not finite, all the same, unreadable.
+    ConfigError
+        Settings that do not fit each other or the rows.
+    TrainingError
+        See :meth:`vaefeat.training.Trainer.run`.
+    ExportError
+        The ONNX graph does not compute what the model computes; nothing is written.
+    BundleError
+        The folder cannot be written.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_digits
+    >>> from vaefeat import ModelConfig, TrainConfig, pretrain
+    >>> images = load_digits().images.astype("uint8")[:, None]
+    >>> bundle = pretrain(images, model=ModelConfig(latent_dim=8), train=TrainConfig(max_epochs=1), name="digits",
+    ...                   progress=False)
+    >>> bundle.manifest.latent_dim
+    8
+    """
+    model, train = model or ModelConfig(), train or TrainConfig()
+    folder = Path(out) if out is not None else None
+    name = name or (folder.resolve().name if folder else "encoder")
+    check_name(name)
+    loaded = data if isinstance(data, Rows) else load_rows(data)
+    rows = loaded.array
+    _refuse_untrainable(rows, loaded.source)
+    if resume and folder is None:
+        raise InputError("got resume=True without out=, wanted the folder that holds the checkpoint")
+
+    print_of_rows = fingerprint(rows)
+    watching = [*observers, *([ProgressBar()] if progress else [])]
+    checkpoint = None
+    if folder is not None:
+        checkpoint = folder / TRAINING_FOLDER / CHECKPOINT_FILE
+        watching.append(EventLog(folder / TRAINING_FOLDER))
+    with fixed_noise(train.seed, torch.device("cpu")):
+        vae = VAE.for_rows(model, rows)
+    trainer = Trainer(
+        vae,
+        rows,
+        train,
+        checkpoint=checkpoint,
+        identity={"model": model.to_dict(), "data": {"fingerprint": print_of_rows}},
+        observers=watching,
+    )
+    result = trainer.run(resume=resume)
+    if folder is not None:
+        _write_history(folder / TRAINING_FOLDER / HISTORY_FILE, result)
+    bundle = make_bundle(vae, rows, result, train=train, name=name, data_fingerprint=print_of_rows)
+    return bundle if folder is None else bundle.save(folder)
+
+
+def make_bundle(
+    vae: VAE, rows: NDArray[Any], result: TrainingResult, *, train: TrainConfig, name: str, data_fingerprint: str
+) -> Bundle:
+    """Export a trained model and describe it, in memory.
+
+    The graphs are compared with torch on held-out rows first; see :func:`vaefeat.export.measure_parity`.
+    """
+    vae = vae.cpu().eval()
+    shown = np.array(rows[result.heldout[:_PARITY_ROWS]])
+    contents = {
+        "encoder.onnx": export_encoder(vae, shown),
+        "decoder.onnx": export_decoder(vae),
+        "weights.safetensors": weights_of(vae),
+    }
+    model = replace(
+        vae.config,
+        likelihood=likelihood_name(vae.config, vae.row_shape),
+        network=network_name(vae.config, vae.row_shape),
+    )
+    evaluation = result.evaluation
+    manifest = Manifest(
+        name=name,
+        input=InputSpec.of(rows),
+        outputs={"mean": model.latent_dim, "logvar": model.latent_dim, "hidden": vae.encoder.hidden_dim},
+        latent_dim=model.latent_dim,
+        active_units=evaluation.active,
+        objective=train.objective,
+        model=model.to_dict(),
+        train=train.to_dict(),
+        data={"fingerprint": data_fingerprint, "n_rows": len(rows)},
+        metrics={
+            "elbo": evaluation.elbo,
+            "log_likelihood": evaluation.log_likelihood,
+            "kl": evaluation.kl,
+            "epochs": len(result.history),
+            "n_heldout": len(result.heldout),
+        },
+        parity={},
+        versions={library: _version(library) for library in _LIBRARIES},
+    )
+    manifest = replace(manifest, parity=measure_parity(vae, Bundle.of(manifest, contents), shown))
+    picture = None
+    if manifest.input.kind == "image":
+        picture = _PICTURE
+        contents[picture] = _picture(Bundle.of(manifest, contents), shown)
+    contents["README.md"] = model_card(manifest, picture=picture).encode()
+    return Bundle.of(manifest, contents)
+
+
+def _picture(bundle: Bundle, rows: NDArray[Any]) -> bytes:
+    some = rows[:12]
+    means = OnnxEncoder(bundle, device="cpu").embed(some)
+    return reconstruction_picture(some, OnnxDecoder(bundle, device="cpu").decode(means))
+
+
+def _write_history(path: Path, result: TrainingResult) -> None:
+    records = [asdict(record) for record in result.history]
+    try:
+        replace_file(path, (json.dumps(records, indent=1) + "\n").encode())
+    except OSError as error:
+        raise TrainingError(
+            f"could not write {path}: {error.strerror or error}; free some space and continue with resume=True"
+        ) from error
+
+
+def _refuse_untrainable(rows: NDArray[Any], source: str) -> None:
+    if len(rows) < 2:
+        raise InputError(
+            f"got {len(rows)} row from {source} to train on, wanted at least 2: one to train on and one to measure"
+        )
+    # all() stops at the first row that differs, which for nearly every data set is the second.
+    if all(bool((rows[start : start + 4096] == rows[0]).all()) for start in range(0, len(rows), 4096)):
+        raise InputError(
+            f"got {len(rows)} rows from {source} that are all the same, wanted rows that differ: "
+            "there is nothing to learn from constant columns alone"
+        )
+
+
+def _version(library: str) -> str:
+    if library == "vaefeat":
+        from vaefeat import __version__
+
+        return __version__
+    return version(library)

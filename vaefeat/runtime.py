@@ -1,0 +1,166 @@
+"""One ONNX graph, checked and opened on a device by ONNX Runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx
+import onnxruntime as ort
+from google.protobuf.message import DecodeError
+
+from vaefeat.errors import BundleError, DeviceError
+
+__all__ = ["OpenedGraph", "available_cpus", "open_graph"]
+
+#: Operators of other domains run code that is not ONNX Runtime's own.
+_DOMAINS = {"", "ai.onnx"}
+#: The mean must be a function of the row alone.
+_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+
+
+@dataclass(frozen=True)
+class OpenedGraph:
+    """An ONNX Runtime session and where it runs.
+
+    Attributes
+    ----------
+    session : onnxruntime.InferenceSession
+    device : {"cpu", "cuda"}
+    reason : str
+        Why this device was chosen, for people.
+    """
+
+    session: ort.InferenceSession
+    device: str
+    reason: str
+
+    @property
+    def provider(self) -> str:
+        """ONNX Runtime's execution provider, for instance ``CPUExecutionProvider``."""
+        return str(self.session.get_providers()[0])
+
+
+def open_graph(content: bytes, *, what: str, device: str = "auto", threads: int | None = None) -> OpenedGraph:
+    """Check an ONNX graph and open it from memory, never from a path.
+
+    Parameters
+    ----------
+    content : bytes
+        A serialised ``ModelProto``.
+    what : str
+        What it is, for messages.
+    device : {"auto", "cpu", "cuda"}
+        ``auto`` takes CUDA where a device is there and says so in ``reason``; ``cuda`` fails where there is none.
+    threads : int, optional
+        Threads within an operator; all processors given to this process when None.
+
+    Raises
+    ------
+    BundleError
+        Not an ONNX graph, or one with external data, functions, custom operators, subgraphs or random nodes.
+    DeviceError
+        `device` is unknown, or CUDA was asked for and there is none.
+    """
+    check_graph(content, what=what)
+    if threads is not None and threads < 1:
+        raise DeviceError(f"got threads={threads}, wanted at least 1, or None for all processors")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or available_cpus()
+    options.inter_op_num_threads = 1
+    # Spinning threads would keep processors busy after every call, away from the rest of the process.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    chosen, reason = _choose(device)
+    try:
+        session = ort.InferenceSession(content, options, providers=_providers(chosen))
+    except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
+        if chosen == "cuda":
+            raise DeviceError(f"could not open {what} on CUDA: {error}; use device='cpu'") from error
+        raise BundleError(f"got {what} that ONNX Runtime does not load: {error}") from error
+    # ONNX Runtime drops a provider that fails to start and carries on with the next one.
+    if chosen == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
+        raise DeviceError(f"asked for CUDA, but ONNX Runtime opened {what} on {session.get_providers()}; see its log")
+    return OpenedGraph(session=session, device=chosen, reason=reason)
+
+
+def check_graph(content: bytes, *, what: str) -> onnx.ModelProto:
+    """Parse an ONNX graph and refuse whatever an encoder or decoder of ours never has.
+
+    Raises
+    ------
+    BundleError
+        As for :func:`open_graph`.
+    """
+    try:
+        model = onnx.load_model_from_string(content)
+    except DecodeError as error:
+        raise BundleError(f"got {what} that is not an ONNX graph: {error}") from error
+    if not model.graph.node:
+        raise BundleError(f"got {what} that is not an ONNX graph: it has no nodes")
+    if foreign := sorted({entry.domain for entry in model.opset_import} - _DOMAINS):
+        raise BundleError(f"got {what} with operators of the domains {foreign}, wanted ONNX's own only")
+    if model.functions:
+        raise BundleError(f"got {what} with local functions, wanted a flat graph")
+    for tensor in _tensors(model.graph):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            raise BundleError(f"got {what} with external data ({tensor.name}), wanted every weight inside the file")
+    for node in model.graph.node:
+        if node.domain not in _DOMAINS:
+            raise BundleError(f"got {what} with the operator {node.domain}.{node.op_type}, wanted ONNX's own only")
+        if node.op_type in _RANDOM:
+            raise BundleError(f"got {what} with the random node {node.op_type}; features must not depend on chance")
+        if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+            raise BundleError(f"got {what} with a subgraph in {node.op_type}, wanted a flat graph")
+    return model
+
+
+def available_cpus() -> int:
+    """Processors that this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+
+
+def _choose(device: str) -> tuple[str, str]:
+    if device == "cpu":
+        return "cpu", "asked for"
+    if device not in {"auto", "cuda"}:
+        raise DeviceError(f"got device={device!r}, wanted 'auto', 'cpu' or 'cuda'")
+    missing = _why_no_cuda()
+    if not missing:
+        return "cuda", "asked for" if device == "cuda" else "a CUDA device is there"
+    if device == "cuda":
+        raise DeviceError(f"got device='cuda', but {missing}; use device='cpu' or 'auto'")
+    return "cpu", missing
+
+
+def _why_no_cuda() -> str:
+    """Say what is missing for CUDA, or nothing. ONNX Runtime lists the provider even where there is no device."""
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        return "this ONNX Runtime was built without CUDA (install onnxruntime-gpu)"
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+        found = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+    except OSError:
+        return "no NVIDIA driver is installed"
+    return "" if found else "the NVIDIA driver sees no device"
+
+
+def _providers(device: str) -> list[str | tuple[str, dict[str, str]]]:
+    if device == "cpu":
+        return ["CPUExecutionProvider"]
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA's libraries come in wheels, where the loader would not look
+    # TF32 and a search for the fastest algorithm would let a row's vector depend on its neighbours in the batch.
+    return [("CUDAExecutionProvider", {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}), "CPUExecutionProvider"]
