@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vaefeat.errors import TrainingInterrupted, VaefeatError
+from vaefeat.cli import run_command_line
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Offline jobs of vaefeat."
@@ -35,21 +35,5 @@ def run(
     run_job(load_config(config, override or ()), console=Console(), resume=resume)
 
 
-def main() -> None:
-    """Run a verb; an error of ours is one line on standard error and a status that is not zero."""
-    console = Console(stderr=True, soft_wrap=True)
-    try:
-        app()
-    except TrainingInterrupted as stop:
-        console.print(f"{stop} (the same command with --resume)", style="yellow", highlight=False, markup=False)
-        raise SystemExit(130) from None
-    except VaefeatError as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        console.print("interrupted", style="yellow")
-        raise SystemExit(130) from None
-
-
 if __name__ == "__main__":
-    main()
+    run_command_line(app)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from vaefeat.config import ModelConfig, Settings, TrainConfig, unknown_name
+from vaefeat.config import ModelConfig, Settings, TrainConfig, unknown_name, with_overrides
 from vaefeat.errors import ConfigError
 
 __all__ = ["DataConfig", "ProbeConfig", "RunConfig", "ServeConfig", "load_config"]
@@ -149,24 +149,4 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         raise ConfigError(f"could not read the configuration {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"got {path}, which is not TOML: {error}") from error
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"got --set {override!r}, wanted key=value, for instance --set train.max_epochs=5")
-        _assign(values, key.split("."), _toml_value(text))
-    return RunConfig.from_dict(values)
-
-
-def _assign(values: dict[str, Any], keys: list[str], value: Any) -> None:
-    for key in keys[:-1]:
-        values = values.setdefault(key, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"got --set {'.'.join(keys)}=..., but {key!r} is a value, not a table")
-    values[keys[-1]] = value
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+    return RunConfig.from_dict(with_overrides(values, overrides))

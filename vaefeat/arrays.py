@@ -213,7 +213,8 @@ def read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
         The file cannot be read, or it is not clear which of its arrays holds the rows or the labels.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, because np.load does not close what turns out to be no archive.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             rows_name, labels_name = _choose_arrays(archive.files, path)
             return archive[rows_name], None if labels_name is None else archive[labels_name]
     except InputError:

@@ -6,15 +6,17 @@ is built; everything that can be judged by itself is checked here, at constructi
 
 from __future__ import annotations
 
+import copy
 import difflib
 import math
+import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from vaefeat.errors import ConfigError
 
-__all__ = ["ModelConfig", "Settings", "TrainConfig", "unknown_name"]
+__all__ = ["ModelConfig", "Settings", "TrainConfig", "unknown_name", "with_overrides"]
 
 
 def unknown_name(what: str, got: str, known: Iterable[str]) -> ConfigError:
@@ -160,6 +162,43 @@ class TrainConfig(Settings):
         _check_number("heldout", self.heldout, above=0, at_most=0.9)
         if self.device not in {"auto", "cpu", "cuda"}:
             raise unknown_name("device", str(self.device), ("auto", "cpu", "cuda"))
+
+
+def with_overrides(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """Lay ``table.key=value`` texts over nested plain values, as ``--set`` on a command line gives them.
+
+    Parameters
+    ----------
+    values : mapping
+        Nested tables, as TOML gives them; not changed.
+    assignments : iterable of str
+        The value is read as TOML writes it; what is not TOML is a text.
+
+    Raises
+    ------
+    ConfigError
+        An assignment without a key or an equals sign, or into something that is not a table.
+    """
+    merged = copy.deepcopy(dict(values))
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise ConfigError(f"got --set {assignment!r}, wanted key=value, for instance --set train.max_epochs=5")
+        *tables, key = path.split(".")
+        inner = merged
+        for table in tables:
+            inner = inner.setdefault(table, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"got --set {assignment!r}, but {table!r} is a value, not a table")
+        inner[key] = _toml_value(text)
+    return merged
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
 
 
 def _check_tuple(name: str, value: object) -> tuple[object, ...]:

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
 from vaefeat.errors import MissingExtraError
 
 __all__ = ["EpochRecord", "EventLog", "Observer", "ProgressBar"]
@@ -70,11 +73,6 @@ class ProgressBar(Observer):
     """A bar on standard error: ELBO, reconstruction, KL, active units, rows per second, time left."""
 
     def __init__(self, title: str = "pretrain") -> None:
-        try:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("A progress bar", extra="train") from error
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=20),

@@ -22,8 +22,9 @@ DEFAULT_IMAGE_COLUMN = "image"
 DEFAULT_LABEL_COLUMN = "label"
 
 # Rows that are read at a time: encoded images are large, and a row group may hold any number of them.
-_IMAGE_BATCH = 256
+_IMAGE_BATCH = 128
 _NUMERIC_BATCH = 65_536
+_BUFFER_BYTES = 1 << 20
 
 
 class ParquetRows(NamedTuple):
@@ -176,7 +177,8 @@ def _open(path: Path) -> Iterator[Any]:
     except ImportError as error:
         raise MissingExtraError("Reading Parquet", extra="parquet") from error
     try:
-        with ParquetFile(path) as file:
+        # pyarrow would by default fetch the wanted columns of the whole file before it hands out the first batch.
+        with ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
             yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"got {path}, which is no readable Parquet file ({error}); fetch or write it again") from error

@@ -1,0 +1,169 @@
+"""``vaefeat VERB``: what the library does, from a shell.
+
+Each verb imports what it needs when it runs, so that ``vaefeat --help`` and ``vaefeat inspect`` are quick.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from vaefeat.errors import InputError, MissingExtraError, TrainingInterrupted, VaefeatError
+
+if TYPE_CHECKING:
+    from vaefeat.encoder import OnnxEncoder
+    from vaefeat.remote import RemoteEncoder
+
+__all__ = ["main", "run_command_line"]
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Pretrain a variational auto-encoder on unlabelled rows and use its posterior mean as features.",
+)
+_ROWS_A_CALL = 4096
+_DATA = "A .npy or .npz file, Parquet, a folder of images, or of MNIST's IDX files."
+
+
+@app.command()
+def pretrain(
+    data: Annotated[Path, typer.Argument(help=_DATA)],
+    out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
+    name: Annotated[str | None, typer.Option(help="Name of the encoder; the folder's when not given.")] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="model.KEY=VALUE or train.KEY=VALUE, such as train.max_epochs=5; may be repeated."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
+    image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width.")] = None,
+) -> None:
+    """Train on rows without labels and write a bundle."""
+    from vaefeat.config import ModelConfig, TrainConfig, unknown_name, with_overrides
+    from vaefeat.data import load_rows
+
+    settings = with_overrides({"model": {}, "train": {}}, override or ())
+    if unknown := sorted(settings.keys() - {"model", "train"}):
+        raise unknown_name("--set table", unknown[0], ("model", "train"))
+    model, train = ModelConfig.from_dict(settings["model"]), TrainConfig.from_dict(settings["train"])
+    try:
+        from vaefeat.pretraining import pretrain as train_and_export
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("Training", extra="train") from error
+    rows = load_rows(data, image_size=image_size)
+    bundle = train_and_export(rows, model=model, train=train, out=out, name=name, resume=resume)
+    metrics = bundle.manifest.metrics
+    Console().print(
+        f"{out}: held-out ELBO {metrics['elbo']:.2f} nats per row, {len(bundle.manifest.active_units)} of "
+        f"{bundle.manifest.latent_dim} latent units active, {bundle.digest}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole manifest as JSON.")] = False,
+) -> None:
+    """Verify a bundle's hashes and say what it is."""
+    from vaefeat.bundle import load_bundle
+
+    loaded = load_bundle(bundle)
+    manifest = loaded.manifest
+    if as_json:
+        typer.echo(json.dumps({"digest": loaded.digest, **manifest.to_dict(), "files": loaded.files}, indent=2))
+        return
+    facts = {
+        "name": manifest.name,
+        "digest": loaded.digest,
+        "input": str(manifest.input),
+        "outputs": ", ".join(f"{name} ({width})" for name, width in manifest.outputs.items()),
+        "active units": f"{len(manifest.active_units)} of {manifest.latent_dim}",
+        "held-out ELBO": f"{manifest.metrics['elbo']:.2f} nats per row after {manifest.metrics['epochs']} epochs",
+        "trained on": f"{manifest.data['n_rows']:,} rows, {manifest.data['fingerprint']}",
+        "files": ", ".join(f"{name} ({entry['bytes']:,} bytes)" for name, entry in loaded.files.items()),
+        "made with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+    }
+    for fact, value in facts.items():
+        typer.echo(f"{fact:<14} {value}")
+
+
+@app.command()
+def embed(
+    encoder: Annotated[str, typer.Argument(help="Folder of a bundle, or the address of a service.")],
+    data: Annotated[Path, typer.Argument(help=_DATA)],
+    out: Annotated[Path, typer.Argument(help="The .npy file to write.")],
+    output: Annotated[str, typer.Option(help="mean, hidden or logvar.")] = "mean",
+    split: Annotated[Literal["train", "test"], typer.Option(help="Which, where the data have splits.")] = "train",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda; for a bundle.")] = "auto",
+    model: Annotated[str | None, typer.Option(help="Which model of a service that has several.")] = None,
+) -> None:
+    """Turn rows into features, as an array file (n, d) of float32."""
+    import numpy as np
+    from rich.progress import track
+
+    from vaefeat.data import load_rows
+
+    if out.suffix != ".npy":
+        raise InputError(f"got the output file {out}, wanted a name that ends in .npy")
+    opened = _encoder(encoder, device=device, model=model)
+    rows = load_rows(data, split=split).array
+    starts = range(0, len(rows), _ROWS_A_CALL)
+    parts = [
+        opened.embed(rows[start : start + _ROWS_A_CALL], output=output)
+        for start in track(starts, description="embed", console=Console(stderr=True), transient=True)
+    ]
+    features = np.concatenate(parts)
+    _write_array(out, features)
+    Console().print(f"{out}: {features.shape[0]:,} rows of {features.shape[1]} features", highlight=False)
+
+
+def _encoder(address: str, *, device: str, model: str | None) -> OnnxEncoder | RemoteEncoder:
+    if address.startswith(("http://", "https://")):
+        from vaefeat.remote import RemoteEncoder
+
+        return RemoteEncoder(address, model=model)
+    from vaefeat.encoder import OnnxEncoder
+
+    return OnnxEncoder(address, device=device)
+
+
+def _write_array(path: Path, array: object) -> None:
+    import io
+
+    import numpy as np
+
+    from vaefeat.atomic import replace_file
+
+    file = io.BytesIO()
+    np.save(file, np.asarray(array), allow_pickle=False)
+    try:
+        replace_file(path, file.getvalue())
+    except OSError as error:
+        raise InputError(f"could not write {path}: {error.strerror or error}; choose another place") from error
+
+
+def run_command_line(commands: typer.Typer) -> None:
+    """Run a verb; an error of ours is one line on standard error and a status that is not zero."""
+    console = Console(stderr=True, soft_wrap=True)
+    try:
+        commands()
+    except TrainingInterrupted as stop:
+        console.print(f"{stop} (the same command with --resume)", style="yellow", highlight=False, markup=False)
+        raise SystemExit(130) from None
+    except VaefeatError as error:
+        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        console.print("interrupted", style="yellow")
+        raise SystemExit(130) from None
+
+
+def main() -> None:
+    """Run ``vaefeat``."""
+    run_command_line(app)
