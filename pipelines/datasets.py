@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 
 from pipelines.config import DataConfig
 from vaefeat.data import Rows, load_rows
-from vaefeat.errors import InputError
+from vaefeat.errors import InputError, MissingSplitError
 
 __all__ = ["Dataset", "load_dataset"]
 
@@ -62,12 +62,9 @@ def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
     _require_labels(train)
     try:
         test = load_rows(config.path, split="test")
-    except InputError:
+    except MissingSplitError:
         return _split(train.array, train.labels, train.names, config, seed, train.source)
     _require_labels(test)
-    if test.source == train.source and test.fingerprint() == train.fingerprint():
-        # A single file has no splits: it was read twice.
-        return _split(train.array, train.labels, train.names, config, seed, train.source)
     labels, names = _indices(np.concatenate([train.labels, test.labels]), train.names)
     pretraining = np.concatenate([train.array, test.array]) if config.pretrain_on == "all" else train.array
     return Dataset(

@@ -46,7 +46,7 @@ def write_report(out: Path, result: RunResult, data: Dataset, means: tuple[NDArr
     history = json.loads((out / TRAINING_FOLDER / HISTORY_FILE).read_text())
     spec = result.bundle.manifest.input
     pairs, samples = _generated(result, data)
-    points, labels = _map(means[1], data, seed=result.config.probe.seed)
+    points, labels = _map(np.concatenate(means), data, seed=result.config.probe.seed)
     overview = plots.png(
         plots.overview(
             history=history, pairs=pairs, samples=samples, points=points, labels=labels, low=spec.low, high=spec.high
@@ -79,9 +79,9 @@ def _generated(result: RunResult, data: Dataset) -> tuple[NDArray[Any] | None, N
 
 
 def _map(means: NDArray[Any], data: Dataset, *, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Lay test rows out in two dimensions by their means alone; the labels only colour them."""
+    """Lay rows out in two dimensions by their means alone; the labels only colour them."""
     some = np.random.default_rng(seed).permutation(len(means))[:_MAP_ROWS]
-    names = np.array(data.names)[data.test_labels[some]]
+    names = np.array(data.names)[np.concatenate([data.train_labels, data.test_labels])[some]]
     chosen = means[some]
     if chosen.shape[1] == 1:
         return np.column_stack([chosen[:, 0], np.zeros(len(chosen))]), names
@@ -91,7 +91,7 @@ def _map(means: NDArray[Any], data: Dataset, *, seed: int) -> tuple[NDArray[Any]
 
 
 def _errors(result: RunResult) -> Any:
-    probes = [p for p in result.probes if p.head == result.probes[0].head]
+    probes = sorted((p for p in result.probes if p.head == result.probes[0].head), key=lambda p: p.mean)
     drawn, axes = plots.figure(width=6.5, height=0.5 + 0.55 * len(probes))
     plots.draw_errors(
         axes,
@@ -99,7 +99,7 @@ def _errors(result: RunResult) -> Any:
         [p.mean for p in probes],
         [p.spread for p in probes],
         ours={p.features for p in probes if p.features.startswith("vaefeat")},
-        title=f"Logistic regression on {result.config.probe.n_labels} labels",
+        title=f"Logistic regression on {result.config.probe.n_labels} labels, features {probes[0].head}",
     )
     return drawn
 

@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sklearn.decomposition import PCA
-from vaefeat.remote import RemoteEncoder
 
 from pipelines.config import RunConfig
 from pipelines.datasets import Dataset, load_dataset
@@ -28,6 +27,7 @@ from pipelines.server import running_server
 from vaefeat.atomic import replace_file
 from vaefeat.bundle import Bundle
 from vaefeat.pretraining import pretrain
+from vaefeat.remote import RemoteEncoder
 
 __all__ = ["RunResult", "run"]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
@@ -19,6 +20,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=str(Path(__file__).parents[2] / "shared" / "data"),
         help="folder that holds MNIST/ and CIFAR10/; tests that need them are skipped where it is missing",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    without_gpu = pytest.mark.skip(reason="no CUDA device on this machine")
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(without_gpu)
 
 
 @pytest.fixture(scope="session")
@@ -38,12 +47,12 @@ def digits_rows() -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="session")
 def digits_bundle(tmp_path_factory: pytest.TempPathFactory, digits_rows: NDArray[np.uint8]) -> Path:
-    """A small convolutional VAE, trained for three epochs."""
+    """Give a small convolutional VAE, trained for fifteen epochs."""
     folder = tmp_path_factory.mktemp("bundles") / "digits"
     pretrain(
         digits_rows,
         model=ModelConfig(latent_dim=8, channels=(16, 32), hidden_dims=(64,)),
-        train=TrainConfig(max_epochs=3),
+        train=TrainConfig(max_epochs=15, batch_size=32),
         out=folder,
         progress=False,
     )

@@ -113,11 +113,10 @@ def embed(
         raise InputError(f"got the output file {out}, wanted a name that ends in .npy")
     opened = _encoder(encoder, device=device, model=model)
     rows = load_rows(data, split=split).array
+    console = Console(stderr=True)
     starts = range(0, len(rows), _ROWS_A_CALL)
-    parts = [
-        opened.embed(rows[start : start + _ROWS_A_CALL], output=output)
-        for start in track(starts, description="embed", console=Console(stderr=True), transient=True)
-    ]
+    bar = track(starts, description="embed", console=console, transient=True, disable=not console.is_terminal)
+    parts = [opened.embed(rows[start : start + _ROWS_A_CALL], output=output) for start in bar]
     features = np.concatenate(parts)
     _write_array(out, features)
     Console().print(f"{out}: {features.shape[0]:,} rows of {features.shape[1]} features", highlight=False)

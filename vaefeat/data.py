@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vaefeat.arrays import as_labels, as_rows, read_npy, read_npz
-from vaefeat.errors import InputError
+from vaefeat.errors import InputError, MissingSplitError
 from vaefeat.idx import find_idx, is_idx, read_idx, read_idx_shape
 from vaefeat.images import SUFFIXES as IMAGE_SUFFIXES
 from vaefeat.images import OnError, class_folders, decode_images, find_images
@@ -92,7 +92,7 @@ class _Request(NamedTuple):
         if columns and self.columns is not None:
             raise InputError(f"got columns for {source}; they apply to Parquet only, leave them out")
         if split and self.split != "train":
-            raise InputError(
+            raise MissingSplitError(
                 f"got split={self.split!r} for {source}, which has no splits; leave it out to read all rows, "
                 "or pass the path of the test rows"
             )
@@ -300,7 +300,9 @@ def _split_folder(folder: Path, split: Split) -> Path:
     """Return the sub-folder of the split, or the folder itself where it has no such sub-folders."""
     present = [name for name in get_args(Split) if (folder / name).is_dir()]
     if present and split not in present:
-        raise InputError(f"got {folder} with the sub-folder {present[0]}/ only, wanted {split}/ for split={split!r}")
+        raise MissingSplitError(
+            f"got {folder} with the sub-folder {present[0]}/ only, wanted {split}/ for split={split!r}"
+        )
     return folder / split if present else folder
 
 

@@ -4,7 +4,8 @@
 
     VaefeatError
     ├── InputError (ValueError)           rows, labels or arguments that cannot be used; the caller's to mend
-    │   └── ConfigError                   an unknown key, an impossible value or combination of settings
+    │   ├── ConfigError                   an unknown key, an impossible value or combination of settings
+    │   └── MissingSplitError             the data have no such split; the rest of them may be fine
     ├── BundleError (ValueError)          a bundle that is missing, corrupt, edited, or of a newer schema
     ├── ExportError (RuntimeError)        the ONNX graph does not compute what the torch model computes
     ├── DeviceError (RuntimeError)        a device was asked for and is not there
@@ -29,6 +30,7 @@ __all__ = [
     "ExportError",
     "InputError",
     "MissingExtraError",
+    "MissingSplitError",
     "NonFiniteLossError",
     "RemoteError",
     "TrainingError",
@@ -47,6 +49,10 @@ class InputError(VaefeatError, ValueError):
 
 class ConfigError(InputError):
     """An unknown setting, an impossible value, or settings that exclude each other."""
+
+
+class MissingSplitError(InputError):
+    """The data come without the split that was asked for."""
 
 
 class BundleError(VaefeatError, ValueError):

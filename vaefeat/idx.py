@@ -19,7 +19,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vaefeat.errors import InputError
+from vaefeat.errors import InputError, MissingSplitError
 
 __all__ = ["find_idx", "is_idx", "read_idx", "read_idx_shape"]
 
@@ -122,7 +122,7 @@ def find_idx(folder: Path, split: str) -> tuple[Path, Path | None] | None:
         if found := images[split]:
             return found, _plain_or_gzipped(place / f"{_PREFIXES[split]}-labels-idx1-ubyte")
         if any(images.values()):
-            raise InputError(
+            raise MissingSplitError(
                 f"got {place} without {_PREFIXES[split]}-images-idx3-ubyte[.gz], which holds split={split!r}"
             )
     return None

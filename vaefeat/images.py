@@ -71,7 +71,7 @@ class _UnreadableError(Exception):
 def find_images(folder: Path) -> list[Path]:
     """List the image files in and below `folder`, sorted by their path.
 
-    Hidden files and folders are left out, and links to folders are not followed.
+    Hidden files and folders are left out. Links to folders are followed, unless they lead back up.
 
     Raises
     ------
@@ -92,11 +92,16 @@ def _walk(folder: Path) -> Iterator[Path]:
         raise InputError(f"got {folder}, in which a folder cannot be listed ({error}); make it readable") from error
 
     # Path.rglob would pass over a folder without the right to read it.
-    for place, inner, files in os.walk(folder, onerror=refuse):
-        inner[:] = [name for name in inner if not name.startswith(".")]
+    for place, inner, files in os.walk(folder, onerror=refuse, followlinks=True):
+        inner[:] = [name for name in inner if not name.startswith(".") and not _leads_back(Path(place, name))]
         for name in files:
             if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
                 yield Path(place, name)
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether a link leads to a folder that is just being walked, so that following it would never end."""
+    return folder.is_symlink() and folder.resolve() in {parent.resolve() for parent in folder.parents}
 
 
 def decode_images(

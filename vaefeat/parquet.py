@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vaefeat.errors import InputError, MissingExtraError
+from vaefeat.errors import InputError, MissingExtraError, MissingSplitError
 from vaefeat.images import OnError, decode_images
 
 __all__ = ["ParquetRows", "find_parquet", "read_parquet"]
@@ -90,7 +90,9 @@ def find_parquet(folder: Path, split: str) -> tuple[list[Path], bool]:
     }
     has_splits = any(by_split.values())
     if has_splits and not by_split[split]:
-        raise InputError(f"got {folder} with {', '.join(path.name for path in files)}, wanted {split}.parquet, too")
+        raise MissingSplitError(
+            f"got {folder} with {', '.join(path.name for path in files)}, wanted {split}.parquet, too"
+        )
     return (by_split[split] if has_splits else files), has_splits
 
 

@@ -22,9 +22,6 @@ _STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
     "legend.frameon": False,
 }
 _TRAIN, _HELDOUT, _OURS, _OTHERS = "#9aa5b1", "#1f5fbf", "#1f5fbf", "#b8c1cc"
@@ -64,7 +61,8 @@ def draw_curve(axes: Axes, history: Sequence[Mapping[str, Any]], *, title: str =
     if len(heldout) > 4:
         floor, top = np.quantile(heldout, 0.1), max(heldout.max(), max(r["train_elbo"] for r in history))
         axes.set_ylim(floor - 0.3 * (top - floor), top + 0.08 * (top - floor))
-    axes.set(xlabel="epoch", ylabel="ELBO (nats per row)", title=title)
+    axes.set(xlabel="epoch", ylabel="ELBO (nats per row)")
+    _title(axes, title)
     axes.legend(loc="lower right")
 
 
@@ -78,7 +76,7 @@ def draw_images(axes: Axes, images: NDArray[Any], *, columns: int, title: str, l
         unit = np.clip((image.astype(np.float64) - low) / max(high - low, 1e-12), 0, 1).transpose(1, 2, 0)
         canvas[y : y + height - 1, x : x + width - 1] = unit[..., :3] if unit.shape[2] >= 3 else unit[..., :1]
     axes.imshow(canvas, interpolation="nearest")
-    axes.set_title(title)
+    _title(axes, title)
     axes.set_axis_off()
 
 
@@ -100,7 +98,8 @@ def draw_map(axes: Axes, points: NDArray[Any], labels: NDArray[Any] | None, *, t
                 weight="bold",
                 bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8},
             )
-    axes.set(xticks=[], yticks=[], title=title)
+    axes.set(xticks=[], yticks=[])
+    _title(axes, title)
     axes.spines[:].set_visible(False)
 
 
@@ -128,7 +127,8 @@ def draw_errors(
             weight="bold",
         )
     axes.set_yticks(places, names)
-    axes.set(xlabel="test error (%)", title=title)
+    axes.set(xlabel="test error (%)")
+    _title(axes, title)
 
 
 def overview(
@@ -174,3 +174,8 @@ def overview(
         draw_images(axes["samples"], samples, columns=columns, title="Samples", low=low, high=high)
         draw_curve(axes["curve"], history)
         return made
+
+
+def _title(axes: Axes, title: str) -> None:
+    # Said here and not in the style: a style counts when text is made, not when the figure is.
+    axes.set_title(title, loc="left", weight="bold", size=11)

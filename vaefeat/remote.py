@@ -43,8 +43,8 @@ class RemoteEncoder:
 
     Attributes
     ----------
-    url, model : str
-        Where it asks, and for what.
+    url : str
+        Where it asks.
     name, digest : str
         Of the bundle.
     input : InputSpec
@@ -127,11 +127,6 @@ class RemoteEncoder:
                 f"{limits['max_body_bytes']}; start the server with a larger --max-body-bytes"
             )
 
-    @property
-    def model(self) -> str:
-        """Name of the model, the same as ``name``."""
-        return self.name
-
     def embed(self, X: ArrayLike, *, output: str = "mean") -> NDArray[np.float32]:
         """Encode rows on the server.
 
@@ -179,12 +174,12 @@ class RemoteEncoder:
                 "which it had when this encoder was made; make a new RemoteEncoder, and embed everything with it"
             )
         try:
-            features = np.load(io.BytesIO(answer.content), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+            features: NDArray[np.float32] = np.lib.format.read_array(io.BytesIO(answer.content), allow_pickle=False)
+        except Exception as error:  # a stranger's header can fail in many ways
             raise RemoteError(f"{self.url} answered with what is not npy ({error}); is a proxy in between?") from error
         wanted = (len(rows), self.outputs[output])
-        if not isinstance(features, np.ndarray) or features.shape != wanted or features.dtype != np.float32:
-            got = f"{getattr(features, 'dtype', type(features))} of shape {getattr(features, 'shape', None)}"
+        if features.shape != wanted or features.dtype != np.float32:
+            got = f"{features.dtype} of shape {features.shape}"
             raise RemoteError(f"{self.url} answered with {got}, wanted float32 of shape {wanted}")
         return features
 
@@ -208,6 +203,8 @@ class RemoteEncoder:
         told = f"{self.url} answered {answer.status_code}: {_message(answer)}"
         if answer.is_client_error and answer.status_code not in _TRANSIENT:
             raise InputError(told)
+        if answer.is_redirect:
+            raise RemoteError(f"{told} to {answer.headers.get('location')}; give the address it leads to as url")
         raise RemoteError(f"{told}; try again later, and see the server's log if it stays so")
 
     def close(self) -> None:

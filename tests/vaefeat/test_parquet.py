@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -158,17 +159,18 @@ def test_unreadable_and_missing_images_are_named_by_row_and_path(tmp_path: Path)
 
 
 def test_encoded_images_are_never_all_in_memory(tmp_path: Path) -> None:
-    # Noise does not compress: 1,500 images of 12 KB in one row group, of which 256 are read at a time.
-    images = [_png(seed, (64, 64, 3)) for seed in range(1500)]
+    # 74 MB of noise, which does not compress, in one row group. A fresh process, because Arrow counts for a whole one.
+    images = [_png(0, (64, 64, 3))] * 6000
     pq.write_table(pa.table({"image": images}), tmp_path / "rows.parquet", compression="none", use_dictionary=False)
-    ordinary = pa.default_memory_pool()
-    counting = pa.proxy_memory_pool(ordinary)
-    pa.set_memory_pool(counting)
-    try:
-        assert len(load_rows(tmp_path / "rows.parquet")) == 1500
-    finally:
-        pa.set_memory_pool(ordinary)
-    assert 0 < counting.max_memory() < sum(map(len, images)) / 2
+    code = (
+        "import sys, pyarrow; from vaefeat.data import load_rows; "
+        "print(len(load_rows(sys.argv[1])), pyarrow.default_memory_pool().max_memory())"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "rows.parquet")]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    n_rows, peak_bytes = map(int, output.split())
+    assert n_rows == 6000
+    assert 0 < peak_bytes < sum(map(len, images)) / 2
 
 
 def test_missing_column_offers_the_nearest(tmp_path: Path) -> None:
@@ -202,6 +204,15 @@ def test_nulls_name_the_column_and_the_row(tmp_path: Path) -> None:
         load_rows(tmp_path / "rows.parquet")
     with pytest.raises(InputError, match=r"nulls in column 'a' .*rows\.parquet \(first in row 2\)"):
         load_rows(tmp_path / "rows.parquet", label_column=None)
+
+
+def test_null_in_a_later_batch_is_counted_from_the_start_of_its_file(tmp_path: Path) -> None:
+    full, holed = np.zeros(70_000), np.zeros(70_000)
+    holed[-1] = np.nan
+    for name, values in (("0.parquet", full), ("1.parquet", holed)):
+        pq.write_table(pa.table({"a": pa.array(values, from_pandas=True)}), tmp_path / name)
+    with pytest.raises(InputError, match=r"nulls in column 'a' of .*1\.parquet \(first in row 69999\)"):
+        load_rows(tmp_path)
 
 
 def test_not_finite_number_names_the_column(tmp_path: Path) -> None:
@@ -247,6 +258,17 @@ def test_damaged_file_is_named(tmp_path: Path) -> None:
     for name in ("short", "page", "empty"):
         with pytest.raises(InputError, match=rf"{name}\.parquet, which is no readable Parquet file"):
             load_rows(tmp_path / f"{name}.parquet")
+
+
+def test_file_that_announces_more_rows_than_it_holds_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"a": np.zeros(12_345)}), path, row_group_size=10_000)
+    content = path.read_bytes()
+    # The total stands once in the footer, as a zigzag variable-length integer: 2 * 12,345 becomes 2 * 12,346.
+    assert content.count(b"\xf2\xc0\x01") == 1
+    path.write_bytes(content.replace(b"\xf2\xc0\x01", b"\xf4\xc0\x01"))
+    with pytest.raises(InputError, match=r"got 12345 rows in .*, wanted the 12346 that the files announce"):
+        load_rows(path)
 
 
 def test_label_that_is_no_text_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,273 @@
+"""The loop: schedules, early stopping, exact resume, and what happens when something goes wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from vaefeat import ModelConfig, TrainConfig
+from vaefeat.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    InputError,
+    NonFiniteLossError,
+    TrainingInterrupted,
+)
+from vaefeat.model.vae import VAE
+from vaefeat.observers import EpochRecord, Observer
+from vaefeat.schedules import kl_warmup_factor, learning_rate_factor
+from vaefeat.training import Trainer, split_heldout
+
+MODEL = ModelConfig(latent_dim=4, hidden_dims=(32,), network="mlp")
+
+
+def trainer(rows: NDArray[Any], *, checkpoint: Path | None = None, observers: Any = (), **settings: Any) -> Trainer:
+    torch.manual_seed(0)
+    vae = VAE.for_rows(MODEL, rows)
+    config = TrainConfig(**{"max_epochs": 4, "batch_size": 256, **settings})
+    return Trainer(vae, rows, config, checkpoint=checkpoint, observers=observers)
+
+
+def weights(of: Trainer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in of.vae.state_dict().items()}
+
+
+class StopAfter(Observer):
+    """Sends a real signal to this process at the first reading of the losses in an epoch."""
+
+    def __init__(self, epoch: int, number: signal.Signals) -> None:
+        self.epoch, self.number = epoch, number
+
+    def on_steps(self, *, epoch: int, **figures: Any) -> None:
+        if epoch == self.epoch:
+            os.kill(os.getpid(), self.number)
+
+
+def test_training_raises_the_heldout_bound(digits_rows: NDArray[np.uint8]) -> None:
+    result = trainer(digits_rows, max_epochs=8).run()
+    assert result.history[-1].heldout_elbo > result.history[0].heldout_elbo + 1
+    assert result.evaluation.objective == max(record.heldout_objective for record in result.history)
+
+
+def test_training_twice_gives_the_same_weights_and_leaves_the_generator_alone(
+    digits_rows: NDArray[np.uint8],
+) -> None:
+    first, second = trainer(digits_rows, max_epochs=2), trainer(digits_rows, max_epochs=2)
+    state = torch.get_rng_state()
+    first.run()
+    assert torch.equal(state, torch.get_rng_state())
+    second.run()
+    for name, value in first.vae.state_dict().items():
+        assert torch.equal(value, second.vae.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_resume_after_a_signal_in_mid_epoch_equals_a_run_that_was_never_stopped(
+    digits_rows: NDArray[np.uint8], tmp_path: Path, number: signal.Signals
+) -> None:
+    whole = trainer(digits_rows, batch_size=16, max_epochs=4)
+    whole_result = whole.run()
+    path = tmp_path / "checkpoint.safetensors"
+    handler = signal.getsignal(number)
+    stopped = trainer(digits_rows, batch_size=16, max_epochs=4, checkpoint=path, observers=[StopAfter(3, number)])
+    with pytest.raises(TrainingInterrupted, match=rf"{number.name} in epoch 3 after batch 50 of 102.*resume=True"):
+        stopped.run()
+    assert signal.getsignal(number) == handler
+    continued = trainer(digits_rows, batch_size=16, max_epochs=4, checkpoint=path)
+    result = continued.run(resume=True)
+    for name, value in whole.vae.state_dict().items():
+        torch.testing.assert_close(continued.vae.state_dict()[name], value, atol=1e-6, rtol=0)
+    for ours, theirs in zip(result.history, whole_result.history, strict=True):
+        assert ours.heldout_elbo == pytest.approx(theirs.heldout_elbo, abs=1e-6)
+        assert ours.train_elbo == pytest.approx(theirs.train_elbo, abs=1e-6)
+
+
+def test_resume_of_a_finished_run_trains_no_further(digits_rows: NDArray[np.uint8], tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    first = trainer(digits_rows, max_epochs=2, checkpoint=path)
+    first.run()
+    again = trainer(digits_rows, max_epochs=2, checkpoint=path)
+    result = again.run(resume=True)
+    assert [record.epoch for record in result.history] == [1, 2]
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(first).items())
+
+
+def test_resume_without_a_checkpoint_starts_from_the_beginning(digits_rows: NDArray[np.uint8], tmp_path: Path) -> None:
+    result = trainer(digits_rows, max_epochs=1, checkpoint=tmp_path / "none.safetensors").run(resume=True)
+    assert len(result.history) == 1
+
+
+def test_resume_with_other_settings_is_refused_and_names_them(digits_rows: NDArray[np.uint8], tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    trainer(digits_rows, max_epochs=1, checkpoint=path).run()
+    with pytest.raises(CheckpointError, match=r"train\.learning_rate: 0\.002 there, 0\.01 here"):
+        trainer(digits_rows, max_epochs=1, learning_rate=0.01, checkpoint=path).run(resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+def test_resume_from_a_damaged_checkpoint_is_refused(
+    digits_rows: NDArray[np.uint8], tmp_path: Path, content: bytes
+) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a checkpoint of vaefeat or is corrupt"):
+        trainer(digits_rows, checkpoint=path).run(resume=True)
+
+
+def test_resume_from_a_truncated_checkpoint_is_refused(digits_rows: NDArray[np.uint8], tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    trainer(digits_rows, max_epochs=1, checkpoint=path).run()
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="corrupt"):
+        trainer(digits_rows, max_epochs=1, checkpoint=path).run(resume=True)
+
+
+def test_checkpoint_holds_no_pickle(digits_rows: NDArray[np.uint8], tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    trainer(digits_rows, max_epochs=1, checkpoint=path).run()
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    import safetensors.numpy
+
+    # An independent reader opens it.
+    assert any(name.startswith("optimizer.0.") for name in safetensors.numpy.load_file(path))
+
+
+def test_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path: Path) -> None:
+    """A limit on the size of files refuses the second checkpoint as a full disk does, by an error of the system."""
+    program = """
+        import resource, signal, sys
+        from pathlib import Path
+        import numpy as np
+        import torch
+        from vaefeat.checkpoint import read_checkpoint, write_checkpoint
+        from vaefeat.errors import CheckpointError
+        path = Path(sys.argv[1])
+        write_checkpoint(path, {"a": torch.arange(5)}, {"epoch": 1})
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        try:
+            write_checkpoint(path, {"a": torch.zeros(100_000)}, {"epoch": 2})
+        except CheckpointError as error:
+            print(error)
+        tensors, meta = read_checkpoint(path)
+        print(meta, tensors["a"].tolist(), sorted(p.name for p in path.parent.iterdir()))
+    """
+    path = tmp_path / "checkpoint.safetensors"
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program), str(path)], capture_output=True, text=True, check=True
+    )
+    message, state = done.stdout.splitlines()
+    assert "could not write the checkpoint" in message
+    assert "the checkpoint before it is intact" in message
+    assert state == "{'epoch': 1} [0, 1, 2, 3, 4] ['checkpoint.safetensors']"
+
+
+def test_non_finite_loss_names_term_epoch_and_batch_and_keeps_the_checkpoint(
+    digits_rows: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+
+    class Spoil(Observer):
+        def on_epoch(self, record: EpochRecord) -> None:
+            if record.epoch == 2:
+                with torch.no_grad():
+                    run.vae.posterior.logvar.bias[0] = torch.nan  # type: ignore[index, operator, union-attr]
+
+    run = trainer(digits_rows, checkpoint=path, observers=[Spoil()], checkpoint_every=2)
+    # Keep the good state: the checkpoint of epoch 2 is written after the observer has spoiled the weights.
+    trainer(digits_rows, checkpoint=path, max_epochs=1).run()
+    good = path.read_bytes()
+    run.config = TrainConfig(max_epochs=4, batch_size=256, checkpoint_every=4)
+    with pytest.raises(
+        NonFiniteLossError, match=r"became nan in epoch 3, batch 1 of 7; the last good checkpoint is .*"
+    ):
+        run.run()
+    assert path.read_bytes() == good
+
+
+def test_exploding_learning_rate_stops_with_an_error_and_not_with_nan(digits_rows: NDArray[np.uint8]) -> None:
+    rows = digits_rows.reshape(len(digits_rows), -1).astype(np.float32)
+    with pytest.raises(NonFiniteLossError, match="Lower learning_rate"):
+        trainer(rows, learning_rate=1e30, gradient_clip=1e30).run()
+
+
+def test_early_stopping_waits_for_the_warm_up_and_keeps_the_best_weights(digits_rows: NDArray[np.uint8]) -> None:
+    rows = digits_rows[:60]  # few rows: the held-out bound falls after a while
+    run = trainer(rows, max_epochs=300, patience=5, batch_size=16, learning_rate=1e-2, kl_warmup=0.05)
+    result = run.run()
+    objectives = [record.heldout_objective for record in result.history]
+    assert 300 * 0.05 < len(objectives) < 300
+    assert result.evaluation.objective == max(objectives)
+    assert len(objectives) - 1 - int(np.argmax(objectives)) >= 5
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 1.0])
+def test_kl_warm_up_reaches_its_ceiling_in_runs_of_any_length(total_steps: int, share: float) -> None:
+    factors = [kl_warmup_factor(step, total_steps, share) for step in range(total_steps)]
+    assert factors[-1] == 1.0
+    assert factors == sorted(factors)
+    assert all(0 <= factor <= 1 for factor in factors)
+    if share == 0.5 and total_steps == 1000:
+        assert factors[0] == 0
+        assert factors[250] == pytest.approx(0.5)
+        assert factors[500] == 1
+
+
+def test_learning_rate_rises_then_falls_along_a_cosine() -> None:
+    factors = [learning_rate_factor(step, 1000, 0.1) for step in range(1000)]
+    assert factors[0] == pytest.approx(0.01)
+    assert factors[100] == pytest.approx(1.0)
+    assert np.argmax(factors) in {99, 100}
+    assert factors[550] == pytest.approx(0.505, abs=0.002)
+    assert factors[-1] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("n_rows", [2, 3, 10, 1797])
+def test_heldout_split_leaves_rows_on_both_sides_and_none_on_two(n_rows: int) -> None:
+    train, heldout = split_heldout(n_rows, 0.1, seed=0)
+    assert len(train) >= 1
+    assert len(heldout) >= 1
+    assert sorted([*train, *heldout]) == list(range(n_rows))
+
+
+def test_one_row_is_refused() -> None:
+    with pytest.raises(InputError, match="at least 2"):
+        split_heldout(1, 0.1, seed=0)
+
+
+def test_unknown_objective_is_refused(digits_rows: NDArray[np.uint8]) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'elbo'"):
+        trainer(digits_rows, objective="elob")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that must be missing")
+def test_cuda_asked_for_and_absent_is_an_error(digits_rows: NDArray[np.uint8]) -> None:
+    with pytest.raises(DeviceError, match="device='cpu'"):
+        trainer(digits_rows, device="cuda")
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_reaches_the_cpus_bound(digits_rows: NDArray[np.uint8]) -> None:
+    bounds = [trainer(digits_rows, max_epochs=8, device=device).run().evaluation.elbo for device in ("cpu", "cuda")]
+    assert bounds[0] == pytest.approx(bounds[1], abs=0.5)
+
+
+def test_training_reads_a_memory_map(digits_rows: NDArray[np.uint8], tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", digits_rows)
+    mapped = trainer(np.load(tmp_path / "rows.npy", mmap_mode="r"), max_epochs=1)
+    mapped.run()
+    loaded = trainer(digits_rows, max_epochs=1)
+    loaded.run()
+    assert all(torch.equal(value, weights(mapped)[name]) for name, value in weights(loaded).items())
