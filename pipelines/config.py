@@ -120,7 +120,9 @@ class RunConfig:
                 raise unknown_name("configuration key", key, known)
             if key in tables and not isinstance(value, Mapping):
                 raise ConfigError(f"got {key}={value!r}, wanted a table [{key}]")
-            made[key] = tables[key].from_dict(value) if key in tables else str(value)
+            if key not in tables and not (isinstance(value, str) and value):
+                raise ConfigError(f"got {key}={value!r}, wanted a text")
+            made[key] = tables[key].from_dict(value) if key in tables else value
         return cls(**made)
 
     def to_dict(self) -> dict[str, Any]:

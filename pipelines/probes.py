@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,8 +88,7 @@ def probe(
     train_labels: NDArray[np.int64],
     test_labels: NDArray[np.int64],
     *,
-    n_labels: int,
-    seeds: Iterable[int],
+    draws: Sequence[NDArray[np.int64]],
     on_fit: Callable[[], None] = lambda: None,
 ) -> list[Probe]:
     """Measure the test error of every kind of features behind every head, on the same draws of labels.
@@ -99,9 +98,8 @@ def probe(
     features : mapping of str to (train, test)
         Each of shape (n, d).
     train_labels, test_labels : ndarray of shape (n,)
-    n_labels : int
-    seeds : iterable of int
-        One draw each.
+    draws : sequence of ndarray
+        Indices of the labelled training rows, as :func:`draw_labels` gives them.
     on_fit : callable
         Called after each classifier.
 
@@ -109,7 +107,6 @@ def probe(
     -------
     list of Probe
     """
-    draws = [draw_labels(train_labels, n_labels=n_labels, seed=seed) for seed in seeds]
     probes = []
     for name, (train, test) in features.items():
         for head, make in HEADS.items():

@@ -21,7 +21,7 @@ from sklearn.decomposition import PCA
 
 from pipelines.config import RunConfig
 from pipelines.datasets import Dataset, load_dataset
-from pipelines.probes import HEADS, Probe, probe
+from pipelines.probes import HEADS, Probe, draw_labels, probe
 from pipelines.report import write_report
 from pipelines.server import running_server
 from vaefeat.atomic import replace_file
@@ -84,6 +84,9 @@ def run(config: RunConfig, *, console: Console, resume: bool = False) -> RunResu
     out = Path(config.out)
     with _timed(seconds, "load"):
         data = load_dataset(config.data, seed=config.probe.seed)
+    # Drawn before anything takes long: an impossible number of labels is found out at once.
+    seeds = range(config.probe.seed, config.probe.seed + config.probe.n_draws)
+    draws = [draw_labels(data.train_labels, n_labels=config.probe.n_labels, seed=seed) for seed in seeds]
     with _timed(seconds, "pretrain and export"):
         bundle = pretrain(
             data.pretraining, model=config.model, train=config.train, out=out, name=config.name, resume=resume
@@ -91,14 +94,12 @@ def run(config: RunConfig, *, console: Console, resume: bool = False) -> RunResu
     features, rows_per_s = _embed(config, out, data, seconds)
     features |= _baselines(data, n_components=config.model.latent_dim, seed=config.probe.seed)
     with _timed(seconds, "classify"), _progress() as progress:
-        seeds = range(config.probe.seed, config.probe.seed + config.probe.n_draws)
-        task = progress.add_task("classify", total=len(features) * len(HEADS) * len(seeds))
+        task = progress.add_task("classify", total=len(features) * len(HEADS) * len(draws))
         probes = probe(
             features,
             data.train_labels,
             data.test_labels,
-            n_labels=config.probe.n_labels,
-            seeds=seeds,
+            draws=draws,
             on_fit=lambda: progress.advance(task),
         )
     result = RunResult(config, bundle, probes, seconds, rows_per_s, _environment(bundle))

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from vaefeat.errors import RemoteError
 
@@ -44,23 +45,32 @@ def running_server(bundle: Path, *, engine: str, start_timeout_s: float) -> Iter
         It ended before it was ready, or was not ready in time; what it wrote to its log is in the message.
     """
     command = [sys.executable, "-m", "serving", str(bundle), "--engine", engine, "--port", "0"]
-    # A session of its own: Ctrl-C in the terminal reaches this process alone, which then stops the server in order.
-    process = subprocess.Popen(  # noqa: S603 - our own module, with arguments that are no shell text
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
     log: list[str] = []
     lines: queue.Queue[str] = queue.Queue()
-    for stream, take in ((process.stdout, lines.put), (process.stderr, log.append)):
-        threading.Thread(target=_forward, args=(stream, take), daemon=True).start()
-    try:
-        yield _address(process, lines, log, start_timeout_s)
-    finally:
-        _stop(process)
+    # A session of its own: Ctrl-C in the terminal reaches this process alone, which then stops the server in order.
+    with subprocess.Popen(  # noqa: S603 - our own module, with arguments that are no shell text
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None  # a pipe
+        assert process.stderr is not None
+        # Both are read all the time: a full pipe would stop the service.
+        readers = [
+            threading.Thread(target=_forward, args=(process.stdout, lines.put)),
+            threading.Thread(target=_forward, args=(process.stderr, log.append)),
+        ]
+        for reader in readers:
+            reader.start()
+        try:
+            yield _address(process, lines, log, start_timeout_s)
+        finally:
+            _stop(process)
+            for reader in readers:
+                reader.join()
 
 
-def _forward(stream: object, take: object) -> None:
-    for line in stream:  # type: ignore[attr-defined]  # a text stream
-        take(line)  # type: ignore[operator]
+def _forward(stream: IO[str], take: Callable[[str], None]) -> None:
+    for line in stream:
+        take(line)
 
 
 def _address(process: subprocess.Popen[str], lines: queue.Queue[str], log: list[str], timeout_s: float) -> str:

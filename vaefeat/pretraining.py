@@ -20,7 +20,7 @@ from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.data import Rows, fingerprint, load_rows
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.encoder import OnnxEncoder
-from vaefeat.errors import InputError, TrainingError
+from vaefeat.errors import BundleError, InputError, TrainingError
 from vaefeat.export import export_decoder, export_encoder, measure_parity, weights_of
 from vaefeat.input_spec import InputSpec
 from vaefeat.model.evaluation import fixed_noise
@@ -114,6 +114,7 @@ def pretrain(
     watching = [*observers, *([ProgressBar()] if progress else [])]
     checkpoint = None
     if folder is not None:
+        _make_folder(folder / TRAINING_FOLDER)
         checkpoint = folder / TRAINING_FOLDER / CHECKPOINT_FILE
         watching.append(EventLog(folder / TRAINING_FOLDER))
     with fixed_noise(train.seed, torch.device("cpu")):
@@ -186,6 +187,18 @@ def _picture(bundle: Bundle, rows: NDArray[Any]) -> bytes:
     some = rows[:12]
     means = OnnxEncoder(bundle, device="cpu").embed(some)
     return reconstruction_picture(some, OnnxDecoder(bundle, device="cpu").decode(means))
+
+
+def _make_folder(folder: Path) -> None:
+    """Find out before an hour of training whether its result can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / ".writable", b"")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise BundleError(
+            f"could not make or write the folder {folder}: {error.strerror or error}; choose another with out="
+        ) from error
 
 
 def _write_history(path: Path, result: TrainingResult) -> None:
