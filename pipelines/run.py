@@ -204,7 +204,7 @@ def _environment(bundle: Bundle) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    from vaefeat.runtime import available_cpus
+    from vaefeat.processors import available_cpus
 
     cpuinfo = Path("/proc/cpuinfo")
     names = (

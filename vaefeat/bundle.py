@@ -15,10 +15,12 @@ reports): what the manifest does not list is never read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
 from pathlib import Path
@@ -34,6 +36,20 @@ SCHEMA_VERSION = 1
 MANIFEST_FILE = "bundle.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_MANIFEST_BYTES = 16 * 2**20
+#: What JSON holds under each key; whoever reads the values relies on it.
+_FORMS = {
+    "input": dict,
+    "outputs": dict,
+    "latent_dim": int,
+    "active_units": list,
+    "objective": str,
+    "model": dict,
+    "train": dict,
+    "data": dict,
+    "metrics": dict,
+    "parity": dict,
+    "versions": dict,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +97,12 @@ class Manifest:
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        units_exist = all(isinstance(unit, int) and 0 <= unit < self.latent_dim for unit in self.active_units)
+        if self.outputs.get("mean") != self.latent_dim or not units_exist:
+            raise BundleError(
+                f"got outputs {self.outputs} and active units {self.active_units} for {self.latent_dim} latent "
+                "variables, wanted a mean of that width and units among them"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""
@@ -94,6 +116,9 @@ class Manifest:
             raise BundleError(f"got a {MANIFEST_FILE} with unknown keys {unknown}, wanted only {sorted(known)}")
         if missing := sorted(known - values.keys()):
             raise BundleError(f"got a {MANIFEST_FILE} without {missing}; export the bundle again")
+        for key, form in _FORMS.items():
+            if not isinstance(values[key], form):
+                raise BundleError(f"got a {MANIFEST_FILE} with {key} of the wrong form, wanted a {form.__name__}")
         try:
             return cls(
                 **{
@@ -191,7 +216,7 @@ class Bundle:
                 "free some space or choose another folder; what was there before is unchanged"
             ) from error
         finally:
-            _remove_staging(staging)
+            shutil.rmtree(staging, ignore_errors=True)
         return load_bundle(folder)
 
 
@@ -213,14 +238,17 @@ def load_bundle(path: str | PathLike[str]) -> Bundle:
         No bundle there, a newer schema, unknown keys, a file missing or changed, or a manifest that was edited.
     """
     folder = Path(path)
-    if not (folder / MANIFEST_FILE).is_file():
+    with _reading(folder / MANIFEST_FILE):
+        is_bundle = (folder / MANIFEST_FILE).is_file()
+    if not is_bundle:
         raise BundleError(
             f"got {folder}, wanted the folder of a bundle; it has no {MANIFEST_FILE}. "
             "Make one with vaefeat.pretrain(rows, out=folder)"
         )
+    content = _read(folder, MANIFEST_FILE, limit=_MAX_MANIFEST_BYTES)
     try:
-        values = json.loads(_read(folder, MANIFEST_FILE, limit=_MAX_MANIFEST_BYTES))
-    except ValueError as error:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"got a {MANIFEST_FILE} in {folder} that is not JSON: {error}; export it again") from error
     if not isinstance(values, dict):
         raise BundleError(f"got a {MANIFEST_FILE} in {folder} that holds no object; export it again")
@@ -267,24 +295,30 @@ def _checked_files(files: Any, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _verify(path: Path, entry: Mapping[str, Any]) -> None:
-    if not path.is_file():
-        raise BundleError(f"got no file {path}, which the bundle lists; copy the whole folder again")
-    if path.stat().st_size != entry["bytes"]:
-        raise _changed(path)
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+    with _reading(path):
+        if not path.is_file():
+            raise BundleError(f"got no file {path}, which the bundle lists; copy the whole folder again")
+        if path.stat().st_size != entry["bytes"]:
             raise _changed(path)
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise _changed(path)
 
 
 def _read(folder: Path, name: str, *, limit: int) -> bytes:
-    try:
-        with (folder / name).open("rb") as file:
-            content = file.read(limit + 1)
-    except OSError as error:
-        raise BundleError(f"could not read {folder / name}: {error.strerror or error}") from error
+    with _reading(folder / name), (folder / name).open("rb") as file:
+        content = file.read(limit + 1)
     if len(content) > limit:
         raise _changed(folder / name)
     return content
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise BundleError(f"could not read {path}: {error.strerror or error}") from error
 
 
 def _changed(path: Path) -> BundleError:
@@ -303,10 +337,3 @@ def _digest(manifest: Manifest, files: Mapping[str, Any]) -> str:
     values = {"schema_version": SCHEMA_VERSION, **manifest.to_dict(), "files": files}
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _remove_staging(staging: Path) -> None:
-    if staging.is_dir():
-        for leftover in staging.iterdir():
-            leftover.unlink(missing_ok=True)
-        staging.rmdir()

@@ -19,10 +19,10 @@ from vaefeat.errors import ConfigError
 __all__ = ["ModelConfig", "Settings", "TrainConfig", "unknown_name", "with_overrides"]
 
 
-def unknown_name(what: str, got: str, known: Iterable[str]) -> ConfigError:
+def unknown_name(what: str, got: object, known: Iterable[str]) -> ConfigError:
     """Make the error for a name that is not known: it lists what is, and the nearest first."""
     names = sorted(known)
-    near = difflib.get_close_matches(got, names, n=1)
+    near = difflib.get_close_matches(str(got), names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return ConfigError(f"got {what} {got!r}; {hint}known: {', '.join(names)}")
 
@@ -128,8 +128,11 @@ class TrainConfig(Settings):
         Epochs between two checkpoints.
     device : {"auto", "cpu", "cuda"}
         ``auto`` takes CUDA where there is a device.
+    threads : int or None
+        Processor threads within an operation. None takes one where a step is so small that threads would wait for each
+        other longer than they work (which on a busy machine costs far more than they bring), else all processors.
     seed : int
-        Of weights, order, and noise. The same seed, rows, machine and versions give the same weights.
+        Of weights, order, and noise. The same seed, rows, threads, machine and versions give the same weights.
     """
 
     objective: str = "elbo"
@@ -145,13 +148,15 @@ class TrainConfig(Settings):
     patience: int | None = None
     checkpoint_every: int = 1
     device: str = "auto"
+    threads: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_epochs", "batch_size", "checkpoint_every"):
             _check_int(name, getattr(self, name), at_least=1)
-        if self.patience is not None:
-            _check_int("patience", self.patience, at_least=1)
+        for name in ("patience", "threads"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), at_least=1)
         _check_int("seed", self.seed, at_least=0)
         for name in ("kl_weight", "weight_decay"):
             _check_number(name, getattr(self, name), at_least=0)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vaefeat.bundle import Bundle
-from vaefeat.errors import InputError
+from vaefeat.errors import BundleError, InputError
 from vaefeat.runtime import open_graph
 
 __all__ = ["OnnxDecoder"]
@@ -33,6 +33,11 @@ class OnnxDecoder:
         self.batch_size = batch_size
         what = f"decoder.onnx of bundle {bundle.name!r}"
         self._session = open_graph(bundle.read("decoder.onnx"), what=what, device=device, threads=threads).session
+        ends = [*self._session.get_inputs(), *self._session.get_outputs()]
+        got = [(end.name, end.type, tuple(end.shape[1:])) for end in ends]
+        wanted = [("latents", "tensor(float)", (self.latent_dim,)), ("rows", "tensor(float)", self.row_shape)]
+        if got != wanted:
+            raise BundleError(f"got {what} with the inputs and outputs {got}, wanted {wanted}")
 
     def decode(self, Z: ArrayLike) -> NDArray[np.float32]:
         """Decode latents.
@@ -51,7 +56,8 @@ class OnnxDecoder:
         InputError
             Another shape, or values that are not finite.
         """
-        latents = np.ascontiguousarray(np.asarray(Z, dtype=np.float32))
+        with np.errstate(over="ignore"):  # becomes infinite and is refused below
+            latents = np.ascontiguousarray(np.asarray(Z, dtype=np.float32))
         if latents.ndim != 2 or latents.shape[1] != self.latent_dim or not len(latents):
             raise InputError(
                 f"got latents of shape {latents.shape}, wanted (n, {self.latent_dim}) with n of at least 1"

@@ -140,7 +140,9 @@ def _check_interface(session: Any, spec: InputSpec, outputs: dict[str, int], wha
     tensor = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}[spec.dtype]
     got = [(i.name, i.type, tuple(i.shape[1:])) for i in session.get_inputs()]
     if got != [("rows", tensor, spec.shape)]:
-        raise BundleError(f"got {what} with the inputs {got}, wanted rows of {tensor} and shape (batch, {spec.shape})")
+        raise BundleError(f"got {what} with the inputs {got}, wanted rows of {tensor}, each of shape {spec.shape}")
+    if isinstance(n_rows := session.get_inputs()[0].shape[0], int):
+        raise BundleError(f"got {what} that takes {n_rows} rows at a time, wanted any number")
     widths = {o.name: o.shape[1] for o in session.get_outputs() if len(o.shape) == 2 and o.type == "tensor(float)"}
     if widths != outputs:
         raise BundleError(f"got {what} with the outputs {widths}, wanted {outputs}")

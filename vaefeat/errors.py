@@ -22,6 +22,9 @@ to show to whoever sent the request: it never holds secrets or file contents.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 __all__ = [
     "BundleError",
     "CheckpointError",
@@ -82,7 +85,11 @@ class MissingExtraError(VaefeatError, ImportError):
         super().__init__(
             f"{what} needs packages that are not installed; install them with: pip install 'vaefeat[{extra}]'"
         )
-        self.extra = extra
+        self.what, self.extra = what, extra
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By itself, an exception is unpickled from its message alone; workers send this one to their caller.
+        return partial(MissingExtraError, extra=self.extra), (self.what,)
 
 
 class TrainingError(VaefeatError, RuntimeError):

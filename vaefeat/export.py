@@ -20,7 +20,7 @@ from vaefeat.bundle import Bundle
 from vaefeat.config import ModelConfig
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.encoder import OnnxEncoder
-from vaefeat.errors import BundleError, ExportError, MissingExtraError
+from vaefeat.errors import BundleError, ConfigError, ExportError, MissingExtraError
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.vae import VAE
 from vaefeat.runtime import check_graph
@@ -133,10 +133,11 @@ def restore_vae(bundle: Bundle) -> VAE:
     BundleError
         The weights do not fit the configuration.
     """
-    vae = VAE(ModelConfig.from_dict(bundle.manifest.model), bundle.manifest.input.shape)
+    weights = bundle.read("weights.safetensors")
     try:
-        vae.load_state_dict(safetensors.torch.load(bundle.read("weights.safetensors")))
-    except (RuntimeError, safetensors.SafetensorError) as error:
+        vae = VAE(ModelConfig.from_dict(bundle.manifest.model), bundle.manifest.input.shape)
+        vae.load_state_dict(safetensors.torch.load(weights))
+    except (ConfigError, RuntimeError, safetensors.SafetensorError) as error:
         raise BundleError(
             f"got weights in bundle {bundle.name!r} that do not fit its configuration: {error}"
         ) from error

@@ -6,6 +6,7 @@ pickle works where torch is not installed, and gives the numbers that its bundle
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["VAEFeatures", "VAETransformer"]
 
-#: Scikit-learn hands these dtypes through; anything else numeric becomes the first.
-_DTYPES = [np.float32, np.uint8]
-
 
 class _Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """What both transformers share: an ``encoder_`` to ask, and float32 out."""
@@ -50,7 +48,7 @@ class _Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         ndarray of shape (n, n_features_out), float32
         """
         check_is_fitted(self)
-        rows = validate_data(self, flat_images(X, self.encoder_.input.shape), dtype=_DTYPES, reset=False)
+        rows = validate_data(self, flat_images(X, self.encoder_.input.shape), dtype="numeric", reset=False)
         return self.encoder_.embed(rows, output=self._output)
 
     @property
@@ -119,6 +117,8 @@ class VAETransformer(_Features):
     (1797,)
     """
 
+    encoder_: OnnxEncoder
+
     def __init__(
         self,
         n_components: int = 32,
@@ -178,7 +178,7 @@ class VAETransformer(_Features):
             Rows that cannot be trained on, or settings that do not fit them.
         """
         image_shape = _image_shape(X, self.image_shape)
-        rows = validate_data(self, flat_images(X, image_shape), dtype=_DTYPES, ensure_min_samples=2)
+        rows = validate_data(self, flat_images(X, image_shape), dtype=[np.float32, np.uint8], ensure_min_samples=2)
         if image_shape is not None:
             rows = rows.reshape(-1, *image_shape)
         try:
@@ -189,7 +189,8 @@ class VAETransformer(_Features):
         self.bundle_: Bundle = pretrain(
             rows, model=self._model_config(), train=self._train_config(seed), name="encoder", progress=self.verbose != 0
         )
-        self.encoder_ = OnnxEncoder(self.bundle_)
+        # Not the device of training, which another machine may lack; but who asks for the CPU means all of it.
+        self.encoder_ = OnnxEncoder(self.bundle_, device="cpu" if self.device == "cpu" else "auto")
         self.n_iter_: int = self.bundle_.manifest.metrics["epochs"]
         return self
 
@@ -206,7 +207,7 @@ class VAETransformer(_Features):
             In the units of the training rows.
         """
         check_is_fitted(self)
-        rows = OnnxDecoder(self.bundle_).decode(X)
+        rows = OnnxDecoder(self.bundle_, device=self.encoder_.device).decode(X)
         return rows.reshape(len(rows), -1)
 
     def score_samples(self, X: ArrayLike) -> NDArray[np.float64]:
@@ -220,7 +221,7 @@ class VAETransformer(_Features):
         ndarray of shape (n,), float64
         """
         check_is_fitted(self)
-        rows = validate_data(self, flat_images(X, self.encoder_.input.shape), dtype=_DTYPES, reset=False)
+        rows = validate_data(self, flat_images(X, self.encoder_.input.shape), dtype="numeric", reset=False)
         try:
             from vaefeat.export import restore_vae
             from vaefeat.model.evaluation import importance_weighted_bound
@@ -362,7 +363,7 @@ class VAEFeatures(_Features):
             It takes other rows, or has no such output.
         """
         encoder = self._open()
-        rows = validate_data(self, flat_images(X, encoder.input.shape), dtype=_DTYPES)
+        rows = validate_data(self, flat_images(X, encoder.input.shape), dtype="numeric")
         encoder.input.prepare(rows[:1])
         if self.output not in encoder.outputs:
             raise InputError(f"got output={self.output!r}, wanted one of {sorted(encoder.outputs)}")
@@ -394,7 +395,10 @@ def _image_shape(X: Any, asked: tuple[int, int, int] | None) -> tuple[int, ...] 
     shape = tuple(getattr(X, "shape", ()))
     if asked is None:
         return shape[1:] if len(shape) == 4 else None
-    wanted: tuple[int, ...] = tuple(int(size) for size in asked)
+    try:
+        wanted = tuple(operator.index(size) for size in asked)
+    except TypeError:
+        wanted = ()
     if len(wanted) != 3 or min(wanted) < 1:
         raise InputError(f"got image_shape={asked!r}, wanted (channels, height, width), all at least 1")
     n_features = int(np.prod(wanted))
@@ -408,4 +412,10 @@ def _image_shape(X: Any, asked: tuple[int, int, int] | None) -> tuple[int, ...] 
 
 def _plain(**settings: Any) -> Mapping[str, Any]:
     """Turn NumPy's numbers, which parameter grids are made of, into Python's."""
-    return {key: value.item() if isinstance(value, np.generic) else value for key, value in settings.items()}
+    return {key: _plain_value(value) for key, value in settings.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return tuple(map(_plain_value, value)) if isinstance(value, tuple | list) else value

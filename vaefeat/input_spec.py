@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vaefeat.errors import InputError
+from vaefeat.errors import BundleError, InputError
 
 __all__ = ["InputSpec"]
 
@@ -33,6 +33,11 @@ class InputSpec:
         What the ONNX graph takes. Scaling happens inside the graph.
     low, high : float
         Smallest and largest value among the training rows, in the units of the rows.
+
+    Raises
+    ------
+    BundleError
+        Fields that no bundle of ours has.
     """
 
     kind: Literal["image", "vector"]
@@ -40,6 +45,13 @@ class InputSpec:
     dtype: Literal["uint8", "float32"]
     low: float
     high: float
+
+    def __post_init__(self) -> None:
+        known = self.kind in ("image", "vector") and self.dtype in ("uint8", "float32")
+        n_axes = 3 if self.kind == "image" else 1
+        sizes = len(self.shape) == n_axes and all(isinstance(size, int) and size > 0 for size in self.shape)
+        if not (known and sizes and isinstance(self.low, int | float) and isinstance(self.high, int | float)):
+            raise BundleError(f"got an input described by {self.to_dict()}, wanted one of our kinds of rows")
 
     @classmethod
     def of(cls, rows: NDArray[Any]) -> Self:
@@ -95,7 +107,14 @@ class InputSpec:
         InputError
             Wrong shape or dtype, no rows, NaN or infinite values, or values that the conversion would change.
         """
-        rows = np.asarray(X)
+        if np.ma.is_masked(X):
+            raise InputError(f"got rows with masked values, wanted {self}; fill them first with X.filled(...)")
+        try:
+            rows = np.asarray(X)
+        except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, torch tensors on a GPU
+            raise InputError(
+                f"got rows of type {type(X).__name__} that NumPy cannot read ({error}), wanted {self}"
+            ) from error
         if rows.dtype.kind not in "buif":
             raise InputError(f"got rows of dtype {rows.dtype}, wanted {self}; convert every column to numbers first")
         rows = self._shaped(rows)

@@ -228,6 +228,11 @@ class RemoteEncoder:
         self.__dict__.update(state)
         self._client = self._connect(api_key=None)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # sklearn.base.clone copies constructor arguments. What was pinned never changes, so the same object will do,
+        # and unlike a pickle it still has its key.
+        return self
+
     def __repr__(self) -> str:
         return f"RemoteEncoder({self.url!r}, model={self.name!r}, {self.input}, latent_dim={self.latent_dim})"
 

@@ -12,13 +12,22 @@ import onnxruntime as ort
 from google.protobuf.message import DecodeError
 
 from vaefeat.errors import BundleError, DeviceError
+from vaefeat.processors import available_cpus
 
-__all__ = ["OpenedGraph", "available_cpus", "open_graph"]
+__all__ = ["OpenedGraph", "open_graph"]
 
 #: Operators of other domains run code that is not ONNX Runtime's own.
 _DOMAINS = {"", "ai.onnx"}
-#: The mean must be a function of the row alone.
-_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+#: The mean must be a function of the row alone. Dropout is random in training mode, and left out by an export for use.
+_RANDOM = {
+    "Bernoulli",
+    "Dropout",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+}
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,8 @@ def open_graph(content: bytes, *, what: str, device: str = "auto", threads: int 
     options.log_severity_level = 3
     chosen, reason = _choose(device)
     try:
-        session = ort.InferenceSession(content, options, providers=_providers(chosen))
+        # Left to itself, ONNX Runtime prints a failure of CUDA and goes on with the CPU, at any call.
+        session = ort.InferenceSession(content, options, providers=_providers(chosen), enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
         if chosen == "cuda":
             raise DeviceError(f"could not open {what} on CUDA: {error}; use device='cpu'") from error
@@ -117,18 +127,16 @@ def check_graph(content: bytes, *, what: str) -> onnx.ModelProto:
     return model
 
 
-def available_cpus() -> int:
-    """Processors that this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
     yield from graph.initializer
+    sparse = list(graph.sparse_initializer)
     for node in graph.node:
         for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
+            # An attribute that is not set is an empty tensor.
+            yield from (attribute.t, *attribute.tensors)
+            sparse += [attribute.sparse_tensor, *attribute.sparse_tensors]
+    for tensor in sparse:
+        yield from (tensor.values, tensor.indices)
 
 
 def _choose(device: str) -> tuple[str, str]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from vaefeat.config import TrainConfig, unknown_name
 from vaefeat.errors import CheckpointError, DeviceError, InputError, NonFiniteLossError, TrainingInterrupted
 from vaefeat.interruption import StopRequest, stop_on_signals
 from vaefeat.model.evaluation import Evaluation, evaluate, fixed_noise
+from vaefeat.model.networks import count_multiply_adds, parameters_device
 from vaefeat.model.objectives import OBJECTIVES
 from vaefeat.model.vae import VAE
 from vaefeat.observers import EpochRecord, Observer
+from vaefeat.processors import available_cpus
 from vaefeat.schedules import kl_warmup_factor, learning_rate_factor
 
 __all__ = ["Trainer", "TrainingResult", "resolve_device", "split_heldout"]
@@ -36,7 +39,9 @@ _STEPS_PER_READING = 50
 _MAX_HELDOUT_ROWS = 10_000
 _TERMS = ("objective", "log-likelihood", "KL divergence")
 #: What may differ between a run and its continuation without changing the result.
-_FREE_SETTINGS = {"device", "checkpoint_every"}
+_FREE_SETTINGS = {"device", "threads", "checkpoint_every"}
+#: Multiply-adds of a step from which more than one thread pays: about 10 ms of work for one.
+_THREADED_STEP = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,7 @@ class Trainer:
         self.observers = observers
         self.identity = {"train": _binding(config), **(identity or {})}
         self._take = _row_taker(rows, self.device)
+        self.threads = config.threads or threads_for(self.vae, self.batch_size)
         # The state of the run, all of which goes into a checkpoint.
         self.epoch = 0
         self.step = 0
@@ -135,7 +141,7 @@ class Trainer:
         CheckpointError
             A checkpoint cannot be written, or belongs to another run.
         """
-        with fixed_noise(self.config.seed, self.device):
+        with fixed_noise(self.config.seed, self.device), _using_threads(self.threads):
             if resume and self.checkpoint and self.checkpoint.is_file():
                 self._load(self.checkpoint)
             for observer in self.observers:
@@ -357,6 +363,28 @@ def resolve_device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
         raise DeviceError("got device='cuda', but torch finds no CUDA device; use device='cpu' or 'auto'")
     return torch.device(device)
+
+
+def threads_for(vae: VAE, batch_size: int) -> int:
+    """Choose threads by the work in a step: one where it is small, else all processors.
+
+    The choice depends on the model alone, not on a measurement, so that a seed gives the same weights every time.
+    """
+    device = parameters_device(vae)
+    per_row = count_multiply_adds(vae.encoder, torch.zeros((1, *vae.row_shape), device=device))
+    per_row += count_multiply_adds(vae.decoder, torch.zeros((1, vae.config.latent_dim), device=device))
+    # The backward pass is twice the forward one.
+    return available_cpus() if 3 * per_row * batch_size >= _THREADED_STEP else 1
+
+
+@contextmanager
+def _using_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _row_taker(rows: NDArray[Any], device: torch.device) -> Callable[[NDArray[np.int64]], Tensor]:

@@ -26,8 +26,9 @@ from vaefeat.errors import (
 )
 from vaefeat.model.vae import VAE
 from vaefeat.observers import EpochRecord, Observer
+from vaefeat.processors import available_cpus
 from vaefeat.schedules import kl_warmup_factor, learning_rate_factor
-from vaefeat.training import Trainer, split_heldout
+from vaefeat.training import Trainer, split_heldout, threads_for
 
 MODEL = ModelConfig(latent_dim=4, hidden_dims=(32,), network="mlp")
 
@@ -271,3 +272,14 @@ def test_training_reads_a_memory_map(digits_rows: NDArray[np.uint8], tmp_path: P
     loaded = trainer(digits_rows, max_epochs=1)
     loaded.run()
     assert all(torch.equal(value, weights(mapped)[name]) for name, value in weights(loaded).items())
+
+
+def test_threads_follow_the_work_in_a_step_and_are_put_back(digits_rows: NDArray[np.uint8]) -> None:
+    small = trainer(digits_rows, max_epochs=1)
+    assert small.threads == 1
+    assert trainer(digits_rows, threads=2).threads == 2
+    before = torch.get_num_threads()
+    small.run()
+    assert torch.get_num_threads() == before
+    vae = VAE(ModelConfig(), (3, 64, 64))
+    assert threads_for(vae, 256) == available_cpus()

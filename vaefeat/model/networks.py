@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from vaefeat.config import ModelConfig
 from vaefeat.errors import ConfigError
 
-__all__ = ["ConvDecoder", "ConvEncoder", "MLPDecoder", "MLPEncoder", "build_networks", "network_name"]
+__all__ = [
+    "ConvDecoder",
+    "ConvEncoder",
+    "MLPDecoder",
+    "MLPEncoder",
+    "build_networks",
+    "count_multiply_adds",
+    "network_name",
+]
 
 _SMALLEST_CONV_SIDE = 8
 _GROUP_CHANNELS = 8
@@ -218,9 +226,26 @@ def _doubling(before: int, after: int, size: tuple[int, int], target: tuple[int,
     return nn.ConvTranspose2d(before, after, 3, stride=2, padding=1, output_padding=(height, width))
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Count the trainable weights of a module."""
-    return sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+@torch.no_grad()
+def count_multiply_adds(module: nn.Module, example: Tensor) -> int:
+    """Count the multiplications with weights in one forward pass of `example`."""
+    counts = []
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        # Every weight meets every place once: of the output, or where the convolution is transposed, of the input.
+        places = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output
+        counts.append(weight.numel() * places.numel() // places.shape[1])
+
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        module(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(counts)
 
 
 def parameters_device(module: nn.Module) -> torch.device:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from vaefeat import ModelConfig
 from vaefeat.errors import ConfigError
-from vaefeat.model.networks import build_networks
+from vaefeat.model.networks import build_networks, count_multiply_adds
 from vaefeat.model.vae import VAE
 
 
@@ -71,3 +72,13 @@ def test_more_halvings_than_pixels_are_refused() -> None:
 def test_unknown_distribution_is_refused_and_the_nearest_named(setting: str, value: str, nearest: str) -> None:
     with pytest.raises(ConfigError, match=f"did you mean '{nearest}'"):
         VAE(ModelConfig.from_dict({setting: value}), (4,))
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+def test_multiply_adds_equal_half_of_torchs_own_flop_count(network: str) -> None:
+    config = ModelConfig(network=network, channels=(8, 16, 24), hidden_dims=(32, 16), latent_dim=4)
+    encoder, decoder = build_networks(config, (2, 19, 12), n_parameters=3)
+    for module, example in ((encoder, torch.zeros(3, 2, 19, 12)), (decoder, torch.zeros(3, 4))):
+        with FlopCounterMode(display=False) as counter:
+            module(example)
+        assert count_multiply_adds(module, example) == counter.get_total_flops() / 2
