@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import weakref
 from types import TracebackType
 from typing import Any, Self
 
@@ -93,7 +94,10 @@ class RemoteEncoder:
 
     def _connect(self, api_key: str | None) -> httpx.Client:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        return httpx.Client(base_url=self.url, timeout=self.timeout_s, headers=headers)
+        client = httpx.Client(base_url=self.url, timeout=self.timeout_s, headers=headers)
+        # Inside a scikit-learn pipeline there is nobody who could call close.
+        weakref.finalize(self, client.close)
+        return client
 
     def _pin(self, model: str | None) -> None:
         """Read what is served and keep what this encoder stands for."""

@@ -220,7 +220,7 @@ class Trainer:
             )
         self.optimizer.zero_grad(set_to_none=True)
         terms = self.objective(self.vae, rows, kl_weight=self._kl_weight(step))
-        (-terms.objective.mean()).backward()  # type: ignore[no-untyped-call]
+        (-terms.objective.mean()).backward()
         torch.nn.utils.clip_grad_norm_(self.vae.parameters(), self.config.gradient_clip)
         self.optimizer.step()
         sums = [term.detach().sum(dtype=torch.float64) for term in terms]

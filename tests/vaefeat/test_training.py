@@ -183,7 +183,7 @@ def test_non_finite_loss_names_term_epoch_and_batch_and_keeps_the_checkpoint(
         def on_epoch(self, record: EpochRecord) -> None:
             if record.epoch == 2:
                 with torch.no_grad():
-                    run.vae.posterior.logvar.bias[0] = torch.nan  # type: ignore[index, operator, union-attr]
+                    run.vae.posterior.get_parameter("logvar.bias")[0] = torch.nan
 
     run = trainer(digits_rows, checkpoint=path, observers=[Spoil()], checkpoint_every=2)
     # Keep the good state: the checkpoint of epoch 2 is written after the observer has spoiled the weights.

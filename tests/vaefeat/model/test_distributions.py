@@ -114,10 +114,10 @@ def test_learned_gaussian_std_has_its_best_value_at_the_error() -> None:
     def loss() -> torch.Tensor:
         optimizer.zero_grad()
         value: torch.Tensor = -likelihood(torch.zeros(2000, 1, 4)).log_prob(x).mean()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    optimizer.step(loss)
     assert likelihood.log_std.exp().item() == pytest.approx(x.pow(2).mean().sqrt().item(), rel=1e-3)
 
 

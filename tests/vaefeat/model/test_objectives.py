@@ -28,15 +28,16 @@ def linear() -> tuple[VAE, np.ndarray, Tensor]:
     # Orthogonal columns make the exact posterior diagonal, so that a diagonal q can equal it.
     weight = torch.linalg.qr(torch.randn(n_features, latent_dim))[0] * torch.tensor([1.5, 0.7])
     precision = 1 + (weight**2).sum(dim=0) / std**2
+    decoder = torch.nn.Linear(latent_dim, n_features)
     vae.encoder = torch.nn.Identity()  # type: ignore[assignment]
-    vae.decoder = torch.nn.Sequential(torch.nn.Linear(latent_dim, n_features), torch.nn.Unflatten(1, (1, -1)))  # type: ignore[assignment]
+    vae.decoder = torch.nn.Sequential(decoder, torch.nn.Unflatten(1, (1, -1)))  # type: ignore[assignment]
     with torch.no_grad():
-        vae.decoder[0].weight.copy_(weight)  # type: ignore[index, operator, union-attr]
-        vae.decoder[0].bias.zero_()  # type: ignore[index, operator, union-attr]
-        vae.posterior.mean.weight.copy_((weight / std**2 / precision).T)  # type: ignore[operator, union-attr]
-        vae.posterior.mean.bias.zero_()  # type: ignore[operator, union-attr]
-        vae.posterior.logvar.weight.zero_()  # type: ignore[operator, union-attr]
-        vae.posterior.logvar.bias.copy_(-precision.log())  # type: ignore[operator, union-attr]
+        decoder.weight.copy_(weight)
+        decoder.bias.zero_()
+        vae.posterior.get_parameter("mean.weight").copy_((weight / std**2 / precision).T)
+        vae.posterior.get_parameter("mean.bias").zero_()
+        vae.posterior.get_parameter("logvar.weight").zero_()
+        vae.posterior.get_parameter("logvar.bias").copy_(-precision.log())
     marginal = MultivariateNormal(torch.zeros(6), weight @ weight.T + std**2 * torch.eye(6))
     rows = marginal.sample(torch.Size([40]))
     return vae, rows.numpy(), marginal.log_prob(rows)
@@ -63,7 +64,7 @@ def test_importance_weights_of_the_exact_posterior_are_all_equal(linear: tuple[V
 def test_importance_weighted_bound_grows_with_samples(linear: tuple[VAE, np.ndarray, Tensor]) -> None:
     vae, rows, log_marginal = linear
     with torch.no_grad():
-        vae.posterior.logvar.bias.add_(1.0)  # type: ignore[operator, union-attr]  # a posterior that is too wide
+        vae.posterior.get_parameter("logvar.bias").add_(1.0)  # type: ignore[operator, union-attr]  # a posterior that is too wide
     means = [
         np.mean([importance_weighted_bound(vae, rows, n_samples=k, seed=seed).mean() for seed in range(20)])
         for k in (1, 8, 128)
@@ -73,7 +74,7 @@ def test_importance_weighted_bound_grows_with_samples(linear: tuple[VAE, np.ndar
 
 def test_importance_weighted_bound_of_a_row_ignores_its_neighbours(linear: tuple[VAE, np.ndarray, Tensor]) -> None:
     vae, rows, _ = linear
-    vae.posterior.logvar.bias.data.add_(1.0)  # type: ignore[operator, union-attr]
+    vae.posterior.get_parameter("logvar.bias").data.add_(1.0)  # type: ignore[operator, union-attr]
     together = importance_weighted_bound(vae, rows, n_samples=4)
     alone = np.concatenate([importance_weighted_bound(vae, rows[i : i + 1], n_samples=4) for i in range(len(rows))])
     backwards = importance_weighted_bound(vae, rows[::-1].copy(), n_samples=4)[::-1]
@@ -93,7 +94,7 @@ def test_kl_weight_scales_the_kl_term_alone(kl_weight: float) -> None:
 def test_gradients_reach_every_weight() -> None:
     torch.manual_seed(0)
     vae = VAE(ModelConfig(latent_dim=3, hidden_dims=(8,), likelihood="gaussian", channels=(4,)), (1, 8, 8))
-    ELBO()(vae, torch.rand(16, 1, 8, 8), kl_weight=1.0).objective.mean().backward()  # type: ignore[no-untyped-call]
+    ELBO()(vae, torch.rand(16, 1, 8, 8), kl_weight=1.0).objective.mean().backward()
     silent = [name for name, weight in vae.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert silent == []
 
