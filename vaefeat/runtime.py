@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from vaefeat.errors import BundleError, DeviceError
 from vaefeat.processors import available_cpus
 
-__all__ = ["OpenedGraph", "open_graph"]
+__all__ = ["OpenedGraph", "choose_device", "open_graph"]
 
 #: Operators of other domains run code that is not ONNX Runtime's own.
 _DOMAINS = {"", "ai.onnx"}
@@ -82,7 +82,7 @@ def open_graph(content: bytes, *, what: str, device: str = "auto", threads: int 
     # Spinning threads would keep processors busy after every call, away from the rest of the process.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    chosen, reason = _choose(device)
+    chosen, reason = choose_device(device)
     try:
         # Left to itself, ONNX Runtime prints a failure of CUDA and goes on with the CPU, at any call.
         session = ort.InferenceSession(content, options, providers=_providers(chosen), enable_fallback=0)
@@ -139,7 +139,14 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
         yield from (tensor.values, tensor.indices)
 
 
-def _choose(device: str) -> tuple[str, str]:
+def choose_device(device: str) -> tuple[str, str]:
+    """Turn ``auto``, ``cpu`` or ``cuda`` into the device and the reason for it, without opening anything.
+
+    Raises
+    ------
+    DeviceError
+        `device` is unknown, or CUDA was asked for and there is none.
+    """
     if device == "cpu":
         return "cpu", "asked for"
     if device not in {"auto", "cuda"}:

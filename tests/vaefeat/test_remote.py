@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import gc
 import http.server
 import json
 import pickle
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from numpy.typing import NDArray
 
@@ -164,9 +167,30 @@ def test_remote_encoder_pickled_keeps_the_pinned_bundle_and_drops_the_key(
         pickled = pickle.dumps(remote)
     assert b"sesame" not in pickled
     assert "sesame" not in repr(remote)
-    with pickle.loads(pickled) as copy:
-        assert copy.digest == local.digest
-        np.testing.assert_array_equal(copy.embed(digits_rows[:3]), local.embed(digits_rows[:3]))
+    with pickle.loads(pickled) as unpickled:
+        assert unpickled.digest == local.digest
+        np.testing.assert_array_equal(unpickled.embed(digits_rows[:3]), local.embed(digits_rows[:3]))
+
+
+def test_remote_encoder_copied_within_the_process_is_the_same_with_its_key(local: OnnxEncoder) -> None:
+    seen: list[Any] = []
+    answers: dict[str, tuple[int, dict[str, str], bytes]] = {
+        "/v1/models": (200, {}, card(local)),
+        "/v1/embed": (500, {}, b""),
+    }
+    with stranger(answers, seen) as url, copy.deepcopy(RemoteEncoder(url, api_key="sesame")) as remote:
+        with pytest.raises(RemoteError):
+            remote.embed(np.zeros((1, 64)))
+    assert [headers["authorization"] for headers in seen] == ["Bearer sesame"] * 2
+
+
+def test_remote_encoder_that_nobody_closes_leaves_no_open_connection(url: str, digits_rows: NDArray[np.uint8]) -> None:
+    before = psutil.Process().net_connections(kind="tcp4")
+    port = int(url.rpartition(":")[2])
+    RemoteEncoder(url).embed(digits_rows[:2])
+    gc.collect()
+    left = [one for one in psutil.Process().net_connections(kind="tcp4") if one.raddr and one.raddr.port == port]
+    assert [one for one in left if one not in before and one.status == psutil.CONN_ESTABLISHED] == []
 
 
 def test_embed_after_close_says_so(url: str) -> None:

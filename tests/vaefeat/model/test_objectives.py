@@ -64,7 +64,7 @@ def test_importance_weights_of_the_exact_posterior_are_all_equal(linear: tuple[V
 def test_importance_weighted_bound_grows_with_samples(linear: tuple[VAE, np.ndarray, Tensor]) -> None:
     vae, rows, log_marginal = linear
     with torch.no_grad():
-        vae.posterior.get_parameter("logvar.bias").add_(1.0)  # type: ignore[operator, union-attr]  # a posterior that is too wide
+        vae.posterior.get_parameter("logvar.bias").add_(1.0)  # a posterior that is too wide
     means = [
         np.mean([importance_weighted_bound(vae, rows, n_samples=k, seed=seed).mean() for seed in range(20)])
         for k in (1, 8, 128)
@@ -74,7 +74,7 @@ def test_importance_weighted_bound_grows_with_samples(linear: tuple[VAE, np.ndar
 
 def test_importance_weighted_bound_of_a_row_ignores_its_neighbours(linear: tuple[VAE, np.ndarray, Tensor]) -> None:
     vae, rows, _ = linear
-    vae.posterior.get_parameter("logvar.bias").data.add_(1.0)  # type: ignore[operator, union-attr]
+    vae.posterior.get_parameter("logvar.bias").data.add_(1.0)
     together = importance_weighted_bound(vae, rows, n_samples=4)
     alone = np.concatenate([importance_weighted_bound(vae, rows[i : i + 1], n_samples=4) for i in range(len(rows))])
     backwards = importance_weighted_bound(vae, rows[::-1].copy(), n_samples=4)[::-1]

@@ -1,0 +1,21 @@
+"""``python -m serving BUNDLE...``."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+
+def main() -> None:
+    """Run the command line; SIGINT and SIGTERM ask it to stop, from the first moment on."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    # Only now: these imports take a while, and a signal during them would end in a traceback.
+    from serving.command_line import app
+
+    app(obj=stop)
+
+
+if __name__ == "__main__":
+    main()

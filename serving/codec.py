@@ -1,0 +1,176 @@
+"""Bytes to arrays and back: npy and JSON, strict in what is accepted.
+
+Nothing here trusts its input. An npy header is matched by a pattern and never evaluated; the announced shape must
+account for exactly the bytes that follow, before any of them is looked at; only plain numbers are read, so that pickled
+objects have no way in. A JSON body is bounded in its number of lists before it is parsed, because an empty list takes
+two bytes on the wire and sixty in memory.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from serving.errors import CodecError
+
+__all__ = ["EmbedBody", "decode_json", "decode_npy", "encode_json", "encode_npy"]
+
+_MAGIC = b"\x93NUMPY"
+_MAX_HEADER_BYTES = 4096
+_MAX_DIMENSIONS = 8
+# numpy.save and the writers of other languages all put the keys in this order.
+_HEADER = re.compile(
+    rb"\{ *'descr': *'(?P<dtype>[^'\\]{1,32})', *'fortran_order': *(?P<fortran>True|False), *"
+    rb"'shape': *\((?P<shape>[0-9, ]{0,200})\),? *\} *\n?"
+)
+_NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
+_JSON_KEYS = {"rows", "model", "output"}
+
+
+@dataclass(frozen=True)
+class EmbedBody:
+    """What the body of a request to embed says."""
+
+    rows: NDArray[Any]
+    model: str | None = None
+    output: str | None = None
+
+
+def decode_npy(body: bytes) -> NDArray[Any]:
+    """Read one array of numbers in NumPy's npy format.
+
+    Parameters
+    ----------
+    body : bytes
+        The whole file: header and data, nothing after it.
+
+    Returns
+    -------
+    ndarray
+        In native byte order and C order; a read-only view of `body` where it is both already.
+
+    Raises
+    ------
+    CodecError
+        Not npy, objects or other things that are not numbers, or fewer or more bytes than the header announces.
+    """
+    dtype, fortran, shape, start = _npy_header(body)
+    wanted = math.prod(shape) * dtype.itemsize
+    if len(body) - start != wanted:
+        raise CodecError(
+            f"got {len(body) - start} bytes after the npy header, wanted {wanted} for {dtype} of shape {shape}; "
+            "the body was cut off or holds something more"
+        )
+    try:
+        array = np.frombuffer(body, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
+    except ValueError as error:  # for instance no rows of more than 2**63 values
+        raise CodecError(f"got an npy header of shape {shape}, which NumPy cannot hold: {error}") from error
+    # Aligned, because the header's length is the client's choice and ONNX Runtime gets the address.
+    return np.require(array.astype(dtype.newbyteorder("="), copy=False), requirements=["C", "A"])
+
+
+def _npy_header(body: bytes) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]:
+    """Dtype, Fortran order, shape and where the data starts."""
+    if body[:6] != _MAGIC or len(body) < 12:
+        raise CodecError(f"got a body that is not npy{_resembles(body)}; send what numpy.save(file, rows) writes")
+    width = {1: 2, 2: 4, 3: 4}.get(body[6])
+    if width is None:
+        raise CodecError(f"got npy version {body[6]}.{body[7]}, wanted 1.0, 2.0 or 3.0")
+    start = 8 + width + int.from_bytes(body[8 : 8 + width], "little")
+    header = body[8 + width : start]
+    match = _HEADER.fullmatch(header) if len(header) <= _MAX_HEADER_BYTES else None
+    if match is None:
+        raise CodecError(f"got the npy header {header[:120]!r}, wanted one array of numbers, as numpy.save has it")
+    name = match["dtype"].decode("latin-1")
+    if not _NUMBERS.fullmatch(name):
+        raise CodecError(f"got an npy array of dtype {name!r}, wanted numbers of at most 64 bits; convert it first")
+    sizes = [size for size in match["shape"].replace(b" ", b"").split(b",") if size]
+    if len(sizes) > _MAX_DIMENSIONS:
+        raise CodecError(f"got an npy array of {len(sizes)} dimensions, wanted at most {_MAX_DIMENSIONS}")
+    return np.dtype(name), match["fortran"] == b"True", tuple(map(int, sizes)), start
+
+
+def _resembles(body: bytes) -> str:
+    """Say what a body that is not npy may be; these are what people send by mistake."""
+    if not body:
+        return " but empty"
+    if body.startswith(b"PK"):
+        return " but looks like an npz archive"
+    if body.startswith(b"\x80"):
+        return " but looks like a pickle, which is never read"
+    if body.lstrip()[:1] in {b"{", b"["}:
+        return " but looks like JSON (its content type is application/json)"
+    return ""
+
+
+def encode_npy(array: NDArray[Any]) -> bytes:
+    """Write one array in NumPy's npy format."""
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=False)
+    return file.getvalue()
+
+
+def decode_json(body: bytes, *, max_lists: int) -> EmbedBody:
+    """Read ``{"rows": [[...], ...], "model": "...", "output": "..."}``; the last two may be left out.
+
+    Parameters
+    ----------
+    body : bytes
+        UTF-8.
+    max_lists : int
+        Most lists that a body may hold: one, and one or more for each row.
+
+    Raises
+    ------
+    CodecError
+        Not JSON (NaN and numbers beyond a double are not), other keys, or rows that are not numbers of one shape.
+    """
+    if body.count(b"[") > max_lists:
+        raise CodecError(f"got more than {max_lists} lists, which is more than the allowed rows hold; send fewer rows")
+    try:
+        values = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise CodecError(f"got a body that is not JSON: {error}; NaN and Infinity have no JSON form") from error
+    if not isinstance(values, dict) or "rows" not in values or not values.keys() <= _JSON_KEYS:
+        got = f"the keys {sorted(values)[:8]}" if isinstance(values, dict) else f"a {type(values).__name__}"
+        raise CodecError(f'got JSON with {got}, wanted {{"rows": [[...], ...]}}, and "model" and "output" if need be')
+    for key in ("model", "output"):
+        if not isinstance(values.get(key), str | None):
+            raise CodecError(f"got {key} of type {type(values[key]).__name__}, wanted a string")
+    return EmbedBody(rows=_numbers(values["rows"]), model=values.get("model"), output=values.get("output"))
+
+
+def _numbers(rows: Any) -> NDArray[Any]:
+    if not isinstance(rows, list):
+        raise CodecError(f"got rows of type {type(rows).__name__}, wanted a list with one nested list per row")
+    try:
+        array = np.asarray(rows)
+    except (ValueError, OverflowError) as error:
+        raise CodecError("got rows of different lengths or depths, wanted one shape for all rows") from error
+    if array.dtype.kind not in "buif":
+        raise CodecError(f"got rows that hold {array.dtype} values, wanted numbers only; null has no place either")
+    return array
+
+
+def encode_json(array: NDArray[np.float32], **fields: Any) -> bytes:
+    """Write ``{**fields, "shape": [...], "embeddings": [[...], ...]}``.
+
+    Every float32 comes out as the shortest decimal that reads back as the same float32.
+
+    Parameters
+    ----------
+    array : ndarray of float32
+        Finite throughout: JSON would turn NaN into null.
+    **fields : JSON values
+        Come before the array.
+    """
+    assert np.isfinite(array).all()  # the caller answers with an error instead
+    body = {**fields, "shape": list(array.shape), "embeddings": np.ascontiguousarray(array)}
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -1,0 +1,79 @@
+"""Arguments of ``python -m serving``, and what is checked before anything is started."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from serving.address import claim, require_loopback
+from serving.catalogue import load_encoders
+from serving.errors import EngineError, SetupError
+from serving.ray_environment import prepare_environment
+from serving.settings import Limits, ServiceSettings
+from vaefeat.errors import VaefeatError
+from vaefeat.runtime import choose_device
+
+__all__ = ["app"]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+_DEFAULTS = Limits()
+
+
+@app.command()
+def serve(
+    context: typer.Context,
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders of bundles.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
+    engine: Annotated[Literal["ray", "local"], typer.Option(help="Ray Serve, or a single process.")] = "ray",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the encoders run.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads per operator; default: all processors.")] = None,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Largest request body.")] = _DEFAULTS.max_body_bytes,
+    max_rows: Annotated[int, typer.Option(min=1, help="Most rows in one request.")] = _DEFAULTS.max_rows,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Listen where other machines can reach it; nobody is asked for a key.")
+    ] = False,
+) -> None:
+    """Serve bundles over HTTP until Ctrl-C.
+
+    Prints one line, "ready URL ...", to standard output once requests are answered.
+    """
+    stop: threading.Event = context.obj
+    try:
+        limits = Limits(max_body_bytes=max_body_bytes, max_rows=max_rows)
+        # Absolute, because a replica may run in another folder.
+        folders = tuple(bundle.absolute() for bundle in bundles)
+        settings = ServiceSettings(bundles=folders, device=device, threads=threads, limits=limits)
+        if not insecure:
+            require_loopback(host)
+        with claim(host, port) as listener:
+            (_run_ray if engine == "ray" else _run_local)(settings, listener, stop)
+    except (SetupError, EngineError, VaefeatError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1 if isinstance(error, EngineError) else 2) from None
+
+
+def _run_local(settings: ServiceSettings, listener: socket.socket, stop: threading.Event) -> None:
+    from serving import local_engine
+
+    local_engine.run(settings, listener, stop)
+
+
+def _run_ray(settings: ServiceSettings, listener: socket.socket, stop: threading.Event) -> None:
+    # Whatever can be found wrong is found before Ray is even imported, which takes seconds.
+    choose_device(settings.device)
+    load_encoders(settings.bundles, device="cpu", threads=1)
+    prepare_environment(settings.limits)
+    if stop.is_set():
+        return
+    from serving import ray_engine
+
+    # Ray replaces the main thread's signal handlers by ones that end the process half-way through its start. In
+    # another thread it leaves them alone; that thread must live as long as Ray, whose processes end with it.
+    with ThreadPoolExecutor(1, thread_name_prefix="ray") as thread:
+        thread.submit(ray_engine.run, settings, listener, stop).result()

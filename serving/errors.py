@@ -1,0 +1,126 @@
+"""What can go wrong, and how it is told.
+
+::
+
+    SetupError      the service cannot start with these arguments; told at the command line, exit code 2
+    EngineError     what was started failed, or died later; told at the command line, exit code 1
+    RequestError    a request cannot be answered; told to the client in the envelope
+
+Every failed request is answered with one JSON envelope, whoever noticed the failure::
+
+    {"error": {"type": "invalid_rows", "message": "got ..., wanted ...", "request_id": "..."}}
+
+=========================  ======  ====================================================================================
+type                       status  when
+=========================  ======  ====================================================================================
+``malformed_body``         400     not npy or JSON of the form that was announced
+``invalid_parameter``      400     an unknown query parameter, output or key, or no model named where several are served
+``not_found``              404     no such address
+``unknown_model``          404     no such model
+``method_not_allowed``     405
+``not_acceptable``         406     Accept leaves neither npy nor JSON
+``body_timeout``           408     the body did not arrive in time
+``too_large``              413     more bytes or rows than the limits allow
+``unsupported_media_type`` 415     neither npy nor JSON, or compressed
+``invalid_rows``           422     well-formed, but not what the bundle takes (:class:`vaefeat.errors.InputError`)
+``internal_error``         500     a defect of ours; the server's log has it under the request id
+``non_finite_output``      500     the encoder computed NaN or infinity
+``overloaded``             503     too many requests at once, or no answer in time; try again after Retry-After
+=========================  ======  ====================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from vaefeat.errors import InputError
+
+__all__ = [
+    "CodecError",
+    "EngineError",
+    "RequestError",
+    "SetupError",
+    "as_request_error",
+    "error_response",
+    "overloaded",
+    "too_large",
+]
+
+
+class SetupError(Exception):
+    """The service cannot be started with these arguments, on this machine, now."""
+
+
+class EngineError(Exception):
+    """What runs the service did not come up, or went down under it."""
+
+
+class CodecError(ValueError):
+    """Bytes that are not what they were announced to be."""
+
+
+class RequestError(Exception):
+    """A request that cannot be answered.
+
+    Parameters
+    ----------
+    status : int
+        HTTP status.
+    kind : str
+        The envelope's ``type``, from the table above.
+    message : str
+        What was got, what was wanted, what to do; safe to show to the client.
+    headers : mapping of str to str
+        Further response headers.
+    """
+
+    def __init__(self, status: int, kind: str, message: str, *, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.message = message
+        self.headers = dict(headers or {})
+
+
+def too_large(message: str) -> RequestError:
+    """Answer 413; the connection closes, because the rest of such a body is not worth reading."""
+    return RequestError(413, "too_large", message, headers={"connection": "close"})
+
+
+def overloaded(message: str) -> RequestError:
+    """Answer 503 with a time after which to try again."""
+    return RequestError(503, "overloaded", message, headers={"retry-after": "1"})
+
+
+def as_request_error(error: Exception) -> RequestError:
+    """Translate whatever was raised while a request was handled."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, CodecError):
+        return RequestError(400, "malformed_body", str(error))
+    if isinstance(error, InputError):
+        return RequestError(422, "invalid_rows", str(error))
+    if isinstance(error, HTTPException):
+        return _of_status(error.status_code, str(error.detail), error.headers)
+    return RequestError(500, "internal_error", "the server failed on this request; its log has the details")
+
+
+def _of_status(status: int, detail: str, headers: Mapping[str, str] | None) -> RequestError:
+    known = {
+        404: ("not_found", "got an address that is not served; GET / lists those that are"),
+        405: ("method_not_allowed", "got a method that is not served here; see the Allow header"),
+    }
+    kind, message = known.get(status, ("http_error", detail))
+    return RequestError(status, kind, message, headers=headers)
+
+
+def error_response(error: RequestError, request_id: str) -> Response:
+    """Put an error into the envelope."""
+    body = {"error": {"type": error.kind, "message": error.message, "request_id": request_id}}
+    # A message may quote what the client sent, so it may hold what UTF-8 cannot.
+    body["error"]["message"] = error.message.encode("utf-8", "backslashreplace").decode()
+    return Response(orjson.dumps(body), error.status, error.headers, media_type="application/json")

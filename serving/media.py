@@ -1,0 +1,82 @@
+"""Which form a body has and which form its answer takes: Content-Type and Accept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from serving.errors import RequestError
+
+__all__ = ["JSON", "NPY", "answer_type", "body_type"]
+
+NPY = "application/x-npy"
+JSON = "application/json"
+
+
+def body_type(headers: Mapping[str, str]) -> str:
+    """Read Content-Type and Content-Encoding.
+
+    Raises
+    ------
+    RequestError
+        415 for anything but uncompressed npy or JSON.
+    """
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise _unsupported(f"got Content-Encoding: {encoding[:40]}, wanted a body that is not compressed")
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type not in {NPY, JSON}:
+        got = f"Content-Type: {media_type[:80]}" if media_type else "no Content-Type"
+        raise _unsupported(f"got {got}, wanted {NPY} or {JSON}; with curl: -H 'Content-Type: {NPY}'")
+    return media_type
+
+
+def answer_type(accept: str | None, *, default: str) -> str:
+    """Choose npy or JSON by an Accept header (RFC 9110, section 12.5.1).
+
+    Parameters
+    ----------
+    accept : str, optional
+        The header; everything is acceptable without it.
+    default : str
+        Chosen among equals.
+
+    Raises
+    ------
+    RequestError
+        406 where neither is acceptable.
+    """
+    if accept is None or not accept.strip():
+        return default
+    other = JSON if default == NPY else NPY
+    qualities = {offered: _quality(accept, offered) for offered in (default, other)}
+    best = max(qualities, key=lambda offered: qualities[offered])  # the first of equals, which is the default
+    if qualities[best] <= 0:
+        raise RequestError(406, "not_acceptable", f"got Accept: {accept[:200]}, wanted it to allow {NPY} or {JSON}")
+    return best
+
+
+def _quality(accept: str, offered: str) -> float:
+    """Quality that Accept gives to one type; the most specific range that matches it decides."""
+    main = offered.partition("/")[0]
+    specificity, quality = -1, 0.0
+    for part in accept.lower().split(","):
+        media_range, *parameters = (piece.strip() for piece in part.split(";"))
+        rank = {"*/*": 0, f"{main}/*": 1, offered: 2}.get(media_range, -1)
+        if rank > specificity:
+            specificity, quality = rank, _weight(parameters)
+    return quality
+
+
+def _weight(parameters: list[str]) -> float:
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name.strip() == "q":
+            try:
+                return float(value)
+            except ValueError:
+                return 0.0
+    return 1.0
+
+
+def _unsupported(message: str) -> RequestError:
+    return RequestError(415, "unsupported_media_type", message)

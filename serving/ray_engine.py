@@ -1,0 +1,217 @@
+"""Starts Ray and Serve for one service, and leaves nothing of them behind.
+
+Importing this module imports Ray, which reads its environment then: :mod:`serving.ray_environment` comes first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import LoggingConfig
+
+from serving.address import base_url, hand_over
+from serving.announcement import announce
+from serving.deployment import application
+from serving.errors import EngineError
+from serving.settings import ServiceSettings
+from vaefeat.errors import DeviceError
+
+__all__ = ["run"]
+
+_OBJECT_STORE_BYTES = 256 * 2**20
+# Controller, proxy and replica: Ray starts as many worker processes ahead as it is told to have processors. It is an
+# account for scheduling only; the replica's threads use every processor there is.
+_RAY_CPUS = 3
+_APPLICATION = "vaefeat"
+_START_TIMEOUT_S = 120.0
+_TICK_S = 0.05
+_WATCH_S = 1.0
+# A Unix socket's path holds 107 bytes, and our folder's and Ray's own names take 82 of them.
+_MAX_PARENT_BYTES = 25
+
+
+class _Stopped(Exception):
+    """A stop was asked for while the service was starting."""
+
+
+def run(settings: ServiceSettings, listener: socket.socket, stop: threading.Event) -> None:
+    """Serve until `stop` is set, from a thread that is not the main one and lives as long as Ray.
+
+    Parameters
+    ----------
+    settings : ServiceSettings
+    listener : socket
+        From :func:`serving.address.claim`; Serve's proxy takes over its address.
+    stop : threading.Event
+        Set by the signal handlers. A start that is under way is finished first, because Ray's processes are only all
+        known to Ray once they are all started.
+
+    Raises
+    ------
+    DeviceError
+        CUDA was asked for and Ray finds no GPU.
+    EngineError
+        The replica did not start, or Ray died later. Nothing is left running then either.
+    """
+    stdout = sys.stdout
+    # Ray prints what its processes report to standard output, which is for the one line of ours.
+    with _scratch_folder() as folder, contextlib.redirect_stdout(sys.stderr):
+        try:
+            with contextlib.suppress(_Stopped), _ray_errors_told_plainly():
+                models = _start(settings, listener, folder, stop)
+                providers = [model["provider"] for model in models]
+                names = [model["id"] for model in models]
+                announce(base_url(listener), engine="ray", models=names, providers=providers, stream=stdout)
+                _watch(stop)
+        finally:
+            _shut_down(drain_s=settings.limits.compute_timeout_s)
+
+
+def _start(
+    settings: ServiceSettings, listener: socket.socket, folder: Path, stop: threading.Event
+) -> list[dict[str, Any]]:
+    """Start everything and return the models that the service lists."""
+    _go_on_unless(stop)
+    _start_ray(folder)
+    _go_on_unless(stop)
+    host, port = listener.getsockname()[:2]
+    quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
+    num_gpus = _gpus(settings.device)
+    hand_over(listener)
+    serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly", logging_config=quiet)
+    _go_on_unless(stop)
+    target = serve.RunTarget(application(settings, num_gpus=num_gpus), name=_APPLICATION, logging_config=quiet)
+    serve.run_many([target], wait_for_applications_running=False)
+    _wait_for_replica(stop)
+    return _wait_for_answers(base_url(listener), stop)
+
+
+def _start_ray(folder: Path) -> None:
+    ray.init(
+        address="local",  # never one that happens to run on this machine
+        num_cpus=_RAY_CPUS,
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        logging_level=logging.ERROR,
+        namespace="vaefeat",
+        _temp_dir=str(folder),
+    )
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+
+
+def _gpus(device: str) -> int:
+    """GPUs for the replica: Ray hides them all from a process that asked for none."""
+    resources: dict[str, float] = ray.cluster_resources()
+    found = int(resources.get("GPU", 0))
+    if device == "cuda" and not found:
+        raise DeviceError("got --device cuda, but Ray finds no GPU on this machine; use --device cpu or auto")
+    return 0 if device == "cpu" else min(found, 1)
+
+
+def _wait_for_replica(stop: threading.Event) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while (state := serve.status().applications[_APPLICATION]).status != "RUNNING":
+        if state.status in {"DEPLOY_FAILED", "UNHEALTHY"}:
+            raise EngineError(f"the replica did not start: {_last_line(state.message)}")
+        if time.monotonic() > deadline:
+            raise EngineError(f"the replica did not start within {_START_TIMEOUT_S:g} s; it is {state.status.value}")
+        _go_on_unless(stop, after_s=_TICK_S)
+
+
+def _wait_for_answers(url: str, stop: threading.Event) -> list[dict[str, Any]]:
+    """Ask until the service says that it is ready, and return the models that it lists."""
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    reason = ""
+    with httpx.Client(base_url=url, timeout=5.0, trust_env=False) as client:
+        while time.monotonic() < deadline:
+            try:
+                ready = client.get("/readyz")
+                if ready.status_code == 200:
+                    models: list[dict[str, Any]] = client.get("/v1/models").json()["data"]
+                    return models
+                reason = ready.text
+                if ready.headers.get("content-type") == "application/json" and ready.json().get("failed"):
+                    raise EngineError(ready.json()["reason"])
+            except httpx.TransportError as error:
+                reason = str(error)
+            _go_on_unless(stop, after_s=_TICK_S)
+    raise EngineError(f"the service did not become ready within {_START_TIMEOUT_S:g} s: {reason}")
+
+
+def _go_on_unless(stop: threading.Event, *, after_s: float = 0.0) -> None:
+    if stop.wait(after_s):
+        raise _Stopped
+
+
+@contextlib.contextmanager
+def _ray_errors_told_plainly() -> Iterator[None]:
+    """Turn what Ray raises, whole tracebacks of other processes among it, into one line."""
+    try:
+        yield
+    except DeviceError:
+        raise
+    except (RayError, RayServeException, RuntimeError, OSError) as error:
+        raise EngineError(f"Ray failed: {_last_line(str(error))}") from error
+
+
+def _last_line(text: str) -> str:
+    """Ray reports a traceback; its last line is the error."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "Ray gave no reason")
+
+
+@contextlib.contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """Make a private folder for Ray's sockets and logs, which Ray itself would leave readable for everyone."""
+    parent = tempfile.gettempdir()
+    if len(os.fsencode(parent)) > _MAX_PARENT_BYTES:
+        parent = "/tmp"  # noqa: S108  # the folder in it is private
+    folder = Path(tempfile.mkdtemp(prefix="vaefeat-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _watch(stop: threading.Event) -> None:
+    """Return once a stop is asked for; fail if Ray dies first, which its own driver would never notice."""
+    while not stop.wait(_WATCH_S):
+        if dead := _dead_daemons():
+            raise EngineError(f"Ray's {' and '.join(dead)} ended; was memory short? Start the service again")
+
+
+def _dead_daemons() -> list[str]:
+    node: Any = ray._private.worker._global_node  # there is no public way to ask that works when they are dead
+    return [kind for kind, _ in node.dead_processes() if kind in {"raylet", "gcs_server"}]
+
+
+def _shut_down(*, drain_s: float) -> None:
+    """Let requests in flight finish, then end every process of Ray's."""
+    if not ray.is_initialized():
+        return
+    if not _dead_daemons():
+        # In a thread, because it waits without a limit of its own.
+        draining = threading.Thread(target=_delete_application, daemon=True)
+        draining.start()
+        draining.join(drain_s)
+    ray.shutdown(wait_for_processes=True)
+
+
+def _delete_application() -> None:
+    with contextlib.suppress(Exception):  # whatever state Serve is in, Ray's processes end next
+        serve.delete(_APPLICATION)

@@ -1,0 +1,81 @@
+"""What a service is started with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Self
+
+from serving.errors import SetupError
+
+__all__ = ["Limits", "ServiceSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds that keep one client from taking the service away from the others.
+
+    Parameters
+    ----------
+    max_body_bytes : int
+        Largest request body; a larger one is refused with 413 as soon as its length is known.
+    max_rows : int
+        Most rows in one request.
+    max_in_flight : int
+        Requests that may hold a body in memory at the same time; further ones are refused with 503. Together with
+        `max_body_bytes` it bounds the memory that clients can occupy.
+    body_timeout_s : float
+        Time within which a whole body must have arrived, in seconds; 408 after that.
+    compute_timeout_s : float
+        Time from a complete body to its answer, waiting included, in seconds; 503 after that.
+    worker_threads : int
+        Threads that decode, embed and encode, away from the event loop.
+
+    Raises
+    ------
+    SetupError
+        A bound that is not positive.
+    """
+
+    max_body_bytes: int = 64 * 2**20
+    max_rows: int = 16_384
+    max_in_flight: int = 32
+    body_timeout_s: float = 60.0
+    compute_timeout_s: float = 60.0
+    worker_threads: int = 4
+
+    def __post_init__(self) -> None:
+        for bound in fields(self):
+            if not getattr(self, bound.name) > 0:
+                raise SetupError(f"got {bound.name}={getattr(self, bound.name)}, wanted more than 0")
+
+    def to_json(self) -> str:
+        """One line for an environment variable: Ray's proxy is a process that takes no arguments of ours."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        """Rebuild from :meth:`to_json`."""
+        return cls(**json.loads(line))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceSettings:
+    """Everything that is decided on the command line, whatever the engine.
+
+    Parameters
+    ----------
+    bundles : tuple of Path
+        Folders of the bundles to serve.
+    device : {"auto", "cpu", "cuda"}
+        Where the encoders run.
+    threads : int, optional
+        Threads within an ONNX Runtime operator; all available processors when None.
+    limits : Limits
+    """
+
+    bundles: tuple[Path, ...]
+    device: str = "auto"
+    threads: int | None = None
+    limits: Limits = field(default_factory=Limits)
