@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from vaefeat.cli import run_command_line
+from vaefeat.observers import shown_activity
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Offline jobs of vaefeat."
@@ -30,9 +31,12 @@ def run(
 ) -> None:
     """Pretrain, export, serve, embed over HTTP, classify with few labels, report."""
     from pipelines.config import load_config
-    from pipelines.run import run as run_job
 
-    run_job(load_config(config, override or ()), console=Console(), resume=resume)
+    loaded = load_config(config, override or ())
+    with shown_activity("load torch and the rest"):
+        from pipelines.run import run as run_job
+
+    run_job(loaded, console=Console(), resume=resume)
 
 
 if __name__ == "__main__":

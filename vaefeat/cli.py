@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from vaefeat.errors import InputError, MissingExtraError, TrainingInterrupted, VaefeatError
+from vaefeat.observers import shown_activity
 
 if TYPE_CHECKING:
     from vaefeat.encoder import OnnxEncoder
@@ -51,7 +52,8 @@ def pretrain(
         raise unknown_name("--set table", unknown[0], ("model", "train"))
     model, train = ModelConfig.from_dict(settings["model"]), TrainConfig.from_dict(settings["train"])
     try:
-        from vaefeat.pretraining import pretrain as train_and_export
+        with shown_activity("load torch and the rest"):
+            from vaefeat.pretraining import pretrain as train_and_export
     except ModuleNotFoundError as error:
         raise MissingExtraError("Training", extra="train") from error
     rows = load_rows(data, image_size=image_size)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vaefeat.errors import MissingExtraError
 
-__all__ = ["EpochRecord", "EventLog", "Observer", "ProgressBar"]
+__all__ = ["EpochRecord", "EventLog", "Observer", "ProgressBar", "shown_activity"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,23 +74,22 @@ class Observer:
 class ProgressBar(Observer):
     """A bar on standard error: ELBO, reconstruction, KL, active units, rows per second, time left."""
 
-    def __init__(self, title: str = "pretrain") -> None:
+    def __init__(self) -> None:
+        # Short enough for a terminal of 80 columns.
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[epochs]}"),
+            BarColumn(bar_width=8),
             TextColumn("{task.fields[figures]}", style="cyan"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
             console=Console(stderr=True),
         )
-        self._title = title
         self._epochs = self._steps_per_epoch = self._active = 0
 
     def on_start(self, *, epochs: int, steps_per_epoch: int, epoch: int) -> None:
         """Show the bar."""
         self._epochs, self._steps_per_epoch = epochs, steps_per_epoch
         self._task = self._progress.add_task(
-            self._title, total=epochs * steps_per_epoch, completed=epoch * steps_per_epoch, epochs="", figures=""
+            "epoch", total=epochs * steps_per_epoch, completed=epoch * steps_per_epoch, figures=""
         )
         self._progress.start()
 
@@ -99,10 +100,10 @@ class ProgressBar(Observer):
         self._progress.update(
             self._task,
             completed=(epoch - 1) * self._steps_per_epoch + step,
-            epochs=f"epoch {epoch}/{self._epochs}",
-            figures=f"ELBO {elbo:.2f}  rec {log_likelihood:.2f}  KL {kl:.2f}  "
-            + f"active {self._active}  " * (self._active > 0)
-            + f"{rows_per_s:,.0f} rows/s",
+            description=f"epoch {epoch}/{self._epochs}",
+            figures=f"ELBO {elbo:.2f} rec {log_likelihood:.2f} KL {kl:.2f} "
+            + f"active {self._active} " * (self._active > 0)
+            + f"{rows_per_s / 1000:.1f}k rows/s",
         )
 
     def on_epoch(self, record: EpochRecord) -> None:
@@ -149,3 +150,11 @@ class EventLog(Observer):
     def on_end(self) -> None:
         """Flush and close."""
         self._writer.close()
+
+
+@contextmanager
+def shown_activity(text: str, *, shown: bool = True) -> Iterator[None]:
+    """Show on standard error that something goes on whose length nobody knows; nothing where that is no terminal."""
+    console = Console(stderr=True)
+    with console.status(text) if shown and console.is_terminal else nullcontext():
+        yield

@@ -27,7 +27,7 @@ from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.networks import network_name
 from vaefeat.model.vae import VAE, likelihood_name
 from vaefeat.model_card import model_card, reconstruction_picture
-from vaefeat.observers import EventLog, Observer, ProgressBar
+from vaefeat.observers import EventLog, Observer, ProgressBar, shown_activity
 from vaefeat.training import Trainer, TrainingResult
 
 __all__ = ["CHECKPOINT_FILE", "HISTORY_FILE", "TRAINING_FOLDER", "pretrain"]
@@ -130,7 +130,8 @@ def pretrain(
     result = trainer.run(resume=resume)
     if folder is not None:
         _write_history(folder / TRAINING_FOLDER / HISTORY_FILE, result)
-    bundle = make_bundle(vae, rows, result, train=train, name=name, data_fingerprint=print_of_rows)
+    with shown_activity("export to ONNX, and compare with torch", shown=progress):
+        bundle = make_bundle(vae, rows, result, train=train, name=name, data_fingerprint=print_of_rows)
     return bundle if folder is None else bundle.save(folder)
 
 
