@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from vaefeat.cli import run_command_line
+from vaefeat.errors import requiring
 from vaefeat.observers import shown_activity
 
 app = typer.Typer(
@@ -33,7 +34,7 @@ def run(
     from pipelines.config import load_config
 
     loaded = load_config(config, override or ())
-    with shown_activity("load torch and the rest"):
+    with shown_activity("load torch and the rest"), requiring("jobs", what="This job"):
         from pipelines.run import run as run_job
 
     run_job(loaded, console=Console(), resume=resume)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+
+from vaefeat.errors import MissingExtraError, requiring
 
 
 def main() -> None:
@@ -12,7 +15,12 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     # Only now: these imports take a while, and a signal during them would end in a traceback.
-    from serving.command_line import app
+    try:
+        with requiring("serve", what="The service"):
+            from serving.command_line import app
+    except MissingExtraError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
 
     app(obj=stop)
 

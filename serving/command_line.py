@@ -15,7 +15,7 @@ from serving.catalogue import load_encoders
 from serving.errors import EngineError, SetupError
 from serving.ray_environment import prepare_environment
 from serving.settings import Limits, ServiceSettings
-from vaefeat.errors import VaefeatError
+from vaefeat.errors import VaefeatError, requiring
 from vaefeat.runtime import choose_device
 
 __all__ = ["app"]
@@ -71,7 +71,8 @@ def _run_ray(settings: ServiceSettings, listener: socket.socket, stop: threading
     prepare_environment(settings.limits)
     if stop.is_set():
         return
-    from serving import ray_engine
+    with requiring("serve", what="--engine ray"):
+        from serving import ray_engine
 
     # Ray replaces the main thread's signal handlers by ones that end the process half-way through its start. In
     # another thread it leaves them alone; that thread must live as long as Ray, whose processes end with it.

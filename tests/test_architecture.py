@@ -58,3 +58,31 @@ def test_wheel_holds_the_library_alone(tmp_path: Path) -> None:
         tops = {name.partition("/")[0] for name in archive.namelist()}
         assert "vaefeat/py.typed" in archive.namelist()
     assert {top.split("-")[0] for top in tops} == {"vaefeat"}
+
+
+@pytest.mark.parametrize(
+    ("missing", "statement", "message"),
+    [
+        ("torch", "from vaefeat import pretrain", "pip install 'vaefeat[train]'"),
+        ("onnxscript", "import vaefeat.cli, sys; sys.argv = ['vaefeat', '--help']", ""),
+        ("torch", "import runpy, sys; sys.argv = ['pipelines', 'run', 'pipelines/configs/digits.toml']\n"
+                  "runpy.run_module('pipelines', run_name='__main__')", "pip install 'vaefeat[jobs]'"),
+        ("orjson", "import runpy, sys; sys.argv = ['serving', 'nowhere']\n"
+                   "runpy.run_module('serving', run_name='__main__')", "pip install 'vaefeat[serve]'"),
+    ],
+)  # fmt: skip
+def test_missing_extra_names_the_command_that_installs_it(missing: str, statement: str, message: str) -> None:
+    """A finder that finds nothing stands in for a package that is not installed; all else is real."""
+    program = (
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] == {missing!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n" + statement
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert message in done.stderr
+    if "runpy" in statement:
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr

@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from vaefeat.errors import requiring
+
 if TYPE_CHECKING:
     from vaefeat.bundle import Bundle, load_bundle
     from vaefeat.config import ModelConfig, TrainConfig
@@ -54,7 +56,8 @@ _ROOMS = {
 def __getattr__(name: str) -> Any:
     if name not in _ROOMS:
         raise AttributeError(f"module 'vaefeat' has no attribute {name!r}")
-    return getattr(import_module(_ROOMS[name]), name)
+    with requiring("train", what=f"vaefeat.{name}"):
+        return getattr(import_module(_ROOMS[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from vaefeat.errors import InputError, MissingExtraError, TrainingInterrupted, VaefeatError
+from vaefeat.errors import InputError, TrainingInterrupted, VaefeatError, requiring
 from vaefeat.observers import shown_activity
 
 if TYPE_CHECKING:
@@ -51,11 +51,8 @@ def pretrain(
     if unknown := sorted(settings.keys() - {"model", "train"}):
         raise unknown_name("--set table", unknown[0], ("model", "train"))
     model, train = ModelConfig.from_dict(settings["model"]), TrainConfig.from_dict(settings["train"])
-    try:
-        with shown_activity("load torch and the rest"):
-            from vaefeat.pretraining import pretrain as train_and_export
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("Training", extra="train") from error
+    with shown_activity("load torch and the rest"), requiring("train", what="Training"):
+        from vaefeat.pretraining import pretrain as train_and_export
     rows = load_rows(data, image_size=image_size)
     bundle = train_and_export(rows, model=model, train=train, out=out, name=name, resume=resume)
     metrics = bundle.manifest.metrics

@@ -22,6 +22,8 @@ to show to whoever sent the request: it never holds secrets or file contents.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -39,6 +41,7 @@ __all__ = [
     "TrainingError",
     "TrainingInterrupted",
     "VaefeatError",
+    "requiring",
 ]
 
 
@@ -90,6 +93,30 @@ class MissingExtraError(VaefeatError, ImportError):
     def __reduce__(self) -> tuple[Any, ...]:
         # By itself, an exception is unpickled from its message alone; workers send this one to their caller.
         return partial(MissingExtraError, extra=self.extra), (self.what,)
+
+
+@contextmanager
+def requiring(extra: str, *, what: str) -> Iterator[None]:
+    """Turn a missing package, imported inside, into the error that names the extra which brings it.
+
+    Parameters
+    ----------
+    extra : str
+        The extra of the ``vaefeat`` distribution.
+    what : str
+        The feature that needs it, as the subject of a sentence.
+
+    Raises
+    ------
+    MissingExtraError
+        A package that is not ours is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in {"vaefeat", "serving", "pipelines"}:
+            raise  # a module of ours that is not there is a defect, not a missing extra
+        raise MissingExtraError(what, extra=extra) from error
 
 
 class TrainingError(VaefeatError, RuntimeError):

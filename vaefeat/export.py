@@ -20,7 +20,7 @@ from vaefeat.bundle import Bundle
 from vaefeat.config import ModelConfig
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.encoder import OnnxEncoder
-from vaefeat.errors import BundleError, ConfigError, ExportError, MissingExtraError
+from vaefeat.errors import BundleError, ExportError, requiring
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.vae import VAE
 from vaefeat.runtime import check_graph
@@ -170,21 +170,18 @@ class _Decoder(nn.Module):
 
 
 def _export(module: nn.Module, example: Tensor, *, name: str, outputs: Sequence[str]) -> bytes:
-    with _quiet():
-        try:
-            program = torch.onnx.export(
-                module.eval(),
-                (example,),
-                dynamo=True,
-                input_names=[name],
-                output_names=list(outputs),
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                opset_version=OPSET,
-                external_data=False,
-                verbose=False,
-            )
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("Exporting to ONNX", extra="train") from error
+    with _quiet(), requiring("train", what="Exporting to ONNX"):
+        program = torch.onnx.export(
+            module.eval(),
+            (example,),
+            dynamo=True,
+            input_names=[name],
+            output_names=list(outputs),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=OPSET,
+            external_data=False,
+            verbose=False,
+        )
     assert program is not None  # torch.onnx.export returns None only without dynamo
     model = program.model_proto
     _strip(model)

@@ -21,7 +21,7 @@ from vaefeat.bundle import Bundle
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.encoder import OnnxEncoder
-from vaefeat.errors import InputError, MissingExtraError
+from vaefeat.errors import InputError, requiring
 from vaefeat.remote import RemoteEncoder
 
 if TYPE_CHECKING:
@@ -181,10 +181,8 @@ class VAETransformer(_Features):
         rows = validate_data(self, flat_images(X, image_shape), dtype=[np.float32, np.uint8], ensure_min_samples=2)
         if image_shape is not None:
             rows = rows.reshape(-1, *image_shape)
-        try:
+        with requiring("train", what="Training"):
             from vaefeat.pretraining import pretrain
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("Training", extra="train") from error
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.bundle_: Bundle = pretrain(
             rows, model=self._model_config(), train=self._train_config(seed), name="encoder", progress=self.verbose != 0
@@ -222,11 +220,9 @@ class VAETransformer(_Features):
         """
         check_is_fitted(self)
         rows = validate_data(self, flat_images(X, self.encoder_.input.shape), dtype="numeric", reset=False)
-        try:
+        with requiring("train", what="score_samples"):
             from vaefeat.export import restore_vae
             from vaefeat.model.evaluation import importance_weighted_bound
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("score_samples", extra="train") from error
         return importance_weighted_bound(restore_vae(self.bundle_), self.encoder_.input.prepare(rows))
 
     def score(self, X: ArrayLike, y: object = None) -> float:
@@ -246,10 +242,8 @@ class VAETransformer(_Features):
         check_is_fitted(self)
         if n_samples < 1:
             raise InputError(f"got n_samples={n_samples}, wanted at least 1")
-        try:
+        with requiring("train", what="sample"):
             from vaefeat.export import restore_vae, sample_prior
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("sample", extra="train") from error
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         return self.inverse_transform(sample_prior(restore_vae(self.bundle_), n_samples, seed=seed))
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vaefeat.errors import MissingExtraError
+from vaefeat.errors import requiring
 
 __all__ = ["EpochRecord", "EventLog", "Observer", "ProgressBar", "shown_activity"]
 
@@ -125,10 +125,8 @@ class EventLog(Observer):
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
+        with requiring("train", what="TensorBoard's event files"):
             from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("TensorBoard's event files", extra="train") from error
         self._folder = folder
         self._open: Any = SummaryWriter
         self._writer: Any = None

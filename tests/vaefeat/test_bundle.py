@@ -78,6 +78,12 @@ def test_digest_changes_with_every_part(digits_bundle: Path) -> None:
     assert len({stored.digest, *(bundle.digest for bundle in other)}) == 4
 
 
+def test_order_of_the_keys_in_the_manifest_does_not_matter(folder: Path) -> None:
+    values = json.loads((folder / "bundle.json").read_text(), object_pairs_hook=lambda pairs: dict(reversed(pairs)))
+    (folder / "bundle.json").write_text(json.dumps(values))
+    assert load_bundle(folder).digest == values["digest"]
+
+
 def test_bundle_holds_no_pickle(digits_bundle: Path) -> None:
     assert {Path(name).suffix for name in load_bundle(digits_bundle).files} == {".md", ".onnx", ".png", ".safetensors"}
     for name in FILES:
