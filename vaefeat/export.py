@@ -20,7 +20,7 @@ from vaefeat.bundle import Bundle
 from vaefeat.config import ModelConfig
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.encoder import OnnxEncoder
-from vaefeat.errors import BundleError, ExportError, requiring
+from vaefeat.errors import BundleError, ConfigError, ExportError, requiring
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.vae import VAE
 from vaefeat.runtime import check_graph
