@@ -12,6 +12,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from vaefeat.errors import InputError
 
@@ -112,7 +113,8 @@ def probe(
         for head, make in HEADS.items():
             errors = []
             for chosen in draws:
-                with warnings.catch_warnings():
+                # Two threads would wait for each other longer than they work on so few rows.
+                with warnings.catch_warnings(), threadpool_limits(1):
                     # A thousand steps are enough for the error; nobody reads the coefficients.
                     warnings.simplefilter("ignore", ConvergenceWarning)
                     classifier = make().fit(train[chosen], train_labels[chosen])

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
 
 from vaefeat import plots
 from vaefeat.atomic import replace_file
@@ -87,7 +88,8 @@ def _map(means: NDArray[Any], data: Dataset, *, seed: int) -> tuple[NDArray[Any]
         return np.column_stack([chosen[:, 0], np.zeros(len(chosen))]), names
     if len(chosen) < 50 or chosen.shape[1] == 2:
         return PCA(2).fit_transform(chosen), names
-    return TSNE(2, init="pca", random_state=seed, max_iter=500).fit_transform(chosen), names
+    with threadpool_limits(1):  # as in vaefeat.training: on a busy machine a second thread costs more than it brings
+        return TSNE(2, init="pca", random_state=seed, max_iter=500).fit_transform(chosen), names
 
 
 def _errors(result: RunResult) -> Any:

@@ -20,6 +20,7 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from os import PathLike
@@ -202,21 +203,25 @@ class Bundle:
         folder = Path(path)
         staged = {name: self.read(name) for name in self.files}
         staged[MANIFEST_FILE] = _manifest_bytes(self.manifest, self.files, self.digest)
-        staging = folder / ".staging"
+        kept = "what was there before is unchanged"
+        staging = None
         try:
-            staging.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=".staging-", dir=folder))
             # Everything is on the disk before the first name changes, so that a full disk spoils nothing.
             for name, content in staged.items():
                 replace_file(staging / name, content)
             for name in staged:
                 (staging / name).replace(folder / name)
+                kept = "some of its files are already new: save it again"
         except OSError as error:
             raise BundleError(
                 f"could not write bundle {self.name!r} to {folder}: {error.strerror or error}; "
-                "free some space or choose another folder; what was there before is unchanged"
+                f"free some space or choose another folder; {kept}"
             ) from error
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            if staging is not None:
+                shutil.rmtree(staging, ignore_errors=True)
         return load_bundle(folder)
 
 

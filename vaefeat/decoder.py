@@ -32,8 +32,8 @@ class OnnxDecoder:
         self.row_shape = bundle.manifest.input.shape
         self.batch_size = batch_size
         what = f"decoder.onnx of bundle {bundle.name!r}"
-        self._session = open_graph(bundle.read("decoder.onnx"), what=what, device=device, threads=threads).session
-        ends = [*self._session.get_inputs(), *self._session.get_outputs()]
+        self._graph = open_graph(bundle.read("decoder.onnx"), what=what, device=device, threads=threads)
+        ends = [*self._graph.session.get_inputs(), *self._graph.session.get_outputs()]
         got = [(end.name, end.type, tuple(end.shape[1:])) for end in ends]
         wanted = [("latents", "tensor(float)", (self.latent_dim,)), ("rows", "tensor(float)", self.row_shape)]
         if got != wanted:
@@ -67,5 +67,5 @@ class OnnxDecoder:
         rows = np.empty((len(latents), *self.row_shape), dtype=np.float32)
         for start in range(0, len(latents), self.batch_size):
             stop = start + self.batch_size
-            rows[start:stop] = self._session.run(["rows"], {"latents": latents[start:stop]})[0]
+            rows[start:stop] = self._graph.run("rows", {"latents": latents[start:stop]})
         return rows

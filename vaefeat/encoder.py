@@ -92,7 +92,7 @@ class OnnxEncoder:
         self.provider: str = graph.provider
         self.device: str = graph.device
         self.device_reason: str = graph.reason
-        self._session = graph.session
+        self._graph = graph
 
     def embed(self, X: ArrayLike, *, output: str = "mean") -> NDArray[np.float32]:
         """Encode rows.
@@ -119,7 +119,7 @@ class OnnxEncoder:
         features = np.empty((len(rows), self.outputs[output]), dtype=np.float32)
         for start in range(0, len(rows), self.batch_size):
             stop = start + self.batch_size
-            features[start:stop] = self._session.run([output], {"rows": rows[start:stop]})[0]
+            features[start:stop] = self._graph.run(output, {"rows": rows[start:stop]})
         return features
 
     def __getstate__(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxscript  # noqa: F401 - what torch.onnx.export needs is missed here, not after hours of training
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from vaefeat.bundle import Bundle
 from vaefeat.config import ModelConfig
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.encoder import OnnxEncoder
-from vaefeat.errors import BundleError, ConfigError, ExportError, requiring
+from vaefeat.errors import BundleError, ConfigError, ExportError
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.vae import VAE
 from vaefeat.runtime import check_graph
@@ -170,7 +171,7 @@ class _Decoder(nn.Module):
 
 
 def _export(module: nn.Module, example: Tensor, *, name: str, outputs: Sequence[str]) -> bytes:
-    with _quiet(), requiring("train", what="Exporting to ONNX"):
+    with _quiet():
         program = torch.onnx.export(
             module.eval(),
             (example,),

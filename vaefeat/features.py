@@ -22,6 +22,7 @@ from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import InputError, requiring
+from vaefeat.model_card import renamed
 from vaefeat.remote import RemoteEncoder
 
 if TYPE_CHECKING:
@@ -247,20 +248,22 @@ class VAETransformer(_Features):
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         return self.inverse_transform(sample_prior(restore_vae(self.bundle_), n_samples, seed=seed))
 
-    def save_bundle(self, path: str | PathLike[str]) -> Bundle:
+    def save_bundle(self, path: str | PathLike[str], *, name: str | None = None) -> Bundle:
         """Write the bundle to a folder, for :class:`VAEFeatures`, the service and the jobs.
 
         Parameters
         ----------
         path : path-like
+        name : str, optional
+            The model's name in a service; ``encoder`` when None.
 
         Returns
         -------
         Bundle
-            Loaded back and verified; its digest is that of ``bundle_``.
+            Loaded back and verified. Its digest is that of ``bundle_``, or another one if it got a name.
         """
         check_is_fitted(self)
-        return self.bundle_.save(path)
+        return (self.bundle_ if name is None else renamed(self.bundle_, name)).save(path)
 
     def _model_config(self) -> ModelConfig:
         return ModelConfig.from_dict(

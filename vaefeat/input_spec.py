@@ -18,6 +18,9 @@ from vaefeat.errors import BundleError, InputError
 
 __all__ = ["InputSpec"]
 
+#: A resampled picture may overshoot its range a little; one that was not scaled is far off.
+_FAR_BEYOND_ONE = 2.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputSpec:
@@ -162,4 +165,13 @@ class InputSpec:
                 f"got {len(bad)} NaN or infinite values (first in row {bad[0][0]}), wanted finite float32; "
                 "impute or drop these rows first, for instance with sklearn.impute.SimpleImputer"
             )
+        self._refuse_unscaled_images(converted)
         return converted
+
+    def _refuse_unscaled_images(self, rows: NDArray[np.float32]) -> None:
+        """Catch pixels up to 255 on their way into a bundle of pixels up to 1, which would embed without a word."""
+        if self.kind == "image" and 0 <= self.low <= self.high <= 1 and (highest := rows.max()) > _FAR_BEYOND_ONE:
+            raise InputError(
+                f"got values up to {highest:g}, wanted {self} with values as in training, from {self.low:g} to "
+                f"{self.high:g}; divide by 255 if that is what was done there"
+            )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vaefeat.bundle import Manifest
+from vaefeat.bundle import Bundle, Manifest
 
-__all__ = ["model_card", "reconstruction_picture"]
+__all__ = ["model_card", "reconstruction_picture", "renamed"]
 
 _CELL_PIXELS = 56
 _COLUMNS = 12
@@ -60,6 +61,15 @@ features = OnnxEncoder("this folder").embed(rows)  # (n, {manifest.latent_dim}) 
 {manifest.outputs["hidden"]} values); `decoder.onnx` turns latents back into rows; `weights.safetensors` holds the torch
 weights. `bundle.json` lists every file with its SHA-256 and the whole configuration.
 """
+
+
+def renamed(bundle: Bundle, name: str) -> Bundle:
+    """Give a bundle another name, in memory: manifest and model card follow, and with them the digest."""
+    manifest = replace(bundle.manifest, name=name)
+    contents = {file: bundle.read(file) for file in bundle.files}
+    picture = next((file for file in contents if file.endswith(".png")), None)
+    contents["README.md"] = model_card(manifest, picture=picture).encode()
+    return Bundle.of(manifest, contents)
 
 
 def reconstruction_picture(rows: NDArray[Any], reconstructions: NDArray[np.float32]) -> bytes:

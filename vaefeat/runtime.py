@@ -6,10 +6,13 @@ import ctypes
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 
 from vaefeat.errors import BundleError, DeviceError
 from vaefeat.processors import available_cpus
@@ -45,6 +48,25 @@ class OpenedGraph:
     session: ort.InferenceSession
     device: str
     reason: str
+
+    def run(self, output: str, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
+        """Compute one output.
+
+        Raises
+        ------
+        DeviceError
+            ONNX Runtime failed, for instance because the device's memory is full.
+        """
+        try:
+            (result,) = self.session.run([output], inputs)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
+            n_rows = len(next(iter(inputs.values())))
+            raise DeviceError(
+                f"ONNX Runtime failed on {n_rows} rows on {self.device}: {error}; "
+                "with a smaller batch_size it needs less memory"
+            ) from error
+        computed: NDArray[np.float32] = result
+        return computed
 
     @property
     def provider(self) -> str:

@@ -136,7 +136,7 @@ def test_pickled_encoder_gives_the_same_features(bundles: dict[str, Bundle], kin
     encoder = OnnxEncoder(bundles[kind], device="cpu", threads=1, batch_size=19)
     again = pickle.loads(pickle.dumps(encoder))
     assert (again.digest, again.batch_size, again.device) == (encoder.digest, 19, "cpu")
-    assert again._session.get_session_options().intra_op_num_threads == 1
+    assert again._graph.session.get_session_options().intra_op_num_threads == 1
     np.testing.assert_array_equal(again.embed(rows), encoder.embed(rows))
 
 

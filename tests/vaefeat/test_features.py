@@ -295,3 +295,10 @@ def test_methods_that_need_torch_name_the_install_command(folder: Path) -> None:
     command = "needs packages that are not installed; install them with: pip install 'vaefeat[train]'"
     wanted = [f"{what} {command}" for what in ("Training", "score_samples", "sample")]
     assert run_without_torch(program, folder).splitlines() == wanted
+
+
+def test_saved_bundle_can_be_given_a_name(fitted: VAETransformer, tmp_path: Path) -> None:
+    named = fitted.save_bundle(tmp_path / "named", name="digits-v2")
+    assert named.name == "digits-v2"
+    assert (tmp_path / "named" / "README.md").read_text().startswith("# digits-v2")
+    assert named.digest != fitted.bundle_.digest

@@ -219,3 +219,10 @@ def test_spec_of_training_rows_survives_json(rows: NDArray[Any], kind: str, dtyp
 def test_spec_with_fields_of_no_bundle_of_ours_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match="got an input described by"):
         InputSpec.from_dict({**PIXELS.to_dict(), **change})
+
+
+def test_unscaled_pixels_into_a_bundle_of_scaled_ones_are_refused() -> None:
+    spec = InputSpec(kind="image", shape=(1, 2, 2), dtype="float32", low=0.0, high=1.0)
+    with pytest.raises(InputError, match=r"got values up to 255.*divide by 255"):
+        spec.prepare(np.full((3, 4), 255.0))
+    assert spec.prepare(np.full((3, 4), 1.2)).max() == np.float32(1.2)
