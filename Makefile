@@ -27,10 +27,10 @@ demo: $(READY) ## the main job on scikit-learn's digits: pretrain, serve, embed,
 	$(PYTHON) -m pipelines run pipelines/configs/digits.toml
 
 test: $(READY) ## the tests, without those marked slow, gpu or serve
-	$(PYTHON) -m pytest -m "not slow and not gpu and not serve" --data-dir $(DATA)
+	$(PYTHON) -m pytest -m "not slow and not gpu and not serve" --data-dir=$(DATA)
 
 test-all: $(READY) ## all tests; those marked gpu need a CUDA device
-	$(PYTHON) -m pytest --data-dir $(DATA)
+	$(PYTHON) -m pytest --data-dir=$(DATA)
 
 lint: $(READY) ## ruff, mypy --strict, import-linter
 	$(VENV)/bin/ruff check

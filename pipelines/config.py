@@ -36,7 +36,9 @@ class DataConfig(Settings):
     def __post_init__(self) -> None:
         if self.pretrain_on not in {"train", "all"}:
             raise unknown_name("data.pretrain_on", str(self.pretrain_on), ("train", "all"))
-        if not 0 < self.test_share < 1:
+        if not isinstance(self.path, str) or not self.path:
+            raise ConfigError(f"got data.path={self.path!r}, wanted a text")
+        if not isinstance(self.test_share, float) or not 0 < self.test_share < 1:
             raise ConfigError(f"got data.test_share={self.test_share!r}, wanted a number between 0 and 1")
 
 
@@ -56,6 +58,8 @@ class ServeConfig(Settings):
     def __post_init__(self) -> None:
         if self.engine not in {"ray", "local"}:
             raise unknown_name("serve.engine", str(self.engine), ("ray", "local"))
+        if not isinstance(self.start_timeout_s, int | float) or not self.start_timeout_s > 0:
+            raise ConfigError(f"got serve.start_timeout_s={self.start_timeout_s!r}, wanted a number of seconds over 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,7 @@ def _errors(result: RunResult) -> Any:
         [p.mean for p in probes],
         [p.spread for p in probes],
         ours={p.features for p in probes if p.features.startswith("vaefeat")},
-        title=f"Logistic regression on {result.config.probe.n_labels} labels, features {probes[0].head}",
+        title=f"{result.config.probe.n_labels} labels, features {probes[0].head}",
     )
     return drawn
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
 import subprocess
@@ -11,13 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import IO
 
 from vaefeat.errors import RemoteError
 
 __all__ = ["ProcessError", "running_server"]
 
-_STOP_TIMEOUT_S = 60.0
+#: The service lets requests in flight finish for up to a minute, and then ends Ray.
+_STOP_TIMEOUT_S = 90.0
 
 
 class ProcessError(RemoteError):
@@ -61,11 +64,30 @@ def running_server(bundle: Path, *, engine: str, start_timeout_s: float) -> Iter
         for reader in readers:
             reader.start()
         try:
-            yield _address(process, lines, log, start_timeout_s)
+            with _terminated_in_order():
+                yield _address(process, lines, log, start_timeout_s)
         finally:
             _stop(process)
             for reader in readers:
                 reader.join()
+
+
+@contextmanager
+def _terminated_in_order() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP, which would end this process at once, run its ``finally`` clauses."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _forward(stream: IO[str], take: Callable[[str], None]) -> None:
@@ -97,5 +119,6 @@ def _stop(process: subprocess.Popen[str]) -> None:
     try:
         process.wait(_STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        process.kill()
+        # Its session is its own, so the whole group of processes is the service.
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()

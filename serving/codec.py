@@ -32,6 +32,9 @@ _HEADER = re.compile(
 )
 _NUMBERS = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
 _JSON_KEYS = {"rows", "model", "output"}
+#: Three keys and two texts take ten quotes and one brace; a few more may stand in the texts.
+_MAX_JSON_QUOTES = 16
+_MAX_JSON_BRACES = 4
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,9 @@ def decode_json(body: bytes, *, max_lists: int) -> EmbedBody:
     """
     if body.count(b"[") > max_lists:
         raise CodecError(f"got more than {max_lists} lists, which is more than the allowed rows hold; send fewer rows")
+    # NumPy would give every value the size of the longest text, before anyone sees that there is text at all.
+    if body.count(b"{") > _MAX_JSON_BRACES or body.count(b'"') > _MAX_JSON_QUOTES:
+        raise CodecError('got texts or objects among the rows, wanted {"rows": [[...], ...]} with numbers only')
     try:
         values = orjson.loads(body)
     except orjson.JSONDecodeError as error:

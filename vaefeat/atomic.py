@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["replace_file"]
+__all__ = ["replace_file", "sync_folder"]
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -39,7 +39,7 @@ def replace_file(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             Path(temporary).unlink()
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _umask() -> int:
@@ -48,8 +48,9 @@ def _umask() -> int:
     return current
 
 
-def _sync_folder(folder: Path) -> None:
-    # The rename itself is durable only once the folder is on the disk. Windows cannot open folders.
+def sync_folder(folder: Path) -> None:
+    """Flush a folder to the disk: a rename in it is durable only then."""
+    # Windows cannot open folders.
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -27,7 +27,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
-from vaefeat.atomic import replace_file
+from vaefeat.atomic import replace_file, sync_folder
 from vaefeat.errors import BundleError, InputError
 from vaefeat.input_spec import InputSpec
 
@@ -203,7 +203,6 @@ class Bundle:
         folder = Path(path)
         staged = {name: self.read(name) for name in self.files}
         staged[MANIFEST_FILE] = _manifest_bytes(self.manifest, self.files, self.digest)
-        kept = "what was there before is unchanged"
         staging = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -211,13 +210,11 @@ class Bundle:
             # Everything is on the disk before the first name changes, so that a full disk spoils nothing.
             for name, content in staged.items():
                 replace_file(staging / name, content)
-            for name in staged:
-                (staging / name).replace(folder / name)
-                kept = "some of its files are already new: save it again"
+            _exchange(staging, folder, list(staged))
         except OSError as error:
             raise BundleError(
                 f"could not write bundle {self.name!r} to {folder}: {error.strerror or error}; "
-                f"free some space or choose another folder; {kept}"
+                "free some space or choose another folder; what was there before is unchanged"
             ) from error
         finally:
             if staging is not None:
@@ -265,6 +262,28 @@ def load_bundle(path: str | PathLike[str]) -> Bundle:
     for name, entry in files.items():
         _verify(folder / name, entry)
     return Bundle(manifest=manifest, files=files, digest=digest, path=folder)
+
+
+def _exchange(staging: Path, folder: Path, names: list[str]) -> None:
+    """Move staged files into place; if one cannot be moved, put back what was there."""
+    before = staging / "before"
+    before.mkdir()
+    done: list[str] = []
+    try:
+        for name in names:
+            if (folder / name).is_file():
+                # A copy, so that the old file stays readable under its name until the new one takes that over.
+                shutil.copyfile(folder / name, before / name)
+            (staging / name).replace(folder / name)
+            done.append(name)
+    except OSError:
+        for name in done:
+            if (before / name).exists():
+                (before / name).replace(folder / name)
+            else:
+                (folder / name).unlink()
+        raise
+    sync_folder(folder)
 
 
 def check_name(name: str) -> None:

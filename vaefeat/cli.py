@@ -99,6 +99,7 @@ def embed(
     out: Annotated[Path, typer.Argument(help="The .npy file to write.")],
     output: Annotated[str, typer.Option(help="mean, hidden or logvar.")] = "mean",
     split: Annotated[Literal["train", "test"], typer.Option(help="Which, where the data have splits.")] = "train",
+    image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda; for a bundle.")] = "auto",
     model: Annotated[str | None, typer.Option(help="Which model of a service that has several.")] = None,
 ) -> None:
@@ -111,7 +112,7 @@ def embed(
     if out.suffix != ".npy":
         raise InputError(f"got the output file {out}, wanted a name that ends in .npy")
     opened = _encoder(encoder, device=device, model=model)
-    rows = load_rows(data, split=split).array
+    rows = load_rows(data, split=split, image_size=image_size).array
     console = Console(stderr=True)
     starts = range(0, len(rows), _ROWS_A_CALL)
     bar = track(starts, description="embed", console=console, transient=True, disable=not console.is_terminal)
@@ -125,7 +126,11 @@ def _encoder(address: str, *, device: str, model: str | None) -> OnnxEncoder | R
     if address.startswith(("http://", "https://")):
         from vaefeat.remote import RemoteEncoder
 
+        if device != "auto":
+            raise InputError(f"got --device {device} for a service, which decides that itself; leave it out")
         return RemoteEncoder(address, model=model)
+    if model is not None:
+        raise InputError(f"got --model {model} for a bundle, which holds one model; leave it out")
     from vaefeat.encoder import OnnxEncoder
 
     return OnnxEncoder(address, device=device)
@@ -156,6 +161,11 @@ def run_command_line(commands: typer.Typer) -> None:
         raise SystemExit(130) from None
     except VaefeatError as error:
         console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        raise SystemExit(2) from None
+    except OSError as error:
+        # What no room foresaw of the disk and the network: a folder that vanished, a disk that filled.
+        where = f": {error.filename}" if error.filename else ""
+        console.print(f"error: {error.strerror or error}{where}", style="red", highlight=False, markup=False)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         console.print("interrupted", style="yellow")

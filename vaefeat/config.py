@@ -88,11 +88,14 @@ class ModelConfig(Settings):
 
     def __post_init__(self) -> None:
         _check_int("latent_dim", self.latent_dim, at_least=1)
+        for name in ("network", "posterior", "prior", "likelihood"):
+            _check_text(name, getattr(self, name))
         if self.network not in {"auto", "mlp", "conv"}:
-            raise unknown_name("network", str(self.network), ("auto", "mlp", "conv"))
-        for name in ("hidden_dims", "channels"):
+            raise unknown_name("network", self.network, ("auto", "mlp", "conv"))
+        # Normalising a layer of one unit would leave a constant.
+        for name, narrowest in (("hidden_dims", 2), ("channels", 1)):
             for width in _check_tuple(name, getattr(self, name)):
-                _check_int(f"every width in {name}", width, at_least=1)
+                _check_int(f"every width in {name}", width, at_least=narrowest)
         if self.gaussian_std is not None:
             _check_number("gaussian_std", self.gaussian_std, above=0)
 
@@ -152,6 +155,8 @@ class TrainConfig(Settings):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("objective", "device"):
+            _check_text(name, getattr(self, name))
         for name in ("max_epochs", "batch_size", "checkpoint_every"):
             _check_int(name, getattr(self, name), at_least=1)
         for name in ("patience", "threads"):
@@ -204,6 +209,11 @@ def _toml_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def _check_text(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise ConfigError(f"got {name}={value!r}, wanted a name in quotes")
 
 
 def _check_tuple(name: str, value: object) -> tuple[object, ...]:

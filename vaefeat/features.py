@@ -6,6 +6,7 @@ pickle works where torch is not installed, and gives the numbers that its bundle
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from os import PathLike
@@ -181,7 +182,12 @@ class VAETransformer(_Features):
         image_shape = _image_shape(X, self.image_shape)
         rows = validate_data(self, flat_images(X, image_shape), dtype=[np.float32, np.uint8], ensure_min_samples=2)
         if image_shape is not None:
-            rows = rows.reshape(-1, *image_shape)
+            if rows.shape[1] != (n_pixels := math.prod(image_shape)):
+                raise InputError(
+                    f"got rows of {rows.shape[1]} values, wanted {n_pixels} values for image_shape={image_shape}; "
+                    "give the (C, H, W) that the rows have"
+                )
+            rows = rows.reshape(len(rows), *image_shape)
         with requiring("train", what="Training"):
             from vaefeat.pretraining import pretrain
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
@@ -373,7 +379,11 @@ class VAEFeatures(_Features):
         if isinstance(self.encoder, OnnxEncoder | RemoteEncoder):
             return self.encoder
         if isinstance(self.encoder, str) and self.encoder.startswith(("http://", "https://")):
+            if self.device != "auto" or self.threads is not None:
+                raise InputError("got device or threads for a service, which decides both itself; leave them out")
             return RemoteEncoder(self.encoder, model=self.model)
+        if self.model is not None:
+            raise InputError(f"got model={self.model!r} for a bundle, which holds one model; leave it out")
         return OnnxEncoder(self.encoder, device=self.device, threads=self.threads)
 
 
@@ -382,6 +392,8 @@ def flat_images(X: Any, image_shape: tuple[int, ...] | None) -> Any:
 
     Anything else is handed on as it is, for those checks to judge.
     """
+    if np.ma.is_masked(X):
+        raise InputError("got rows with masked values, wanted plain ones; fill them first with X.filled(...)")
     shape = tuple(getattr(X, "shape", ()))
     if len(shape) == 4 and shape[1:] == image_shape:
         return np.asarray(X).reshape(shape[0], -1)
@@ -398,11 +410,9 @@ def _image_shape(X: Any, asked: tuple[int, int, int] | None) -> tuple[int, ...] 
         wanted = ()
     if len(wanted) != 3 or min(wanted) < 1:
         raise InputError(f"got image_shape={asked!r}, wanted (channels, height, width), all at least 1")
-    n_features = int(np.prod(wanted))
-    if (len(shape) == 2 and shape[1] != n_features) or (len(shape) == 4 and shape[1:] != wanted):
+    if len(shape) == 4 and shape[1:] != wanted:
         raise InputError(
-            f"got rows of shape {shape[1:]}, wanted {n_features} values for image_shape={wanted}; give the (C, H, W) "
-            "that the rows have"
+            f"got rows of shape {shape[1:]}, wanted image_shape={wanted}; give the (C, H, W) that they have"
         )
     return wanted
 

@@ -136,6 +136,11 @@ class InputSpec:
     def _as_uint8(self, rows: NDArray[Any]) -> NDArray[Any]:
         if rows.dtype == np.uint8:
             return rows
+        if rows.dtype.kind == "f" and self.kind == "image" and 0 < rows.max() <= 1 < self.high:
+            raise InputError(
+                f"got {rows.dtype} rows with values up to {rows.max():g}, wanted {self} with values as in training, "
+                f"up to {self.high:g}; the bundle scales inside its graph: leave out the division by 255"
+            )
         with np.errstate(invalid="ignore"):
             converted = rows.astype(np.uint8)
             # The comparison is also false for NaN, infinity, fractions, negatives and overflow.
@@ -149,7 +154,7 @@ class InputSpec:
         return converted
 
     def _as_float32(self, rows: NDArray[Any]) -> NDArray[Any]:
-        if rows.dtype == np.uint8 and self.low >= 0 and self.high <= 1:
+        if rows.dtype == np.uint8 and self.low >= 0 and self.high <= 1 < rows.max():
             raise InputError(
                 f"got uint8 rows, wanted {self} with values as in training, from {self.low:g} to {self.high:g}; "
                 "divide by 255 if that is what was done there"

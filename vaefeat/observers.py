@@ -147,7 +147,8 @@ class EventLog(Observer):
 
     def on_end(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 @contextmanager

@@ -116,14 +116,14 @@ def draw_errors(
         height=0.65,
         error_kw={"ecolor": "#555", "elinewidth": 1},
     )
-    for place, error in zip(places, errors, strict=True):
+    for name, place, error in zip(names, places, errors, strict=True):
         axes.annotate(
             f"{error:.1f}",
             (0, place),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
-            color="white",
+            color="white" if name in ours else "#1c2733",
             weight="bold",
         )
     axes.set_yticks(places, names)

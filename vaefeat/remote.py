@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import ipaddress
 import weakref
 from types import TracebackType
 from typing import Any, Self
@@ -94,7 +95,10 @@ class RemoteEncoder:
 
     def _connect(self, api_key: str | None) -> httpx.Client:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        client = httpx.Client(base_url=self.url, timeout=self.timeout_s, headers=headers)
+        # A proxy that the environment names stands between this machine and others, never before the machine itself.
+        client = httpx.Client(
+            base_url=self.url, timeout=self.timeout_s, headers=headers, trust_env=not _is_loopback(self.url)
+        )
         # Inside a scikit-learn pipeline there is nobody who could call close.
         weakref.finalize(self, client.close)
         return client
@@ -252,6 +256,14 @@ def _checked_url(url: str) -> str:
         # It would be in every message and in every pickle.
         raise InputError("got an url with a user name or password in it; pass the key as api_key=")
     return url.rstrip("/")
+
+
+def _is_loopback(url: str) -> bool:
+    host = httpx.URL(url).host
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _message(answer: httpx.Response) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ __all__ = ["Trainer", "TrainingResult", "resolve_device", "split_heldout"]
 #: Reading a figure from a GPU waits for it: losses are collected on the device and read this often.
 _STEPS_PER_READING = 50
 _MAX_HELDOUT_ROWS = 10_000
-_TERMS = ("objective", "log-likelihood", "KL divergence")
+_TERMS = ("objective", "log-likelihood", "KL divergence", "gradient")
 #: What may differ between a run and its continuation without changing the result.
 _FREE_SETTINGS = {"device", "threads", "checkpoint_every"}
 #: Multiply-adds of a step from which more than one thread pays: about 10 ms of work for one.
@@ -101,7 +101,7 @@ class Trainer:
         self.config = config
         self.device = resolve_device(config.device)
         self.vae = vae.to(self.device)
-        self.objective = OBJECTIVES[config.objective]()
+        self.objective = OBJECTIVES[config.objective](config)
         self.rows = rows
         self.train, self.heldout = split_heldout(len(rows), config.heldout, config.seed)
         self.batch_size = min(config.batch_size, len(self.train))
@@ -118,11 +118,12 @@ class Trainer:
         # The state of the run, all of which goes into a checkpoint.
         self.epoch = 0
         self.step = 0
-        self.sums = torch.zeros(len(_TERMS), dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.history: list[EpochRecord] = []
         self.best_epoch = 0
         self.best_weights = self._weights()
         self.stopped_early = False
+        self.has_checkpoint = False
 
     def run(self, *, resume: bool = False) -> TrainingResult:
         """Train to the end, from the start or from the checkpoint.
@@ -144,17 +145,20 @@ class Trainer:
         with fixed_noise(self.config.seed, self.device), _using_threads(self.threads):
             if resume and self.checkpoint and self.checkpoint.is_file():
                 self._load(self.checkpoint)
-            for observer in self.observers:
-                observer.on_start(epochs=self.config.max_epochs, steps_per_epoch=self.steps_per_epoch, epoch=self.epoch)
-            try:
+            with self._observed():
                 self._run_epochs()
-            finally:
-                for observer in self.observers:
-                    observer.on_end()
             self.vae.load_state_dict(self.best_weights)
             evaluation = self._evaluate()
         self.vae.eval()
         return TrainingResult(tuple(self.history), evaluation, self.heldout)
+
+    @contextmanager
+    def _observed(self) -> Iterator[None]:
+        with ExitStack() as started:
+            for observer in self.observers:
+                started.callback(observer.on_end)
+                observer.on_start(epochs=self.config.max_epochs, steps_per_epoch=self.steps_per_epoch, epoch=self.epoch)
+            yield
 
     def _run_epochs(self) -> None:
         if self.checkpoint is None:
@@ -166,6 +170,10 @@ class Trainer:
                 self._run_epoch(stop)
                 if self._finished() or self.epoch % self.config.checkpoint_every == 0:
                     self._save(self.checkpoint)
+            if stop:
+                raise TrainingInterrupted(
+                    f"stopped by {stop} after the last epoch; nothing is lost: continue with resume=True"
+                )
 
     def _finished(self) -> bool:
         return self.stopped_early or self.epoch == self.config.max_epochs
@@ -197,10 +205,10 @@ class Trainer:
             self.step += 1
         if not terms:
             return
-        # Each column one step: summed terms, then the number of rows.
+        # Each row one step: summed terms, the norm of the gradient, the number of rows.
         read = torch.stack(terms).cpu()
-        self._refuse_non_finite(read[:, :3], first)
-        _, log_likelihood, kl, n_rows = read.sum(dim=0).tolist()
+        self._refuse_non_finite(read[:, :4], first)
+        _, log_likelihood, kl, _, n_rows = read.sum(dim=0).tolist()
         self.sums += read[:, :3].sum(dim=0).to(self.sums)
         for observer in self.observers:
             observer.on_steps(
@@ -221,10 +229,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         terms = self.objective(self.vae, rows, kl_weight=self._kl_weight(step))
         (-terms.objective.mean()).backward()
-        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), self.config.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), self.config.gradient_clip)
         self.optimizer.step()
         sums = [term.detach().sum(dtype=torch.float64) for term in terms]
-        return torch.stack([*sums, sums[0].new_tensor(len(rows))])
+        # The norm tells of weights that have just been spoiled, a step before any loss does.
+        return torch.stack([*sums, norm.to(sums[0]), sums[0].new_tensor(len(rows))])
 
     def _kl_weight(self, step: int) -> float:
         return self.config.kl_weight * kl_warmup_factor(step, self.total_steps, self.config.kl_warmup)
@@ -236,7 +245,7 @@ class Trainer:
         step, term = (int(index) for index in torch.nonzero(~finite)[0])
         # The objective holds the other two: name the one that spoiled it.
         term = next((i for i in (1, 2) if not finite[step, i]), term)
-        kept = f"; the last good checkpoint is {self.checkpoint}" if self.checkpoint else ""
+        kept = f"; the last good checkpoint is {self.checkpoint}" if self.has_checkpoint else ""
         raise NonFiniteLossError(
             f"the {_TERMS[term]} became {terms[step, term].item()} in epoch {self.epoch + 1}, batch "
             f"{first_step + step + 1} of {self.steps_per_epoch}{kept}. Lower learning_rate (now "
@@ -315,9 +324,11 @@ class Trainer:
             "history": [asdict(record) for record in self.history],
         }
         write_checkpoint(path, tensors, meta)
+        self.has_checkpoint = True
 
     def _load(self, path: Path) -> None:
         tensors, meta = read_checkpoint(path)
+        self.has_checkpoint = True
         _refuse_other_run(path, meta["identity"], self.identity)
         self.vae.load_state_dict(_under("model.", tensors))
         self.best_weights = {name: value.to(self.device) for name, value in _under("best.", tensors).items()}

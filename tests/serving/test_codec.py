@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -192,3 +193,21 @@ def test_decode_json_of_any_bytes_raises_nothing_but_codec_error(tail: bytes) ->
         decode_json(b'{"rows":[[' + tail, max_lists=100)
     except CodecError:
         pass
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"rows": [["' + b"x" * 100_000 + b'"' + b', "a"' * 2_000 + b"]]}",
+        b'{"rows": [' + b"{}," * 200_000 + b"{}]}",
+    ],
+    ids=["texts", "objects"],
+)
+def test_json_of_texts_or_objects_is_refused_without_taking_memory(body: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(CodecError, match="numbers only"):
+            decode_json(body, max_lists=100)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()

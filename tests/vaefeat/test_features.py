@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class TestVAEFeatures:
                 method(X)
         with pytest.raises(InputError, match=r"got rows of shape \(1, 63\), wanted uint8 rows"):
             features.fit(X[:, 1:])
-        with pytest.raises(InputError, match="whole numbers from 0 to 255"):
+        with pytest.raises(InputError, match="leave out the division by 255"):
             features.fit(X / 16)
         features.fit(X)
         with pytest.raises(ValueError, match="63 features, but VAEFeatures is expecting 64"):
@@ -302,3 +303,25 @@ def test_saved_bundle_can_be_given_a_name(fitted: VAETransformer, tmp_path: Path
     assert named.name == "digits-v2"
     assert (tmp_path / "named" / "README.md").read_text().startswith("# digits-v2")
     assert named.digest != fitted.bundle_.digest
+
+
+def test_list_of_rows_of_another_width_than_the_image_is_refused(X: NDArray[np.uint8]) -> None:
+    with pytest.raises(InputError, match=r"got rows of 64 values, wanted 16 values for image_shape=\(1, 4, 4\)"):
+        small(image_shape=(1, 4, 4)).fit(X[:40].tolist())
+
+
+def test_fits_in_threads_give_what_a_fit_alone_gives(X: NDArray[np.uint8]) -> None:
+    alone = small(max_epochs=1).fit(X[:100]).transform(X[:100])
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda _: small(max_epochs=1).fit(X[:100]).transform(X[:100]), range(3)))
+    for features in together:
+        np.testing.assert_array_equal(features, alone)
+
+
+def test_rows_far_outside_the_training_range_are_not_called_likely(
+    fitted: VAETransformer, X: NDArray[np.uint8]
+) -> None:
+    scores = fitted.score_samples(X[:50])
+    beyond = fitted.score_samples(np.minimum(X[:50].astype(int) * 15, 255))
+    assert (beyond <= 0).all()
+    assert beyond.mean() < scores.mean()

@@ -313,3 +313,10 @@ def test_remote_encoder_with_a_key_sends_it_as_a_bearer_token(local: OnnxEncoder
     with stranger({"/v1/models": (200, {}, card(local))}, seen) as url, RemoteEncoder(url, api_key="sesame"):
         pass
     assert seen[0]["authorization"] == "Bearer sesame"
+
+
+def test_proxy_of_the_environment_is_not_asked_for_this_machine(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with RemoteEncoder(url) as encoder:
+        assert encoder.digest.startswith("sha256:")

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from vaefeat import ModelConfig, TrainConfig
+from vaefeat.checkpoint import read_checkpoint
 from vaefeat.errors import (
     CheckpointError,
     ConfigError,
@@ -178,23 +179,61 @@ def test_non_finite_loss_names_term_epoch_and_batch_and_keeps_the_checkpoint(
     digits_rows: NDArray[np.uint8], tmp_path: Path
 ) -> None:
     path = tmp_path / "checkpoint.safetensors"
+    good = b""
 
     class Spoil(Observer):
-        def on_epoch(self, record: EpochRecord) -> None:
-            if record.epoch == 2:
+        def on_steps(
+            self, *, epoch: int, step: int, elbo: float, log_likelihood: float, kl: float, rows_per_s: float
+        ) -> None:
+            nonlocal good
+            if epoch == 3 and not good:
+                good = path.read_bytes()
                 with torch.no_grad():
                     run.vae.posterior.get_parameter("logvar.bias")[0] = torch.nan
 
-    run = trainer(digits_rows, checkpoint=path, observers=[Spoil()], checkpoint_every=2)
-    # Keep the good state: the checkpoint of epoch 2 is written after the observer has spoiled the weights.
-    trainer(digits_rows, checkpoint=path, max_epochs=1).run()
-    good = path.read_bytes()
-    run.config = TrainConfig(max_epochs=4, batch_size=256, checkpoint_every=4)
-    with pytest.raises(
-        NonFiniteLossError, match=r"became nan in epoch 3, batch 1 of 7; the last good checkpoint is .*"
-    ):
+    run = trainer(digits_rows, checkpoint=path, observers=[Spoil()], batch_size=16)
+    with pytest.raises(NonFiniteLossError, match=r"nan in epoch 3, batch 51 of 102; the last good checkpoint is"):
         run.run()
     assert path.read_bytes() == good
+
+
+def test_signal_in_the_step_that_spoils_the_weights_does_not_save_them(
+    digits_rows: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    run = trainer(digits_rows, checkpoint=path, batch_size=16)
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        if run.epoch == 1 and run.step == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return gradient * torch.nan
+        return gradient
+
+    run.vae.posterior.get_parameter("mean.weight").register_hook(spoil)
+    with pytest.raises(NonFiniteLossError, match=r"gradient became nan in epoch 2, batch 21 of 102"):
+        run.run()
+    tensors, meta = read_checkpoint(path)
+    assert meta["epoch"] == 1
+    assert all(value.isfinite().all() for name, value in tensors.items() if name.startswith("model.posterior"))
+
+
+def test_non_finite_loss_before_the_first_checkpoint_names_none(digits_rows: NDArray[np.uint8], tmp_path: Path) -> None:
+    run = trainer(digits_rows, checkpoint=tmp_path / "checkpoint.safetensors")
+    run.vae.posterior.get_parameter("mean.bias").data.fill_(torch.nan)
+    with pytest.raises(NonFiniteLossError, match=r"batch 1 of 7\. Lower"):
+        run.run()
+
+
+def test_signal_during_the_last_evaluation_is_not_swallowed(digits_rows: NDArray[np.uint8], tmp_path: Path) -> None:
+    class StopLate(Observer):
+        def on_epoch(self, record: EpochRecord) -> None:
+            if record.epoch == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    path = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(TrainingInterrupted, match="after the last epoch"):
+        trainer(digits_rows, max_epochs=2, checkpoint=path, observers=[StopLate()]).run()
+    assert len(trainer(digits_rows, max_epochs=2, checkpoint=path).run(resume=True).history) == 2
 
 
 def test_exploding_learning_rate_stops_with_an_error_and_not_with_nan(digits_rows: NDArray[np.uint8]) -> None:

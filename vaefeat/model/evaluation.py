@@ -140,9 +140,8 @@ def _evaluating(vae: VAE) -> Iterator[None]:
 def _bound(vae: VAE, rows: Tensor, noise_SL: Tensor) -> Tensor:
     x = vae.preprocessing(rows)
     h_BF = vae.encoder(x)
-    z_SBL = vae.posterior.draw(h_BF, noise_SL)
+    z_SBL, log_posterior_SB = vae.posterior.draw(h_BF, noise_SL)
     log_prior_SB = vae.prior(vae.encode).log_prob(z_SBL)
-    log_posterior_SB = vae.posterior(h_BF).log_prob(z_SBL)
     n_samples = len(noise_SL)
     # One decoding of S * B latents; the rows are repeated as a view.
     repeated = x.expand(n_samples, *x.shape).flatten(0, 1)

@@ -30,8 +30,8 @@ class Likelihood(nn.Module, ABC):
     config : ModelConfig
     """
 
-    #: K, what the decoder gives per value of a row.
-    n_parameters: ClassVar[int] = 1
+    #: K, what the decoder gives per value of a row; an instance may set its own.
+    n_parameters: int = 1
     #: What rows are scaled to before they are encoded and compared.
     scaling: ClassVar[Scaling]
 
@@ -44,6 +44,10 @@ class Likelihood(nn.Module, ABC):
 
         ``log_prob`` sums over the values of a row: it is in nats per row.
         """
+
+    def mean(self, output: Tensor) -> Tensor:
+        """Give E[x|z] in the scale of the network's input, (B, ...)."""
+        return self(output).mean  # type: ignore[no-any-return]
 
 
 class BernoulliLikelihood(Likelihood):
@@ -76,10 +80,17 @@ class GaussianLikelihood(Likelihood):
         log_std = torch.tensor(0.0 if config.gaussian_std is None else math.log(config.gaussian_std))
         self.log_std = nn.Parameter(log_std, requires_grad=learned)
 
+    @property
+    def std(self) -> Tensor:
+        """The standard deviation; a learned one cannot fall below exp(-6), and can always rise again."""
+        if not self.log_std.requires_grad:
+            return self.log_std.exp()
+        return (_SMALLEST_LOG_STD + nn.functional.softplus(self.log_std - _SMALLEST_LOG_STD)).exp()
+
     def forward(self, output: Tensor) -> Distribution:
         """Give N(output, std^2)."""
         mean = output.squeeze(1)
-        std = self.log_std.clamp(min=_SMALLEST_LOG_STD).exp().expand_as(mean)
+        std = self.std.expand_as(mean)
         return Independent(Normal(mean, std, validate_args=False), mean.ndim - 1, validate_args=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -16,7 +17,8 @@ __all__ = ["Preprocessing", "Scaling"]
 
 #: ``unit`` maps the training rows into [0, 1], ``standard`` to mean 0 and variance 1.
 Scaling = Literal["unit", "standard"]
-_ROWS_AT_A_TIME = 8192
+#: Values read at a time, as float64: 32 MiB.
+_VALUES_AT_A_TIME = 2**22
 
 
 class Preprocessing(nn.Module):
@@ -26,15 +28,22 @@ class Preprocessing(nn.Module):
     ----------
     shift, scale : Tensor
         float32, broadcastable to the shape of a row. Zero shift and unit scale when built for loading weights.
+    low, high : float
+        x saturates at these: a Bernoulli likelihood has no meaning beyond 0 and 1, and would call what lies there ever
+        more likely.
     """
 
     shift: Tensor
     scale: Tensor
+    low: Tensor
+    high: Tensor
 
-    def __init__(self, shift: Tensor, scale: Tensor) -> None:
+    def __init__(self, shift: Tensor, scale: Tensor, *, low: float = -math.inf, high: float = math.inf) -> None:
         super().__init__()
         self.register_buffer("shift", shift)
         self.register_buffer("scale", scale)
+        self.register_buffer("low", torch.tensor(low))
+        self.register_buffer("high", torch.tensor(high))
 
     @classmethod
     def identity(cls, shape: tuple[int, ...]) -> Self:
@@ -67,19 +76,21 @@ class Preprocessing(nn.Module):
             scaler = _fit(StandardScaler(), rows)
             shift, scale = scaler.mean_, 1 / scaler.scale_
         sizes = (n_scales, 1, 1) if rows.ndim == 4 else (n_scales,)
-        return cls(*(torch.tensor(values, dtype=torch.float32).view(sizes) for values in (shift, scale)))
+        low, high = (0.0, 1.0) if scaling == "unit" else (-math.inf, math.inf)
+        shift_scale = (torch.tensor(values, dtype=torch.float32).view(sizes) for values in (shift, scale))
+        return cls(*shift_scale, low=low, high=high)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Scale rows of shape (B, ...), uint8 or float32, to float32 of the same shape."""
-        return (rows.to(self.shift.dtype) - self.shift) * self.scale
+        return ((rows.to(self.shift.dtype) - self.shift) * self.scale).clamp(self.low, self.high)
 
     def inverse(self, x: Tensor) -> Tensor:
-        """Undo :meth:`forward`, in float32."""
+        """Undo :meth:`forward`, but for the saturation, in float32."""
         return x / self.scale + self.shift
 
 
 def _fit(scaler: Any, rows: NDArray[Any]) -> Any:
-    for chunk in batches(rows, _ROWS_AT_A_TIME):
+    for chunk in batches(rows, max(1, _VALUES_AT_A_TIME // math.prod(rows.shape[1:]))):
         # One "feature" a scale: channels of an image, columns of a table.
         columns = np.moveaxis(chunk, 1, -1).reshape(-1, rows.shape[1]) if rows.ndim == 4 else chunk
         scaler.partial_fit(columns.astype(np.float64))

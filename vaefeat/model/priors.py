@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
+from vaefeat.config import ModelConfig
+
 __all__ = ["PRIORS", "Prior", "StandardNormal"]
 
 #: From scaled rows x_B... to q(z|x): what a prior that is a mixture of posteriors needs.
@@ -23,14 +25,14 @@ class Prior(nn.Module, ABC):
 
     Parameters
     ----------
-    latent_dim : int
+    config : ModelConfig
     row_shape : tuple of int
         Shape of one scaled row, for priors that hold pseudo-inputs.
     """
 
-    def __init__(self, latent_dim: int, row_shape: tuple[int, ...]) -> None:
+    def __init__(self, config: ModelConfig, row_shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.latent_dim = latent_dim
+        self.latent_dim = config.latent_dim
         self.row_shape = row_shape
 
     @abstractmethod
@@ -43,10 +45,10 @@ class StandardNormal(Prior):
 
     location: Tensor
 
-    def __init__(self, latent_dim: int, row_shape: tuple[int, ...]) -> None:
-        super().__init__(latent_dim, row_shape)
+    def __init__(self, config: ModelConfig, row_shape: tuple[int, ...]) -> None:
+        super().__init__(config, row_shape)
         # A buffer, so that the distribution is on the model's device; it is no weight and is not saved.
-        self.register_buffer("location", torch.zeros(latent_dim), persistent=False)
+        self.register_buffer("location", torch.zeros(config.latent_dim), persistent=False)
 
     def forward(self, encode: Encode) -> Distribution:
         """Give N(0, I)."""

@@ -56,8 +56,8 @@ class VAE(nn.Module):
             raise unknown_name("posterior", config.posterior, POSTERIORS)
         if config.prior not in PRIORS:
             raise unknown_name("prior", config.prior, PRIORS)
-        self.posterior = POSTERIORS[config.posterior](self.encoder.hidden_dim, config.latent_dim)
-        self.prior = PRIORS[config.prior](config.latent_dim, row_shape)
+        self.posterior = POSTERIORS[config.posterior](config, self.encoder.hidden_dim)
+        self.prior = PRIORS[config.prior](config, row_shape)
 
     @classmethod
     def for_rows(cls, config: ModelConfig, rows: NDArray[Any]) -> VAE:
@@ -82,7 +82,7 @@ class VAE(nn.Module):
 
     def reconstruct(self, z_BL: Tensor) -> Tensor:
         """Give E[x|z] in the units of the rows, float32 of shape (B, ...)."""
-        return self.preprocessing.inverse(self.decode(z_BL).mean)
+        return self.preprocessing.inverse(self.likelihood.mean(self.decoder(z_BL)))
 
     def sample_prior(self, n: int) -> Tensor:
         """Draw z from p(z): (n, L), from torch's global generator."""

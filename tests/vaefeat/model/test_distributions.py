@@ -8,18 +8,28 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from torch.distributions import Bernoulli, MultivariateNormal, kl_divergence
+from numpy.typing import NDArray
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    kl_divergence,
+)
 
-from vaefeat import ModelConfig
+from vaefeat import ModelConfig, TrainConfig, pretrain
 from vaefeat.model.likelihoods import BernoulliLikelihood, GaussianLikelihood
+from vaefeat.model.objectives import kl_of
 from vaefeat.model.posteriors import DiagonalGaussian
-from vaefeat.model.priors import StandardNormal
+from vaefeat.model.priors import PRIORS, Encode, Prior, StandardNormal
 
 
 @pytest.fixture
 def posterior() -> DiagonalGaussian:
     torch.manual_seed(0)
-    return DiagonalGaussian(hidden_dim=7, latent_dim=3)
+    return DiagonalGaussian(ModelConfig(latent_dim=3), 7)
 
 
 @pytest.fixture
@@ -37,7 +47,7 @@ def test_diagonal_gaussian_log_prob_equals_multivariate_normal(posterior: Diagon
 def test_kl_closed_form_equals_monte_carlo_and_the_papers_formula(
     posterior: DiagonalGaussian, h_BF: torch.Tensor
 ) -> None:
-    q, p = posterior(h_BF), StandardNormal(3, (1,))(posterior)
+    q, p = posterior(h_BF), StandardNormal(ModelConfig(latent_dim=3), (1,))(posterior)
     closed = kl_divergence(q, p)
     mu, logvar = posterior.statistics(h_BF)
     # Kingma and Welling 2013, appendix B.
@@ -51,7 +61,8 @@ def test_kl_closed_form_equals_monte_carlo_and_the_papers_formula(
 
 def test_shared_noise_draws_have_the_posteriors_moments(posterior: DiagonalGaussian, h_BF: torch.Tensor) -> None:
     noise = torch.randn(100_000, 3, generator=torch.Generator().manual_seed(2))
-    z_SBL = posterior.draw(h_BF, noise)
+    z_SBL, log_q_SB = posterior.draw(h_BF, noise)
+    torch.testing.assert_close(log_q_SB, posterior(h_BF).log_prob(z_SBL))
     mu, logvar = posterior.statistics(h_BF)
     torch.testing.assert_close(z_SBL.mean(dim=0), mu, atol=0.02, rtol=0)
     torch.testing.assert_close(z_SBL.var(dim=0), logvar.exp(), atol=0, rtol=0.03)
@@ -61,13 +72,13 @@ def test_reparameterized_gradient_equals_finite_differences(posterior: DiagonalG
     noise = torch.randn(4, 3, dtype=torch.float64)
     posterior = posterior.double()
     assert torch.autograd.gradcheck(
-        lambda h: posterior.draw(h, noise).pow(2).sum(), h_BF.double().requires_grad_(), atol=1e-6
+        lambda h: posterior.draw(h, noise)[0].pow(2).sum(), h_BF.double().requires_grad_(), atol=1e-6
     )
 
 
 def test_logvar_of_extreme_inputs_stays_finite(posterior: DiagonalGaussian) -> None:
     q = posterior(torch.full((2, 7), 1e6))
-    assert torch.isfinite(kl_divergence(q, StandardNormal(3, (1,))(posterior))).all()
+    assert torch.isfinite(kl_divergence(q, StandardNormal(ModelConfig(latent_dim=3), (1,))(posterior))).all()
 
 
 def test_bernoulli_of_logits_equals_scipy_per_row() -> None:
@@ -118,7 +129,7 @@ def test_learned_gaussian_std_has_its_best_value_at_the_error() -> None:
         return value
 
     optimizer.step(loss)
-    assert likelihood.log_std.exp().item() == pytest.approx(x.pow(2).mean().sqrt().item(), rel=1e-3)
+    assert likelihood.std.item() == pytest.approx(x.pow(2).mean().sqrt().item(), rel=1e-3)
 
 
 def test_log_densities_integrate_to_one() -> None:
@@ -126,8 +137,53 @@ def test_log_densities_integrate_to_one() -> None:
     step = (grid[1] - grid[0]).item()
     gaussian = GaussianLikelihood(ModelConfig(gaussian_std=0.8))(torch.full((1, 1, 1), 0.4))
     assert gaussian.log_prob(grid[:, None]).exp().sum().item() * step == pytest.approx(1, abs=1e-4)
-    posterior = DiagonalGaussian(2, 1)(torch.randn(1, 2))
+    posterior = DiagonalGaussian(ModelConfig(latent_dim=1), 2)(torch.randn(1, 2))
     assert posterior.log_prob(grid[:, None]).exp().sum().item() * step == pytest.approx(1, abs=1e-4)
     bernoulli = BernoulliLikelihood(ModelConfig())(torch.tensor([[[0.7, -0.3]]]))
     outcomes = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     assert bernoulli.log_prob(outcomes).exp().sum().item() == pytest.approx(1, abs=1e-6)
+
+
+def test_learned_std_can_rise_again_from_its_floor() -> None:
+    likelihood = GaussianLikelihood(ModelConfig())
+    likelihood.log_std.data.fill_(-6.5)
+    (-likelihood(torch.zeros(8, 1, 4)).log_prob(torch.full((8, 4), 5.0)).mean()).backward()
+    assert likelihood.log_std.grad is not None
+    assert likelihood.log_std.grad.item() < 0
+
+
+@pytest.mark.parametrize("std", [1e-3, 0.5])
+def test_given_std_is_taken_as_it_is(std: float) -> None:
+    assert GaussianLikelihood(ModelConfig(gaussian_std=std)).std.item() == pytest.approx(std)
+
+
+class Mixture(Prior):
+    """A prior without a closed-form KL: what an extension looks like."""
+
+    def forward(self, encode: Encode) -> MixtureSameFamily:
+        parts = Independent(Normal(torch.tensor([[-2.0] * 3, [2.0] * 3]), torch.ones(2, 3)), 1)
+        return MixtureSameFamily(Categorical(logits=torch.zeros(2)), parts)
+
+
+def test_kl_without_a_closed_form_is_estimated_without_bias(posterior: DiagonalGaussian, h_BF: torch.Tensor) -> None:
+    q, p = posterior(h_BF), Mixture(ModelConfig(latent_dim=3), (1,))(posterior)
+    estimates = torch.stack([kl_of(q, p, q.rsample()) for _ in range(20_000)])
+    z = q.sample(torch.Size([200_000]))
+    wanted = (q.log_prob(z) - p.log_prob(z)).mean(dim=0)
+    standard_error = estimates.std(dim=0) / math.sqrt(len(estimates))
+    assert ((estimates.mean(dim=0) - wanted).abs() < 6 * standard_error).all()
+
+
+def test_prior_without_a_closed_form_trains_and_exports(
+    digits_rows: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One class and one name in the registry: nothing else has to know."""
+    monkeypatch.setitem(PRIORS, "mixture", Mixture)
+    bundle = pretrain(
+        digits_rows[:200],
+        model=ModelConfig(latent_dim=3, prior="mixture", hidden_dims=(16,), network="mlp"),
+        train=TrainConfig(max_epochs=1),
+        progress=False,
+    )
+    assert bundle.manifest.model["prior"] == "mixture"
+    assert np.isfinite(bundle.manifest.metrics["kl"])

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from vaefeat import ModelConfig
+from vaefeat import ModelConfig, TrainConfig
 from vaefeat.model.evaluation import active_units, evaluate, importance_weighted_bound
 from vaefeat.model.objectives import ELBO
 from vaefeat.model.vae import VAE
+
+BOUND = ELBO(TrainConfig())
 
 
 @pytest.fixture
@@ -47,7 +49,7 @@ def test_elbo_with_the_exact_posterior_is_the_marginal_likelihood(linear: tuple[
     vae, rows, log_marginal = linear
     with torch.no_grad():
         bounds = torch.stack(
-            [terms.objective for terms in (ELBO()(vae, torch.from_numpy(rows), kl_weight=1.0) for _ in range(4000))]
+            [terms.objective for terms in (BOUND(vae, torch.from_numpy(rows), kl_weight=1.0) for _ in range(4000))]
         )
     standard_error = bounds.std(dim=0) / math.sqrt(len(bounds))
     assert ((bounds.mean(dim=0) - log_marginal).abs() < 5 * standard_error + 1e-4).all()
@@ -86,7 +88,7 @@ def test_importance_weighted_bound_of_a_row_ignores_its_neighbours(linear: tuple
 def test_kl_weight_scales_the_kl_term_alone(kl_weight: float) -> None:
     torch.manual_seed(0)
     vae, rows = VAE(ModelConfig(latent_dim=3, hidden_dims=(8,)), (5,)), torch.randn(16, 5)
-    terms = ELBO()(vae, rows, kl_weight=kl_weight)
+    terms = BOUND(vae, rows, kl_weight=kl_weight)
     torch.testing.assert_close(terms.objective, terms.log_likelihood - kl_weight * terms.kl)
     assert (terms.kl > 0).all()
 
@@ -94,7 +96,7 @@ def test_kl_weight_scales_the_kl_term_alone(kl_weight: float) -> None:
 def test_gradients_reach_every_weight() -> None:
     torch.manual_seed(0)
     vae = VAE(ModelConfig(latent_dim=3, hidden_dims=(8,), likelihood="gaussian", channels=(4,)), (1, 8, 8))
-    ELBO()(vae, torch.rand(16, 1, 8, 8), kl_weight=1.0).objective.mean().backward()
+    BOUND(vae, torch.rand(16, 1, 8, 8), kl_weight=1.0).objective.mean().backward()
     silent = [name for name, weight in vae.named_parameters() if weight.grad is None or not weight.grad.any()]
     assert silent == []
 
@@ -104,7 +106,7 @@ def test_evaluation_repeats_itself_and_leaves_the_generator_alone() -> None:
     vae, rows = VAE(ModelConfig(latent_dim=3, hidden_dims=(8,)), (5,)), np.random.default_rng(0).normal(size=(50, 5))
     state = torch.get_rng_state()
     first, second = (
-        evaluate(vae, ELBO(), rows.astype(np.float32), kl_weight=1.0, batch_size=16, seed=3) for _ in range(2)
+        evaluate(vae, BOUND, rows.astype(np.float32), kl_weight=1.0, batch_size=16, seed=3) for _ in range(2)
     )
     assert first == second
     assert torch.equal(state, torch.get_rng_state())
