@@ -35,7 +35,7 @@ COPY serving serving
 ENV PATH=/opt/vaefeat/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER vaefeat
 EXPOSE 8000
-# Ray Serve takes about 20 s to start.
+# Ray Serve takes about 20 s to start. With another --port give --health-cmd, too.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
 # SIGINT is how the service is stopped in order, with nothing of Ray left behind.

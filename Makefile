@@ -14,9 +14,11 @@ UV = $$(command -v uv || echo $(UV_HOME)/bin/uv)
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-10s %s\n", $$1, $$2}'
 
+BOOTSTRAP = command -v uv >/dev/null || test -x $(UV_HOME)/bin/uv || \
+	{ python3 -m venv $(UV_HOME) && $(UV_HOME)/bin/pip install --quiet uv; }
+
 $(READY): requirements.lock pyproject.toml
-	@command -v uv >/dev/null || test -x $(UV_HOME)/bin/uv || \
-		{ python3 -m venv $(UV_HOME) && $(UV_HOME)/bin/pip install --quiet uv; }
+	@$(BOOTSTRAP)
 	@echo "installing into $(VENV)"
 	@test -x $(PYTHON) || $(UV) venv --quiet --python '>=3.11' $(VENV)
 	@$(UV) pip sync --quiet --python $(PYTHON) requirements.lock
@@ -43,6 +45,7 @@ format: $(READY) ## let ruff mend what it can
 	$(VENV)/bin/ruff format
 
 lock: ## renew requirements.lock
+	@$(BOOTSTRAP)
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile pyproject.toml --all-extras --group dev --universal \
 		--python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --upgrade --quiet \
 		--output-file requirements.lock

@@ -26,12 +26,15 @@ from pipelines.report import write_report
 from pipelines.server import running_server
 from vaefeat.atomic import replace_file
 from vaefeat.bundle import Bundle
+from vaefeat.encoder import OnnxEncoder
+from vaefeat.errors import RemoteError
 from vaefeat.pretraining import pretrain
 from vaefeat.remote import RemoteEncoder
 
 __all__ = ["RunResult", "run"]
 
 _ROWS_A_CALL = 4096
+_ROWS_COMPARED = 256
 _FEATURES = {"mean": "vaefeat, posterior mean", "hidden": "vaefeat, last hidden layer"}
 
 
@@ -126,6 +129,7 @@ def _embed(
             task = progress.add_task("embed over HTTP", total=total)
             started = time.perf_counter()
             with RemoteEncoder(address, model=config.name) as encoder:
+                _require_same_bits(encoder, OnnxEncoder(out), data.test[:_ROWS_COMPARED])
                 for output, name in _FEATURES.items():
                     features[name] = (
                         _embed_rows(encoder, data.train, output, progress, task),
@@ -135,6 +139,14 @@ def _embed(
             progress.remove_task(task)
             progress.add_task("stop the service", total=None)
     return features, total / seconds["embed over HTTP"]
+
+
+def _require_same_bits(remote: RemoteEncoder, local: OnnxEncoder, rows: NDArray[Any]) -> None:
+    """Compare the service with the library on a few rows: on processors both give the same bits."""
+    if remote.provider != local.provider or local.device != "cpu":
+        return
+    if not np.array_equal(remote.embed(rows), local.embed(rows)):
+        raise RemoteError(f"the service at {remote.url} gives other features than {local!r} itself; please report it")
 
 
 def _embed_rows(

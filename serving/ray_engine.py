@@ -71,9 +71,9 @@ def run(settings: ServiceSettings, listener: socket.socket, stop: threading.Even
     """
     stdout = sys.stdout
     # Ray prints what its processes report to standard output, which is for the one line of ours.
-    with _scratch_folder() as folder, contextlib.redirect_stdout(sys.stderr):
+    with _ray_errors_told_plainly(), _scratch_folder() as folder, contextlib.redirect_stdout(sys.stderr):
         try:
-            with contextlib.suppress(_Stopped), _ray_errors_told_plainly():
+            with contextlib.suppress(_Stopped):
                 models = _start(settings, listener, folder, stop)
                 providers = [model["provider"] for model in models]
                 names = [model["id"] for model in models]

@@ -32,7 +32,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGINT or SIGTERM into a :class:`StopRequest`; the second SIGINT interrupts at once.
+    """Turn the first SIGINT or SIGTERM into a :class:`StopRequest`; a second one interrupts at once.
 
     Only Python's main thread can install handlers: in another thread signals keep their meaning. The handlers that were
     there before are put back at the end.

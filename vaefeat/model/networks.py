@@ -208,7 +208,7 @@ def _dense(n_inputs: int, widths: Sequence[int]) -> nn.Sequential:
 
 
 def _group_norm(n_channels: int) -> nn.GroupNorm:
-    # Groups of eight channels where that divides; otherwise the largest number of groups that does.
+    # Groups of eight channels where eight divides them; otherwise fewer and larger groups of equal size.
     return nn.GroupNorm(math.gcd(n_channels, max(1, n_channels // _GROUP_CHANNELS)), n_channels)
 
 
