@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from vaefeat.config import ModelConfig, Settings, TrainConfig, unknown_name, with_overrides
+from vaefeat.config import ModelConfig, TrainConfig
+from vaefeat.settings import Settings, unknown_name, with_overrides
 from vaefeat.errors import ConfigError
 
 __all__ = ["DataConfig", "ProbeConfig", "RunConfig", "ServeConfig", "load_config"]

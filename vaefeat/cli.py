@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
+from vaefeat import cli_inference
+from vaefeat.cli_files import BUNDLE, DATA, IMAGE_SIZE, SPLIT, parts, require_suffix, write_array
 from vaefeat.errors import InputError, TrainingInterrupted, VaefeatError, requiring
 from vaefeat.observers import shown_activity
 
@@ -27,13 +29,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Pretrain a variational auto-encoder on unlabelled rows and use its posterior mean as features.",
 )
-_ROWS_A_CALL = 4096
-_DATA = "A .npy or .npz file, Parquet, a folder of images, or of MNIST's IDX files."
+app.add_typer(cli_inference.app)
 
 
 @app.command()
 def pretrain(
-    data: Annotated[Path, typer.Argument(help=_DATA)],
+    data: Annotated[Path, typer.Argument(help=DATA)],
     out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
     name: Annotated[str | None, typer.Option(help="Name of the encoder; the folder's when not given.")] = None,
     override: Annotated[
@@ -41,11 +42,12 @@ def pretrain(
         typer.Option("--set", help="model.KEY=VALUE or train.KEY=VALUE, such as train.max_epochs=5; may be repeated."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
-    image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width.")] = None,
+    image_size: Annotated[int | None, typer.Option(help=IMAGE_SIZE)] = None,
 ) -> None:
     """Train on rows without labels and write a bundle."""
-    from vaefeat.config import ModelConfig, TrainConfig, unknown_name, with_overrides
+    from vaefeat.config import ModelConfig, TrainConfig
     from vaefeat.data import load_rows
+    from vaefeat.settings import unknown_name, with_overrides
 
     settings = with_overrides({"model": {}, "train": {}}, override or ())
     if unknown := sorted(settings.keys() - {"model", "train"}):
@@ -66,7 +68,7 @@ def pretrain(
 
 @app.command()
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle.")],
+    bundle: Annotated[Path, typer.Argument(help=BUNDLE)],
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole manifest as JSON.")] = False,
 ) -> None:
     """Verify a bundle's hashes and say what it is."""
@@ -95,30 +97,24 @@ def inspect(
 @app.command()
 def embed(
     encoder: Annotated[str, typer.Argument(help="Folder of a bundle, or the address of a service.")],
-    data: Annotated[Path, typer.Argument(help=_DATA)],
+    data: Annotated[Path, typer.Argument(help=DATA)],
     out: Annotated[Path, typer.Argument(help="The .npy file to write.")],
     output: Annotated[str, typer.Option(help="mean, hidden or logvar.")] = "mean",
-    split: Annotated[Literal["train", "test"], typer.Option(help="Which, where the data have splits.")] = "train",
-    image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width.")] = None,
+    split: Annotated[Literal["train", "test"], typer.Option(help=SPLIT)] = "train",
+    image_size: Annotated[int | None, typer.Option(help=IMAGE_SIZE)] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda; for a bundle.")] = "auto",
     model: Annotated[str | None, typer.Option(help="Which model of a service that has several.")] = None,
 ) -> None:
     """Turn rows into features, as an array file (n, d) of float32."""
     import numpy as np
-    from rich.progress import track
 
     from vaefeat.data import load_rows
 
-    if out.suffix != ".npy":
-        raise InputError(f"got the output file {out}, wanted a name that ends in .npy")
+    require_suffix(out, ".npy")
     opened = _encoder(encoder, device=device, model=model)
     rows = load_rows(data, split=split, image_size=image_size).array
-    console = Console(stderr=True)
-    starts = range(0, len(rows), _ROWS_A_CALL)
-    bar = track(starts, description="embed", console=console, transient=True, disable=not console.is_terminal)
-    parts = [opened.embed(rows[start : start + _ROWS_A_CALL], output=output) for start in bar]
-    features = np.concatenate(parts)
-    _write_array(out, features)
+    features = np.concatenate([opened.embed(part, output=output) for part in parts(rows, "embed")])
+    write_array(out, features)
     Console().print(f"{out}: {features.shape[0]:,} rows of {features.shape[1]} features", highlight=False)
 
 
@@ -134,21 +130,6 @@ def _encoder(address: str, *, device: str, model: str | None) -> OnnxEncoder | R
     from vaefeat.encoder import OnnxEncoder
 
     return OnnxEncoder(address, device=device)
-
-
-def _write_array(path: Path, array: object) -> None:
-    import io
-
-    import numpy as np
-
-    from vaefeat.atomic import replace_file
-
-    file = io.BytesIO()
-    np.save(file, np.asarray(array), allow_pickle=False)
-    try:
-        replace_file(path, file.getvalue())
-    except OSError as error:
-        raise InputError(f"could not write {path}: {error.strerror or error}; choose another place") from error
 
 
 def run_command_line(commands: typer.Typer) -> None:

@@ -1,54 +1,37 @@
 """What is built and how it is trained: two frozen groups of settings that JSON and TOML can hold.
 
 Names of posteriors, priors, likelihoods and objectives are checked where their classes are registered, when the model
-is built; everything that can be judged by itself is checked here, at construction.
+is built; everything that can be judged by itself is checked here, at construction, and so are combinations that make no
+sense (:mod:`vaefeat.combinations`).
 """
 
 from __future__ import annotations
 
-import copy
-import difflib
-import math
-import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from dataclasses import dataclass
 
-from vaefeat.errors import ConfigError
+from vaefeat.combinations import refuse_model, refuse_training
+from vaefeat.settings import (
+    Settings,
+    check_bool,
+    check_choice,
+    check_int,
+    check_number,
+    check_text,
+    check_tuple,
+    unknown_name,
+)
 
-__all__ = ["ModelConfig", "Settings", "TrainConfig", "unknown_name", "with_overrides"]
+__all__ = ["ModelConfig", "TrainConfig"]
 
-
-def unknown_name(what: str, got: object, known: Iterable[str]) -> ConfigError:
-    """Make the error for a name that is not known: it lists what is, and the nearest first."""
-    names = sorted(known)
-    near = difflib.get_close_matches(str(got), names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return ConfigError(f"got {what} {got!r}; {hint}known: {', '.join(names)}")
-
-
-class Settings:
-    """From and to plain dictionaries, refusing what is not known."""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Build from plain values, as JSON and TOML give them.
-
-        Raises
-        ------
-        ConfigError
-            An unknown key (the nearest is named) or a value that is out of range.
-        """
-        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # every subclass is a dataclass
-        for key in values:
-            if key not in known:
-                raise unknown_name(f"{cls.__name__} key", key, known)
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; :meth:`from_dict` gives the same settings back."""
-        plain = asdict(self)  # type: ignore[call-overload]  # every subclass is a dataclass
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+_TRAIN_CHOICES = {
+    "kl_estimator": ("auto", "analytic", "sampled"),
+    "gradient": ("auto", "reparameterized", "doubly_reparameterized"),
+    "corruption": ("none", "gaussian", "masking", "salt_and_pepper"),
+    "optimizer": ("adamw", "adam", "adagrad", "sgd", "muon"),
+    "lr_schedule": ("cosine", "constant"),
+    "device": ("auto", "cpu", "cuda"),
+    "precision": ("float32", "bfloat16"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,61 +48,144 @@ class ModelConfig(Settings):
         Widths of the hidden layers: all of an MLP, or those after the convolutions.
     channels : tuple of int
         Channels of the convolutions; each halves height and width.
+    residual_blocks : int
+        Residual blocks after each convolution.
+    activation : {"silu", "relu", "tanh", "gelu"}
+    normalization : bool
+        Normalise each layer by row.
+    initialization : {"default", "xavier"}
+        Of the networks' weights: torch's, or Glorot and Bengio's (2010) with biases of zero.
     posterior : str
         q(z|x), a name in :data:`vaefeat.model.posteriors.POSTERIORS`.
+    posterior_flows : int
+        Steps of a ``planar`` or ``iaf`` posterior.
+    n_categories : int
+        Values of each variable of a ``categorical`` or ``joint`` posterior; it takes as many latents.
+    n_categorical : int
+        Categorical variables of a ``joint`` posterior; the other latents are Gaussian.
     prior : str
         p(z), a name in :data:`vaefeat.model.priors.PRIORS`.
+    prior_components : int
+        Components of a ``mixture`` or ``vamp`` prior.
+    prior_flows : int
+        Steps of a ``flow`` prior.
+    flow_hidden_dim : int
+        Width of the networks inside ``iaf`` and ``flow``.
     likelihood : str
         p(x|z), a name in :data:`vaefeat.model.likelihoods.LIKELIHOODS`, or ``auto``: Bernoulli for images, Gaussian for
         tables.
-    gaussian_std : float or None
-        Standard deviation of a Gaussian likelihood, in the scale of the network's input; None learns one for all
-        features. 1 makes the log-likelihood half the squared error, up to a constant.
+    gaussian_std : float or {"learned", "optimal"}
+        Standard deviation of a Gaussian likelihood, in the scale of the network's input: a number (1 makes the
+        log-likelihood minus half the squared error, up to a constant), one learned for all features, or at each step
+        the one that fits best (sigma-VAE).
+    levels : int
+        Values that a ``categorical`` likelihood tells apart, or size of the vocabulary of ``tokens``.
+    binarize : bool
+        Dynamic binarization: values, scaled to [0, 1], are probabilities, and every look at a row draws a new binary
+        one. Only with a Bernoulli likelihood. Features are computed from the probabilities themselves.
     """
 
     latent_dim: int = 32
     network: str = "auto"
     hidden_dims: tuple[int, ...] = (256,)
     channels: tuple[int, ...] = (32, 64)
+    residual_blocks: int = 0
+    activation: str = "silu"
+    normalization: bool = True
+    initialization: str = "default"
     posterior: str = "diagonal"
+    posterior_flows: int = 4
+    n_categories: int = 10
+    n_categorical: int = 1
     prior: str = "standard"
+    prior_components: int = 50
+    prior_flows: int = 4
+    flow_hidden_dim: int = 128
     likelihood: str = "auto"
-    gaussian_std: float | None = None
+    gaussian_std: float | str = "learned"
+    levels: int = 256
+    binarize: bool = False
 
     def __post_init__(self) -> None:
-        _check_int("latent_dim", self.latent_dim, at_least=1)
-        for name in ("network", "posterior", "prior", "likelihood"):
-            _check_text(name, getattr(self, name))
-        if self.network not in {"auto", "mlp", "conv"}:
-            raise unknown_name("network", self.network, ("auto", "mlp", "conv"))
+        check_int("latent_dim", self.latent_dim, at_least=1)
+        for name in ("posterior", "prior", "likelihood"):
+            check_text(name, getattr(self, name))
+        check_choice("network", self.network, ("auto", "mlp", "conv"))
+        check_choice("activation", self.activation, ("silu", "relu", "tanh", "gelu"))
+        check_choice("initialization", self.initialization, ("default", "xavier"))
+        for name in ("normalization", "binarize"):
+            check_bool(name, getattr(self, name))
+        check_int("residual_blocks", self.residual_blocks, at_least=0)
+        for name in ("posterior_flows", "n_categorical", "prior_components", "prior_flows"):
+            check_int(name, getattr(self, name), at_least=1)
+        for name in ("n_categories", "levels", "flow_hidden_dim"):
+            check_int(name, getattr(self, name), at_least=2)
         # Normalising a layer of one unit would leave a constant.
         for name, narrowest in (("hidden_dims", 2), ("channels", 1)):
-            for width in _check_tuple(name, getattr(self, name)):
-                _check_int(f"every width in {name}", width, at_least=narrowest)
-        if self.gaussian_std is not None:
-            _check_number("gaussian_std", self.gaussian_std, above=0)
+            for width in check_tuple(name, getattr(self, name)):
+                check_int(f"every width in {name}", width, at_least=narrowest)
+        if self.gaussian_std not in ("learned", "optimal"):
+            if isinstance(self.gaussian_std, str):
+                raise unknown_name("gaussian_std", self.gaussian_std, ("learned", "optimal", "a number"))
+            check_number("gaussian_std", self.gaussian_std, above=0)
+        refuse_model(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
-    """How the evidence lower bound is maximised.
+    """What is maximised, and how.
 
     Parameters
     ----------
     objective : str
         A name in :data:`vaefeat.model.objectives.OBJECTIVES`.
     kl_weight : float
-        Weight of the KL term once warm-up is over; 1 is the evidence lower bound.
+        Weight of the KL term (beta), or of the divergence that stands in its place, once warm-up is over; 1 is the
+        evidence lower bound.
+    n_samples : int
+        Samples of the posterior for each row: L of the evidence lower bound, k of ``iwae``.
+    kl_estimator : {"auto", "analytic", "sampled"}
+        The KL term in closed form (estimator B of Kingma and Welling 2013), or from the samples (estimator A); ``auto``
+        takes the closed form where there is one.
+    free_bits : float
+        Nats of KL for each latent (averaged over a minibatch) that cost nothing.
+    gradient : {"auto", "reparameterized", "doubly_reparameterized"}
+        Of ``iwae``. ``auto`` is doubly reparameterized where the posterior's density can be followed back to z: for
+        Gaussians.
+    divergence_weight : float
+        Weight of the divergence in ``mmd``, ``infovae`` and ``sliced_wasserstein``, whose values are of the order of 1
+        or less while the log-likelihood is in nats per row.
+    n_projections : int
+        Directions of ``sliced_wasserstein``.
+    corruption : {"none", "gaussian", "masking", "salt_and_pepper"}
+        What is done to a row before it is encoded; the clean row is what must come out (denoising).
+    corruption_level : float
+        Standard deviation of the noise, or share of the values, in (0, 1].
+    temperature_start, temperature_end : float
+        Of the Gumbel-softmax, falling exponentially over the run.
+    straight_through : bool
+        Decode hard samples of categorical latents and pass the gradient of soft ones; else decode the soft ones.
     kl_warmup : float
         Share of all steps in which that weight rises linearly from 0; it is reached in runs of any length.
     max_epochs : int
         Passes over the training rows.
     batch_size : int
         Rows in a minibatch; at most as many as there are.
-    learning_rate, weight_decay : float
-        Of AdamW. The rate rises over `lr_warmup` and falls along a cosine to a hundredth.
+    optimizer : {"adamw", "adam", "adagrad", "sgd", "muon"}
+        ``muon`` makes each step of a matrix orthogonal: fewer epochs for fully connected networks; ``adamw`` does the
+        rest.
+    learning_rate : float
+    momentum : float
+        Of ``sgd``.
+    weight_decay : float
+        Decoupled, of ``adamw`` and ``muon``; the other optimizers leave it out. For a Gaussian prior see `weight_prior_std`.
+    weight_prior_std : float or None
+        None is maximum likelihood. A number is the standard deviation of a Gaussian prior on all weights, whose
+        log-density joins the objective: maximum a posteriori.
     lr_warmup : float
         Share of all steps in which the learning rate rises.
+    lr_schedule : {"cosine", "constant"}
+        After the rise: along a cosine to a hundredth, or constant.
     gradient_clip : float
         Largest norm of the gradient.
     heldout : float
@@ -140,101 +206,56 @@ class TrainConfig(Settings):
 
     objective: str = "elbo"
     kl_weight: float = 1.0
+    n_samples: int = 1
+    kl_estimator: str = "auto"
+    free_bits: float = 0.0
+    gradient: str = "auto"
+    divergence_weight: float = 100.0
+    n_projections: int = 50
+    corruption: str = "none"
+    corruption_level: float = 0.3
+    temperature_start: float = 1.0
+    temperature_end: float = 0.5
+    straight_through: bool = True
     kl_warmup: float = 0.2
     max_epochs: int = 20
     batch_size: int = 128
+    optimizer: str = "adamw"
     learning_rate: float = 2e-3
+    momentum: float = 0.9
     weight_decay: float = 1e-4
+    weight_prior_std: float | None = None
     lr_warmup: float = 0.05
+    lr_schedule: str = "cosine"
     gradient_clip: float = 100.0
     heldout: float = 0.1
     patience: int | None = None
     checkpoint_every: int = 1
     device: str = "auto"
     threads: int | None = None
+    precision: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("objective", "device"):
-            _check_text(name, getattr(self, name))
-        for name in ("max_epochs", "batch_size", "checkpoint_every"):
-            _check_int(name, getattr(self, name), at_least=1)
+        check_text("objective", self.objective)
+        for name, choices in _TRAIN_CHOICES.items():
+            check_choice(name, getattr(self, name), choices)
+        check_bool("straight_through", self.straight_through)
+        for name in ("max_epochs", "batch_size", "checkpoint_every", "n_samples", "n_projections"):
+            check_int(name, getattr(self, name), at_least=1)
         for name in ("patience", "threads"):
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), at_least=1)
-        _check_int("seed", self.seed, at_least=0)
-        for name in ("kl_weight", "weight_decay"):
-            _check_number(name, getattr(self, name), at_least=0)
-        for name in ("learning_rate", "gradient_clip"):
-            _check_number(name, getattr(self, name), above=0)
+                check_int(name, getattr(self, name), at_least=1)
+        check_int("seed", self.seed, at_least=0)
+        for name in ("kl_weight", "weight_decay", "free_bits", "divergence_weight"):
+            check_number(name, getattr(self, name), at_least=0)
+        for name in ("learning_rate", "gradient_clip", "temperature_start", "temperature_end"):
+            check_number(name, getattr(self, name), above=0)
+        if self.weight_prior_std is not None:
+            check_number("weight_prior_std", self.weight_prior_std, above=0)
+        check_number("corruption_level", self.corruption_level, above=0, at_most=1)
+        check_number("momentum", self.momentum, at_least=0, below=1)
         for name in ("kl_warmup", "lr_warmup"):
-            _check_number(name, getattr(self, name), at_least=0, at_most=1)
-        _check_number("heldout", self.heldout, above=0, at_most=0.9)
-        if self.device not in {"auto", "cpu", "cuda"}:
-            raise unknown_name("device", str(self.device), ("auto", "cpu", "cuda"))
-
-
-def with_overrides(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """Lay ``table.key=value`` texts over nested plain values, as ``--set`` on a command line gives them.
-
-    Parameters
-    ----------
-    values : mapping
-        Nested tables, as TOML gives them; not changed.
-    assignments : iterable of str
-        The value is read as TOML writes it; what is not TOML is a text.
-
-    Raises
-    ------
-    ConfigError
-        An assignment without a key or an equals sign, or into something that is not a table.
-    """
-    merged = copy.deepcopy(dict(values))
-    for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals or not path:
-            raise ConfigError(f"got --set {assignment!r}, wanted key=value, for instance --set train.max_epochs=5")
-        *tables, key = path.split(".")
-        inner = merged
-        for table in tables:
-            inner = inner.setdefault(table, {})
-            if not isinstance(inner, dict):
-                raise ConfigError(f"got --set {assignment!r}, but {table!r} is a value, not a table")
-        inner[key] = _toml_value(text)
-    return merged
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _check_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise ConfigError(f"got {name}={value!r}, wanted a name in quotes")
-
-
-def _check_tuple(name: str, value: object) -> tuple[object, ...]:
-    if not isinstance(value, tuple) or not value:
-        raise ConfigError(f"got {name}={value!r}, wanted a tuple of at least one width, such as (256,)")
-    return value
-
-
-def _check_int(name: str, value: object, *, at_least: int) -> None:
-    # bool is an int for Python, but nobody means latent_dim=True.
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ConfigError(f"got {name}={value!r}, wanted a whole number of at least {at_least}")
-
-
-def _check_number(
-    name: str, value: object, *, at_least: float = -math.inf, above: float = -math.inf, at_most: float = math.inf
-) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not (at_least <= value <= at_most and value > above):  # type: ignore[operator]
-        bounds = [f"{at_least:g} <= " * (at_least > -math.inf), f"{above:g} < " * (above > -math.inf)]
-        raise ConfigError(
-            f"got {name}={value!r}, wanted a number with {''.join(bounds)}{name}"
-            + f" <= {at_most:g}" * (at_most < math.inf)
-        )
+            check_number(name, getattr(self, name), at_least=0, at_most=1)
+        check_number("heldout", self.heldout, above=0, at_most=0.9)
+        refuse_training(self)

@@ -76,16 +76,21 @@ class VAETransformer(_Features):
     network : {"auto", "mlp", "conv"}
     hidden_dims, channels : tuple of int
     posterior, prior, likelihood : str
-    gaussian_std : float, optional
+    gaussian_std : float or {"learned", "optimal"}
         See :class:`vaefeat.config.ModelConfig`.
+    model_options : mapping, optional
+        Any other fields of :class:`vaefeat.config.ModelConfig`, such as ``{"posterior_flows": 8}``.
     objective : str
     kl_weight : float
+    n_samples : int
     max_epochs, batch_size : int
     learning_rate : float
     heldout : float
     patience : int, optional
     device : {"auto", "cpu", "cuda"}
         See :class:`vaefeat.config.TrainConfig`. A model trained on a GPU transforms on any machine.
+    train_options : mapping, optional
+        Any other fields of :class:`vaefeat.config.TrainConfig`, such as ``{"corruption": "masking"}``.
     random_state : int, RandomState or None
         The same number, rows and machine give the same features.
     verbose : int
@@ -132,15 +137,18 @@ class VAETransformer(_Features):
         posterior: str = "diagonal",
         prior: str = "standard",
         likelihood: str = "auto",
-        gaussian_std: float | None = None,
+        gaussian_std: float | str = "learned",
+        model_options: Mapping[str, Any] | None = None,
         objective: str = "elbo",
         kl_weight: float = 1.0,
+        n_samples: int = 1,
         max_epochs: int = 20,
         batch_size: int = 128,
         learning_rate: float = 2e-3,
         heldout: float = 0.1,
         patience: int | None = None,
         device: str = "auto",
+        train_options: Mapping[str, Any] | None = None,
         random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
     ) -> None:
@@ -153,14 +161,17 @@ class VAETransformer(_Features):
         self.prior = prior
         self.likelihood = likelihood
         self.gaussian_std = gaussian_std
+        self.model_options = model_options
         self.objective = objective
         self.kl_weight = kl_weight
+        self.n_samples = n_samples
         self.max_epochs = max_epochs
         self.batch_size = batch_size
         self.learning_rate = learning_rate
         self.heldout = heldout
         self.patience = patience
         self.device = device
+        self.train_options = train_options
         self.random_state = random_state
         self.verbose = verbose
 
@@ -272,33 +283,23 @@ class VAETransformer(_Features):
         return (self.bundle_ if name is None else renamed(self.bundle_, name)).save(path)
 
     def _model_config(self) -> ModelConfig:
-        return ModelConfig.from_dict(
-            _plain(
-                latent_dim=self.n_components,
-                network=self.network,
-                hidden_dims=self.hidden_dims,
-                channels=self.channels,
-                posterior=self.posterior,
-                prior=self.prior,
-                likelihood=self.likelihood,
-                gaussian_std=self.gaussian_std,
-            )
-        )
+        names = ("network", "hidden_dims", "channels", "posterior", "prior", "likelihood", "gaussian_std")
+        own = {"latent_dim": self.n_components, **{name: getattr(self, name) for name in names}}
+        return ModelConfig.from_dict(_plain(own, self.model_options, what="model_options"))
 
     def _train_config(self, seed: int) -> TrainConfig:
-        return TrainConfig.from_dict(
-            _plain(
-                objective=self.objective,
-                kl_weight=self.kl_weight,
-                max_epochs=self.max_epochs,
-                batch_size=self.batch_size,
-                learning_rate=self.learning_rate,
-                heldout=self.heldout,
-                patience=self.patience,
-                device=self.device,
-                seed=seed,
-            )
+        names = (
+            "objective",
+            "kl_weight",
+            "n_samples",
+            "max_epochs",
+            "batch_size",
+            "learning_rate",
+            "heldout",
+            "patience",
         )
+        own = {"device": self.device, "seed": seed, **{name: getattr(self, name) for name in names}}
+        return TrainConfig.from_dict(_plain(own, self.train_options, what="train_options"))
 
 
 class VAEFeatures(_Features):
@@ -417,9 +418,13 @@ def _image_shape(X: Any, asked: tuple[int, int, int] | None) -> tuple[int, ...] 
     return wanted
 
 
-def _plain(**settings: Any) -> Mapping[str, Any]:
-    """Turn NumPy's numbers, which parameter grids are made of, into Python's."""
-    return {key: _plain_value(value) for key, value in settings.items()}
+def _plain(own: Mapping[str, Any], options: Mapping[str, Any] | None, *, what: str) -> Mapping[str, Any]:
+    """Lay options beside the estimator's own settings, and turn NumPy's numbers (grids are made of them) into Python's."""
+    if options is not None and not isinstance(options, Mapping):
+        raise InputError(f"got {what}={options!r}, wanted a mapping of field names to values, or None")
+    if both := sorted(own.keys() & (options or {}).keys()):
+        raise InputError(f"got {both[0]!r} in {what}, which the estimator sets itself; give it as its own parameter")
+    return {key: _plain_value(value) for key, value in {**own, **(options or {})}.items()}
 
 
 def _plain_value(value: Any) -> Any:

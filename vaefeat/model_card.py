@@ -17,6 +17,17 @@ __all__ = ["model_card", "reconstruction_picture", "renamed"]
 _CELL_PIXELS = 56
 _COLUMNS = 12
 _GAP = 4
+_VARIATIONAL = "A variational auto-encoder's encoder"
+_KINDS = {"deterministic": "An auto-encoder's encoder"}
+_MEAN = "the mean of the posterior q(z|x)"
+#: What the feature is, where it is not the posterior's mean.
+_FEATURES = {
+    "planar": "the mean of the Gaussian that the posterior's flow starts from",
+    "iaf": "the mean of the Gaussian that the posterior's flow starts from",
+    "categorical": "the probabilities of the posterior q(z|x)",
+    "joint": "the mean of the posterior q(z|x) and, after it, the probabilities of its categories",
+    "deterministic": "the code",
+}
 
 
 def model_card(manifest: Manifest, *, picture: str | None) -> str:
@@ -30,22 +41,21 @@ def model_card(manifest: Manifest, *, picture: str | None) -> str:
     """
     metrics, parity = manifest.metrics, manifest.parity["outputs"]["mean"]
     shown = f"![rows above, their reconstructions below]({picture})\n\n" if picture else ""
+    posterior = manifest.model["posterior"]
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     return f"""# {manifest.name}
 
-A variational auto-encoder's encoder: it turns {manifest.input} into {manifest.latent_dim} features,
-the mean of the posterior q(z|x). Scaling is inside the graph.
+{_KINDS.get(posterior, _VARIATIONAL)}: it turns {manifest.input} into {manifest.latent_dim} features,
+{_FEATURES.get(posterior, _MEAN)}. Scaling is inside the graph.
 
 {shown}| | |
 |---|---|
 | trained on | {manifest.data["n_rows"]:,} rows, `{manifest.data["fingerprint"][:23]}...` |
 | values | {manifest.input.low:g} to {manifest.input.high:g} |
-| model | {manifest.model["posterior"]} posterior, {manifest.model["prior"]} prior, \
+| model | {posterior} posterior, {manifest.model["prior"]} prior, \
 {manifest.model["likelihood"]} likelihood, {manifest.model["network"]} network |
 | objective | {manifest.objective}, {metrics["epochs"]} epochs |
-| held-out ELBO | {metrics["elbo"]:.2f} nats per row |
-| = log-likelihood | {metrics["log_likelihood"]:.2f} nats per row |
-| - KL divergence | {metrics["kl"]:.2f} nats per row |
+{_bound(manifest)}
 | active units | {len(manifest.active_units)} of {manifest.latent_dim} |
 | ONNX against torch | mean differs by at most {parity["max_abs_difference"]:.2g} \
 (scale {parity["scale"]:.2g}) on {manifest.parity["n_rows"]} rows |
@@ -61,6 +71,18 @@ features = OnnxEncoder("this folder").embed(rows)  # (n, {manifest.latent_dim}) 
 {manifest.outputs["hidden"]} values); `decoder.onnx` turns latents back into rows; `weights.safetensors` holds the torch
 weights. `bundle.json` lists every file with its SHA-256 and the whole configuration.
 """
+
+
+def _bound(manifest: Manifest) -> str:
+    metrics = manifest.metrics
+    log_likelihood = f"log-likelihood | {metrics['log_likelihood']:.2f} nats per row |"
+    if manifest.model["posterior"] == "deterministic":
+        return f"| held-out {log_likelihood}"
+    return (
+        f"| held-out ELBO | {metrics['elbo']:.2f} nats per row |\n"
+        f"| = {log_likelihood}\n"
+        f"| - KL divergence | {metrics['kl']:.2f} nats per row |"
+    )
 
 
 def renamed(bundle: Bundle, name: str) -> Bundle:

@@ -15,8 +15,8 @@ def kl_warmup_factor(step: int, total_steps: int, share: float) -> float:
     return 1.0 if warmup_steps <= 0 else min(1.0, step / warmup_steps)
 
 
-def learning_rate_factor(step: int, total_steps: int, warmup_share: float) -> float:
-    """Rise linearly over a share of all steps, then fall along a cosine to a hundredth.
+def learning_rate_factor(step: int, total_steps: int, warmup_share: float, schedule: str = "cosine") -> float:
+    """Rise linearly over a share of all steps, then fall along a cosine to a hundredth, or stay (``constant``).
 
     References
     ----------
@@ -25,5 +25,7 @@ def learning_rate_factor(step: int, total_steps: int, warmup_share: float) -> fl
     warmup_steps = round(warmup_share * total_steps)
     if step < warmup_steps:
         return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
     return _FINAL_LEARNING_RATE + (1 - _FINAL_LEARNING_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,18 +21,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaefeat.checkpoint import read_checkpoint, write_checkpoint
-from vaefeat.config import TrainConfig, unknown_name
-from vaefeat.errors import CheckpointError, DeviceError, InputError, NonFiniteLossError, TrainingInterrupted
+from vaefeat.combinations import refuse_pair
+from vaefeat.config import TrainConfig
+from vaefeat.errors import CheckpointError, InputError, NonFiniteLossError, TrainingInterrupted
 from vaefeat.interruption import StopRequest, stop_on_signals
 from vaefeat.model.evaluation import Evaluation, evaluate, fixed_noise
-from vaefeat.model.networks import count_multiply_adds, parameters_device
 from vaefeat.model.objectives import OBJECTIVES
 from vaefeat.model.vae import VAE
 from vaefeat.observers import EpochRecord, Observer
-from vaefeat.processors import available_cpus
+from vaefeat.optimizers import log_weight_prior, make_optimizers
+from vaefeat.placement import resolve_device, row_taker, threads_for, using_threads
 from vaefeat.schedules import kl_warmup_factor, learning_rate_factor
+from vaefeat.settings import unknown_name
 
-__all__ = ["Trainer", "TrainingResult", "resolve_device", "split_heldout"]
+__all__ = ["Trainer", "TrainingResult", "split_heldout"]
 
 #: Reading a figure from a GPU waits for it: losses are collected on the device and read this often.
 _STEPS_PER_READING = 50
@@ -40,8 +42,6 @@ _MAX_HELDOUT_ROWS = 10_000
 _TERMS = ("objective", "log-likelihood", "KL divergence", "gradient")
 #: What may differ between a run and its continuation without changing the result.
 _FREE_SETTINGS = {"device", "threads", "checkpoint_every"}
-#: Multiply-adds of a step from which more than one thread pays: about 10 ms of work for one.
-_THREADED_STEP = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -98,23 +98,23 @@ class Trainer:
     ) -> None:
         if config.objective not in OBJECTIVES:
             raise unknown_name("objective", config.objective, OBJECTIVES)
+        refuse_pair(vae.config, config)
         self.config = config
         self.device = resolve_device(config.device)
         self.vae = vae.to(self.device)
+        self.vae.network_dtype = getattr(torch, config.precision)
         self.objective = OBJECTIVES[config.objective](config)
         self.rows = rows
         self.train, self.heldout = split_heldout(len(rows), config.heldout, config.seed)
         self.batch_size = min(config.batch_size, len(self.train))
         self.steps_per_epoch = math.ceil(len(self.train) / self.batch_size)
         self.total_steps = config.max_epochs * self.steps_per_epoch
-        self.optimizer = torch.optim.AdamW(
-            vae.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True
-        )
+        self.optimizers = make_optimizers(vae, config)
         self.checkpoint = checkpoint
         self.observers = observers
         self.identity = {"train": _binding(config), **(identity or {})}
-        self._take = _row_taker(rows, self.device)
-        self.threads = config.threads or threads_for(self.vae, self.batch_size)
+        self._take = row_taker(rows, self.device)
+        self.threads = config.threads or threads_for(self.vae, self.batch_size, config.n_samples)
         # The state of the run, all of which goes into a checkpoint.
         self.epoch = 0
         self.step = 0
@@ -142,7 +142,7 @@ class Trainer:
         CheckpointError
             A checkpoint cannot be written, or belongs to another run.
         """
-        with fixed_noise(self.config.seed, self.device), _using_threads(self.threads):
+        with fixed_noise(self.config.seed, self.device), using_threads(self.threads):
             if resume and self.checkpoint and self.checkpoint.is_file():
                 self._load(self.checkpoint)
             with self._observed():
@@ -222,18 +222,30 @@ class Trainer:
 
     def _take_step(self, rows: Tensor) -> Tensor:
         step = self.epoch * self.steps_per_epoch + self.step
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * learning_rate_factor(
-                step, self.total_steps, self.config.lr_warmup
-            )
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self._learning_rate(step)
+            optimizer.zero_grad(set_to_none=True)
+        self.vae.posterior.anneal(step / self.total_steps, self.config)
         terms = self.objective(self.vae, rows, kl_weight=self._kl_weight(step))
-        (-terms.objective.mean()).backward()
+        (-self._with_weight_prior(terms.objective.mean())).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), self.config.gradient_clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         sums = [term.detach().sum(dtype=torch.float64) for term in terms]
         # The norm tells of weights that have just been spoiled, a step before any loss does.
         return torch.stack([*sums, norm.to(sums[0]), sums[0].new_tensor(len(rows))])
+
+    def _learning_rate(self, step: int) -> float:
+        factor = learning_rate_factor(step, self.total_steps, self.config.lr_warmup, self.config.lr_schedule)
+        return self.config.learning_rate * factor
+
+    def _with_weight_prior(self, objective: Tensor) -> Tensor:
+        if self.config.weight_prior_std is None:
+            return objective
+        # The objective is per row: of the whole set's posterior, each row carries its share of the prior.
+        prior = log_weight_prior(self.vae.parameters(), self.config.weight_prior_std)
+        return objective + prior / len(self.train)
 
     def _kl_weight(self, step: int) -> float:
         return self.config.kl_weight * kl_warmup_factor(step, self.total_steps, self.config.kl_warmup)
@@ -269,7 +281,7 @@ class Trainer:
             heldout_objective=evaluation.objective,
             active_units=len(evaluation.active),
             kl_weight=self._kl_weight(last_step),
-            learning_rate=self.optimizer.param_groups[0]["lr"],
+            learning_rate=self._learning_rate(last_step),
             rows_per_s=rows_per_s,
             seconds=time.perf_counter() - started,
         )
@@ -310,8 +322,9 @@ class Trainer:
     def _save(self, path: Path) -> None:
         tensors = {f"model.{name}": tensor for name, tensor in self.vae.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in state.items()}
         tensors |= {"sums": self.sums, "random.cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -332,12 +345,13 @@ class Trainer:
         _refuse_other_run(path, meta["identity"], self.identity)
         self.vae.load_state_dict(_under("model.", tensors))
         self.best_weights = {name: value.to(self.device) for name, value in _under("best.", tensors).items()}
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in _under("optimizer.", tensors).items():
-            index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for number, optimizer in enumerate(self.optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, value in _under(f"optimizer.{number}.", tensors).items():
+                index, _, key = name.partition(".")
+                state.setdefault(int(index), {})[key] = value
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
         self.sums = tensors["sums"].to(self.device)
         torch.set_rng_state(tensors["random.cpu"])
         if self.device.type == "cuda" and "random.cuda" in tensors:
@@ -359,51 +373,6 @@ def split_heldout(n_rows: int, share: float, seed: int) -> tuple[NDArray[np.int6
     n_heldout = min(max(1, round(share * n_rows)), n_rows - 1, _MAX_HELDOUT_ROWS)
     order = np.random.default_rng(seed).permutation(n_rows)
     return np.sort(order[n_heldout:]), np.sort(order[:n_heldout])
-
-
-def resolve_device(device: str) -> torch.device:
-    """Turn ``auto``, ``cpu`` or ``cuda`` into a device that is there.
-
-    Raises
-    ------
-    DeviceError
-        CUDA was asked for and there is none.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("got device='cuda', but torch finds no CUDA device; use device='cpu' or 'auto'")
-    return torch.device(device)
-
-
-def threads_for(vae: VAE, batch_size: int) -> int:
-    """Choose threads by the work in a step: one where it is small, else all processors.
-
-    The choice depends on the model alone, not on a measurement, so that a seed gives the same weights every time.
-    """
-    device = parameters_device(vae)
-    per_row = count_multiply_adds(vae.encoder, torch.zeros((1, *vae.row_shape), device=device))
-    per_row += count_multiply_adds(vae.decoder, torch.zeros((1, vae.config.latent_dim), device=device))
-    # The backward pass is twice the forward one.
-    return available_cpus() if 3 * per_row * batch_size >= _THREADED_STEP else 1
-
-
-@contextmanager
-def _using_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _row_taker(rows: NDArray[Any], device: torch.device) -> Callable[[NDArray[np.int64]], Tensor]:
-    """Give a function that takes a minibatch of rows by their indices: one indexing operation, no loop over rows."""
-    if device.type == "cpu":
-        return lambda indices: torch.from_numpy(rows[indices])
-    on_device = torch.from_numpy(np.array(rows)).to(device)
-    return lambda indices: on_device[torch.from_numpy(indices).to(device, non_blocking=True)]
 
 
 def _binding(config: TrainConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from vaefeat import ModelConfig, TrainConfig, VAETransformer
-from vaefeat.config import Settings, unknown_name, with_overrides
+from vaefeat.settings import Settings, unknown_name, with_overrides
 from vaefeat.errors import ConfigError, InputError, MissingExtraError, VaefeatError
 from vaefeat.model.vae import VAE
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaefeat.data import batches
+from vaefeat.errors import ConfigError
 from vaefeat.model.networks import parameters_device
 from vaefeat.model.objectives import Objective
 from vaefeat.model.vae import VAE
@@ -91,7 +92,17 @@ def importance_weighted_bound(
     -------
     ndarray of shape (n,), float64
         Nats, of scaled rows.
+
+    Raises
+    ------
+    ConfigError
+        The posterior is deterministic: there is no density.
     """
+    if not vae.posterior.has_density:
+        raise ConfigError(
+            "got a model with posterior='deterministic', an auto-encoder, which gives rows no density; take "
+            "posterior='diagonal' and objective='elbo', or measure the error of its reconstructions"
+        )
     device = parameters_device(vae)
     generator = torch.Generator().manual_seed(seed)
     noise_SL = torch.randn((n_samples, vae.config.latent_dim), generator=generator).to(device)
@@ -139,12 +150,7 @@ def _evaluating(vae: VAE) -> Iterator[None]:
 
 def _bound(vae: VAE, rows: Tensor, noise_SL: Tensor) -> Tensor:
     x = vae.preprocessing(rows)
-    h_BF = vae.encoder(x)
-    z_SBL, log_posterior_SB = vae.posterior.draw(h_BF, noise_SL)
-    log_prior_SB = vae.prior(vae.encode).log_prob(z_SBL)
-    n_samples = len(noise_SL)
-    # One decoding of S * B latents; the rows are repeated as a view.
-    repeated = x.expand(n_samples, *x.shape).flatten(0, 1)
-    log_likelihood_SB = vae.decode(z_SBL.flatten(0, 1)).log_prob(repeated).view(n_samples, -1)
-    weights_SB = (log_likelihood_SB + log_prior_SB - log_posterior_SB).double()
-    return torch.logsumexp(weights_SB, dim=0) - math.log(n_samples)
+    z_SBL, log_posterior_SB = vae.posterior.draw(vae.hidden(x), noise_SL.unsqueeze(1))
+    log_prior_SB = vae.prior_distribution().log_prob(z_SBL)
+    weights_SB = (vae.log_likelihood(x, z_SBL) + log_prior_SB - log_posterior_SB).double()
+    return torch.logsumexp(weights_SB, dim=0) - math.log(len(noise_SL))

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Bernoulli, Distribution, Independent, Normal
 
@@ -45,6 +46,12 @@ class Likelihood(nn.Module, ABC):
         ``log_prob`` sums over the values of a row: it is in nats per row.
         """
 
+    def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        """Give log p(x|z) in nats per row (S * B,), for outputs (S * B, K, ...), sample by sample, and rows (B, ...)."""
+        by_sample = output.view(-1, len(x), *output.shape[1:])
+        repeated = x.expand(len(by_sample), *x.shape).flatten(0, 1)
+        return self(output).log_prob(repeated)  # type: ignore[no-any-return]
+
     def mean(self, output: Tensor) -> Tensor:
         """Give E[x|z] in the scale of the network's input, (B, ...)."""
         return self(output).mean  # type: ignore[no-any-return]
@@ -76,8 +83,8 @@ class GaussianLikelihood(Likelihood):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        learned = config.gaussian_std is None
-        log_std = torch.tensor(0.0 if config.gaussian_std is None else math.log(config.gaussian_std))
+        learned = isinstance(config.gaussian_std, str)
+        log_std = torch.tensor(0.0 if isinstance(config.gaussian_std, str) else math.log(config.gaussian_std))
         self.log_std = nn.Parameter(log_std, requires_grad=learned)
 
     @property
@@ -92,6 +99,11 @@ class GaussianLikelihood(Likelihood):
         mean = output.squeeze(1)
         std = self.std.expand_as(mean)
         return Independent(Normal(mean, std, validate_args=False), mean.ndim - 1, validate_args=False)
+
+
+def refuse_rows(name: str, config: ModelConfig, rows: NDArray[Any]) -> None:
+    """Refuse rows that a likelihood has no meaning for."""
+    return
 
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {"bernoulli": BernoulliLikelihood, "gaussian": GaussianLikelihood}

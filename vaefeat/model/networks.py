@@ -23,6 +23,7 @@ __all__ = [
     "ConvEncoder",
     "MLPDecoder",
     "MLPEncoder",
+    "ResidualBlock",
     "build_networks",
     "count_multiply_adds",
     "network_name",
@@ -30,6 +31,8 @@ __all__ = [
 
 _SMALLEST_CONV_SIDE = 8
 _GROUP_CHANNELS = 8
+_EMBEDDING_DIM = 16
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 
 
 class MLPEncoder(nn.Module):
@@ -37,16 +40,20 @@ class MLPEncoder(nn.Module):
 
     Parameters
     ----------
+    config : ModelConfig
     shape : tuple of int
-        Of one row.
-    hidden_dims : sequence of int
-        Widths of the layers; the last is F.
+        Of one row. F is the last of the configuration's widths.
     """
 
-    def __init__(self, shape: Sequence[int], hidden_dims: Sequence[int]) -> None:
+    def __init__(self, config: ModelConfig, shape: Sequence[int]) -> None:
         super().__init__()
-        self.hidden_dim = hidden_dims[-1]
-        self.layers = nn.Sequential(nn.Flatten(), _dense(math.prod(shape), hidden_dims))
+        self.hidden_dim = config.hidden_dims[-1]
+        if config.likelihood == "tokens":
+            first: nn.Module = nn.Sequential(nn.Flatten(), _Embedding(config.levels, _EMBEDDING_DIM), nn.Flatten())
+            n_inputs = math.prod(shape) * _EMBEDDING_DIM
+        else:
+            first, n_inputs = nn.Flatten(), math.prod(shape)
+        self.layers = nn.Sequential(first, _dense(config, (n_inputs, *config.hidden_dims)))
 
     def forward(self, x: Tensor) -> Tensor:
         """Encode (B, ...) to (B, F)."""
@@ -58,20 +65,18 @@ class MLPDecoder(nn.Module):
 
     Parameters
     ----------
-    latent_dim : int
+    config : ModelConfig
     shape : tuple of int
         Of one row.
-    hidden_dims : sequence of int
-        The encoder's widths.
     n_parameters : int
         K.
     """
 
-    def __init__(self, latent_dim: int, shape: Sequence[int], hidden_dims: Sequence[int], n_parameters: int) -> None:
+    def __init__(self, config: ModelConfig, shape: Sequence[int], n_parameters: int) -> None:
         super().__init__()
-        widths = tuple(reversed(hidden_dims))
+        widths = tuple(reversed(config.hidden_dims))
         self.layers = nn.Sequential(
-            _dense(latent_dim, widths),
+            _dense(config, (config.latent_dim, *widths)),
             nn.Linear(widths[-1], n_parameters * math.prod(shape)),
             nn.Unflatten(1, (n_parameters, *shape)),
         )
@@ -86,23 +91,22 @@ class ConvEncoder(nn.Module):
 
     Parameters
     ----------
+    config : ModelConfig
+        Each of its channels halves height and width, rounding up; F is the last of its widths.
     shape : tuple of int
         (C, H, W) of one image, any sizes.
-    channels : sequence of int
-        Of each convolution; each halves height and width, rounding up.
-    hidden_dims : sequence of int
-        Widths of the layers after them; the last is F.
     """
 
-    def __init__(self, shape: Sequence[int], channels: Sequence[int], hidden_dims: Sequence[int]) -> None:
+    def __init__(self, config: ModelConfig, shape: Sequence[int]) -> None:
         super().__init__()
-        self.hidden_dim = hidden_dims[-1]
-        blocks = [
-            nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), _group_norm(after), nn.SiLU())
-            for before, after in pairwise((shape[0], *channels))
-        ]
-        height, width = _sizes(shape, len(channels))[-1]
-        self.layers = nn.Sequential(*blocks, nn.Flatten(), _dense(channels[-1] * height * width, hidden_dims))
+        self.hidden_dim = config.hidden_dims[-1]
+        blocks: list[nn.Module] = []
+        for before, after in pairwise((shape[0], *config.channels)):
+            blocks += [nn.Conv2d(before, after, 3, stride=2, padding=1), *_after(config, after)]
+            blocks += [ResidualBlock(config, after) for _ in range(config.residual_blocks)]
+        height, width = _sizes(shape, len(config.channels))[-1]
+        n_values = config.channels[-1] * height * width
+        self.layers = nn.Sequential(*blocks, nn.Flatten(), _dense(config, (n_values, *config.hidden_dims)))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Encode (B, C, H, W) to (B, F)."""
@@ -114,35 +118,28 @@ class ConvDecoder(nn.Module):
 
     Parameters
     ----------
-    latent_dim : int
+    config : ModelConfig
     shape : tuple of int
         (C, H, W) of one image.
-    channels, hidden_dims : sequence of int
-        The encoder's.
     n_parameters : int
         K.
     """
 
-    def __init__(
-        self,
-        latent_dim: int,
-        shape: Sequence[int],
-        channels: Sequence[int],
-        hidden_dims: Sequence[int],
-        n_parameters: int,
-    ) -> None:
+    def __init__(self, config: ModelConfig, shape: Sequence[int], n_parameters: int) -> None:
         super().__init__()
+        channels = config.channels
         sizes = _sizes(shape, len(channels))[::-1]
         height, width = sizes[0]
-        widths = (*reversed(hidden_dims), channels[-1] * height * width)
+        widths = (config.latent_dim, *reversed(config.hidden_dims), channels[-1] * height * width)
         outputs = (*reversed(channels[:-1]), n_parameters * shape[0])
         blocks: list[nn.Module] = []
         for i, (before, after) in enumerate(pairwise((channels[-1], *outputs))):
+            blocks += [ResidualBlock(config, before) for _ in range(config.residual_blocks)]
             blocks.append(_doubling(before, after, sizes[i], sizes[i + 1]))
             if i < len(channels) - 1:
-                blocks += [_group_norm(after), nn.SiLU()]
+                blocks += _after(config, after)
         self.layers = nn.Sequential(
-            _dense(latent_dim, widths),
+            _dense(config, widths),
             nn.Unflatten(1, (channels[-1], height, width)),
             *blocks,
             nn.Unflatten(1, (n_parameters, shape[0])),
@@ -151,6 +148,31 @@ class ConvDecoder(nn.Module):
     def forward(self, z_BL: Tensor) -> Tensor:
         """Decode (B, L) to (B, K, C, H, W)."""
         return self.layers(z_BL)  # type: ignore[no-any-return]
+
+
+class ResidualBlock(nn.Module):
+    """x + f(x) with two convolutions in f, of which the last starts at zero: at first nothing is added.
+
+    He et al. 2016, arXiv:1603.05027.
+    """
+
+    def __init__(self, config: ModelConfig, n_channels: int) -> None:
+        super().__init__()
+        last = nn.Conv2d(n_channels, n_channels, 3, padding=1)
+        self.layers = nn.Sequential(nn.Conv2d(n_channels, n_channels, 3, padding=1), *_after(config, n_channels), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]  # there is one
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Add what the block has to say."""
+        return x_BCHW + self.layers(x_BCHW)  # type: ignore[no-any-return]
+
+
+class _Embedding(nn.Embedding):
+    """Token ids (B, T) that come as floats -> (B, T, D)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.long())
 
 
 def build_networks(
@@ -171,11 +193,27 @@ def build_networks(
     ConfigError
         Convolutions were asked for rows that are not images, or more of them than the image can be halved.
     """
+    networks: tuple[MLPEncoder | ConvEncoder, MLPDecoder | ConvDecoder]
     if network_name(config, shape) == "mlp":
-        return (
-            MLPEncoder(shape, config.hidden_dims),
-            MLPDecoder(config.latent_dim, shape, config.hidden_dims, n_parameters),
-        )
+        networks = MLPEncoder(config, shape), MLPDecoder(config, shape, n_parameters)
+    else:
+        _refuse_convolutions(config, shape)
+        networks = ConvEncoder(config, shape), ConvDecoder(config, shape, n_parameters)
+    if config.initialization == "xavier":
+        for network in networks:
+            network.apply(_xavier)
+    return networks
+
+
+def network_name(config: ModelConfig, shape: Sequence[int]) -> str:
+    """Resolve ``auto``: convolutions for images of at least 8 by 8 pixels, but not for tokens."""
+    if config.network != "auto":
+        return config.network
+    image = len(shape) == 3 and min(shape[1:]) >= _SMALLEST_CONV_SIDE
+    return "conv" if image and config.likelihood != "tokens" else "mlp"
+
+
+def _refuse_convolutions(config: ModelConfig, shape: Sequence[int]) -> None:
     if len(shape) != 3:
         raise ConfigError(
             f"got network='conv' for rows of shape {tuple(shape)}, wanted images (C, H, W); "
@@ -186,30 +224,31 @@ def build_networks(
             f"got {len(config.channels)} halving convolutions (channels={config.channels}) for images of "
             f"{shape[1]} by {shape[2]} pixels; give fewer channels, or network='mlp'"
         )
-    return (
-        ConvEncoder(shape, config.channels, config.hidden_dims),
-        ConvDecoder(config.latent_dim, shape, config.channels, config.hidden_dims, n_parameters),
-    )
 
 
-def network_name(config: ModelConfig, shape: Sequence[int]) -> str:
-    """Resolve ``auto``: convolutions for images of at least 8 by 8 pixels."""
-    if config.network != "auto":
-        return config.network
-    return "conv" if len(shape) == 3 and min(shape[1:]) >= _SMALLEST_CONV_SIDE else "mlp"
+def _xavier(layer: nn.Module) -> None:
+    """Start a layer as Glorot and Bengio 2010 do, with biases of zero; what starts at zero stays so."""
+    if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        if layer.weight.any():
+            nn.init.xavier_uniform_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
-def _dense(n_inputs: int, widths: Sequence[int]) -> nn.Sequential:
-    blocks = [
-        nn.Sequential(nn.Linear(before, after), nn.LayerNorm(after), nn.SiLU())
-        for before, after in pairwise((n_inputs, *widths))
-    ]
+def _dense(config: ModelConfig, widths: Sequence[int]) -> nn.Sequential:
+    blocks = []
+    for before, after in pairwise(widths):
+        normalised = [nn.LayerNorm(after)] if config.normalization else []
+        blocks.append(nn.Sequential(nn.Linear(before, after), *normalised, _ACTIVATIONS[config.activation]()))
     return nn.Sequential(*blocks)
 
 
-def _group_norm(n_channels: int) -> nn.GroupNorm:
+def _after(config: ModelConfig, n_channels: int) -> list[nn.Module]:
+    """Give what follows a convolution."""
     # Groups of eight channels where eight divides them; otherwise fewer and larger groups of equal size.
-    return nn.GroupNorm(math.gcd(n_channels, max(1, n_channels // _GROUP_CHANNELS)), n_channels)
+    n_groups = math.gcd(n_channels, max(1, n_channels // _GROUP_CHANNELS))
+    normalised: list[nn.Module] = [nn.GroupNorm(n_groups, n_channels)] if config.normalization else []
+    return [*normalised, _ACTIVATIONS[config.activation]()]
 
 
 def _sizes(shape: Sequence[int], n_halvings: int) -> list[tuple[int, int]]:

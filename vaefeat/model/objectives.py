@@ -1,22 +1,38 @@
 """Objectives: what training maximises, in nats per row.
 
-B batch.
+B batch, L latents, S samples of each row's posterior.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
 from vaefeat.config import TrainConfig
+from vaefeat.model.corruption import corrupt
+from vaefeat.model.distributions import factors
+from vaefeat.model.divergences import maximum_mean_discrepancy, sliced_wasserstein
 
 if TYPE_CHECKING:
     from vaefeat.model.vae import VAE
 
-__all__ = ["ELBO", "OBJECTIVES", "Objective", "Terms", "kl_of"]
+__all__ = [
+    "ELBO",
+    "IWAE",
+    "OBJECTIVES",
+    "InfoVAE",
+    "MaximumMeanDiscrepancy",
+    "Objective",
+    "Reconstruction",
+    "SlicedWasserstein",
+    "Terms",
+    "kl_of",
+]
 
 
 class Terms(NamedTuple):
@@ -29,7 +45,8 @@ class Terms(NamedTuple):
     log_likelihood : Tensor
         E_q[log p(x|z)], estimated.
     kl : Tensor
-        KL(q(z|x) || p(z)), unweighted.
+        KL(q(z|x) || p(z)), unweighted, whether or not it is part of the objective; 0 for a deterministic posterior,
+        whose KL divergence is infinite.
     """
 
     objective: Tensor
@@ -61,30 +78,184 @@ class Objective(ABC):
             Weight of the KL term.
         """
 
+    def look(self, vae: VAE, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the scaled rows that must come out, and what is encoded: the same, or a corrupted copy."""
+        x = vae.observe(rows)
+        return x, corrupt(x, self.config.corruption, self.config.corruption_level)
+
 
 class ELBO(Objective):
-    """The evidence lower bound, one reparameterized sample, closed-form KL where there is one.
+    """The evidence lower bound with L = ``n_samples`` reparameterized samples.
 
-    log p(x) >= E_q[log p(x|z)] - KL(q(z|x) || p(z)): estimator B of Kingma and Welling 2013 (arXiv:1312.6114),
-    equation 7, with L = 1; where posterior and prior have no closed form, estimator A, equation 6.
+    log p(x) >= E_q[log p(x|z)] - kl_weight * KL(q(z|x) || p(z)). With the KL divergence in closed form this is
+    estimator B of Kingma and Welling 2013 (arXiv:1312.6114), equation 7; with ``kl_estimator="sampled"``, and where
+    posterior and prior have no closed form, estimator A, equation 6. ``kl_weight`` is beta (Higgins et al. 2017);
+    ``free_bits`` are Kingma et al. 2016 (arXiv:1606.04934), appendix C.8: the KL of a latent, averaged over the
+    minibatch, costs only what is above them.
     """
 
     def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
         """Estimate the bound."""
-        x = vae.preprocessing(rows)
-        q = vae.encode(x)
-        z_BL = q.rsample()
-        log_likelihood_B = vae.decode(z_BL).log_prob(x)
-        kl_B = kl_of(q, vae.prior(vae.encode), z_BL)
-        return Terms(log_likelihood_B - kl_weight * kl_B, log_likelihood_B, kl_B)
+        x, given = self.look(vae, rows)
+        q, p = vae.encode(given), vae.prior_distribution()
+        z_SBL = q.rsample(torch.Size([self.config.n_samples]))
+        if self.config.kl_estimator == "sampled":
+            kl_B = _sampled_kl(q, p, z_SBL)
+        else:
+            kl_B = kl_of(q, p, z_SBL)
+        log_likelihood_B = vae.log_likelihood(x, z_SBL).mean(dim=0)
+        return Terms(log_likelihood_B - kl_weight * self._cost(q, p, kl_B), log_likelihood_B, kl_B)
+
+    def _cost(self, q: Distribution, p: Distribution, kl_B: Tensor) -> Tensor:
+        if not self.config.free_bits:
+            return kl_B
+        per_latent = factors(q, p).mean(dim=0).clamp_min(self.config.free_bits)
+        return per_latent.sum().expand_as(kl_B)
 
 
-def kl_of(q: Distribution, p: Distribution, z_BL: Tensor) -> Tensor:
-    """Give KL(q || p) of each row (B,): in closed form where torch knows one, else estimated at the sample z."""
+class IWAE(Objective):
+    """The importance-weighted bound with k = ``n_samples``.
+
+    log 1/k sum_s p(x, z_s) / q(z_s|x) (Burda et al. 2015, arXiv:1509.00519, equation 8); the evidence lower bound for
+    k = 1. The gradient is doubly reparameterized where the posterior is Gaussian (Tucker et al. 2019,
+    arXiv:1810.04152, equation 8): its signal does not vanish as k grows. A ``kl_weight`` other than 1 weighs
+    log p(z) - log q(z|x) within each weight.
+    """
+
+    def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
+        """Estimate the bound."""
+        x, given = self.look(vae, rows)
+        h_BF, p = vae.hidden(given), vae.prior_distribution()
+        q: Distribution = vae.posterior(h_BF)
+        z_SBL = q.rsample(torch.Size([self.config.n_samples]))
+        # The score of the posterior's own parameters is what the second reparameterization removes.
+        held = vae.posterior.held(h_BF) if self.config.gradient != "reparameterized" else None
+        ratio_SB = (held or q).log_prob(z_SBL) - p.log_prob(z_SBL)
+        log_likelihood_SB = vae.log_likelihood(x, z_SBL)
+        log_weight_SB = log_likelihood_SB - kl_weight * ratio_SB
+        bound_B = torch.logsumexp(log_weight_SB, dim=0) - math.log(self.config.n_samples)
+        if held is not None and z_SBL.requires_grad:
+            share_SB = torch.softmax(log_weight_SB.detach(), dim=0)
+            # On the way to the encoder each sample's gradient is weighted once more.
+            z_SBL.register_hook(lambda gradient: gradient * share_SB.unsqueeze(-1))
+        return Terms(bound_B, log_likelihood_SB.mean(dim=0), ratio_SB.mean(dim=0))
+
+
+class Reconstruction(Objective):
+    """E[log p(x|z)] alone: an auto-encoder, where the posterior is deterministic.
+
+    With a Gaussian likelihood of fixed standard deviation this is the squared error; with ``corruption`` a denoising
+    auto-encoder (Vincent et al. 2010).
+    """
+
+    def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
+        """Estimate the log-likelihood."""
+        x, given = self.look(vae, rows)
+        q = vae.encode(given)
+        z_SBL = q.rsample(torch.Size([self.config.n_samples]))
+        log_likelihood_B = vae.log_likelihood(x, z_SBL).mean(dim=0)
+        return Terms(log_likelihood_B, log_likelihood_B, _reported_kl(vae, q, z_SBL))
+
+
+class _Matching(Objective):
+    """Samples of the aggregate posterior are compared with as many of the prior."""
+
+    @abstractmethod
+    def divergence(self, z_NL: Tensor, prior_NL: Tensor) -> Tensor:
+        """Give the divergence of two sets of samples, a scalar."""
+
+    def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
+        """Estimate log-likelihood minus weighted divergence."""
+        x, given = self.look(vae, rows)
+        q = vae.encode(given)
+        z_SBL = q.rsample(torch.Size([self.config.n_samples]))
+        log_likelihood_B = vae.log_likelihood(x, z_SBL).mean(dim=0)
+        z_NL = z_SBL.flatten(0, 1)
+        divergence = self.divergence(z_NL, vae.sample_prior(len(z_NL)))
+        return self.combine(vae, q, z_SBL, log_likelihood_B, self.config.divergence_weight * divergence, kl_weight)
+
+    def combine(
+        self,
+        vae: VAE,
+        q: Distribution,
+        z_SBL: Tensor,
+        log_likelihood_B: Tensor,
+        cost: Tensor,
+        kl_weight: float | Tensor,
+    ) -> Terms:
+        """Put the terms together; the divergence stands in place of the KL term."""
+        return Terms(log_likelihood_B - kl_weight * cost, log_likelihood_B, _reported_kl(vae, q, z_SBL))
+
+
+class MaximumMeanDiscrepancy(_Matching):
+    """log p(x|z) - kl_weight * divergence_weight * MMD^2(q(z), p(z)): the Wasserstein auto-encoder, WAE-MMD.
+
+    Tolstikhin et al. 2018, arXiv:1711.01558, equation 4.
+    """
+
+    def divergence(self, z_NL: Tensor, prior_NL: Tensor) -> Tensor:
+        """Give MMD^2."""
+        return maximum_mean_discrepancy(z_NL, prior_NL)
+
+
+class InfoVAE(MaximumMeanDiscrepancy):
+    """log p(x|z) - kl_weight * KL(q(z|x) || p(z)) - divergence_weight * MMD^2(q(z), p(z)).
+
+    Zhao et al. 2019, arXiv:1706.02262, equation 6, with kl_weight = 1 - alpha and divergence_weight =
+    alpha + lambda - 1.
+    """
+
+    def combine(
+        self,
+        vae: VAE,
+        q: Distribution,
+        z_SBL: Tensor,
+        log_likelihood_B: Tensor,
+        cost: Tensor,
+        kl_weight: float | Tensor,
+    ) -> Terms:
+        """Put the terms together; the divergence stands beside the KL term."""
+        p = vae.prior_distribution()
+        kl_B = _sampled_kl(q, p, z_SBL) if self.config.kl_estimator == "sampled" else kl_of(q, p, z_SBL)
+        return Terms(log_likelihood_B - kl_weight * kl_B - cost, log_likelihood_B, kl_B)
+
+
+class SlicedWasserstein(_Matching):
+    """log p(x|z) - kl_weight * divergence_weight * SW_2^2(q(z), p(z)): the sliced Wasserstein auto-encoder.
+
+    Kolouri et al. 2019, arXiv:1804.01947.
+    """
+
+    def divergence(self, z_NL: Tensor, prior_NL: Tensor) -> Tensor:
+        """Give the squared sliced Wasserstein-2 distance."""
+        return sliced_wasserstein(z_NL, prior_NL, n_projections=self.config.n_projections)
+
+
+def kl_of(q: Distribution, p: Distribution, z_SBL: Tensor) -> Tensor:
+    """Give KL(q || p) of each row (B,): in closed form where one is known, else estimated at the samples (S, B, L)."""
     try:
         return kl_divergence(q, p)
     except NotImplementedError:
-        return q.log_prob(z_BL) - p.log_prob(z_BL)
+        return _sampled_kl(q, p, z_SBL)
 
 
-OBJECTIVES: dict[str, type[Objective]] = {"elbo": ELBO}
+def _sampled_kl(q: Distribution, p: Distribution, z_SBL: Tensor) -> Tensor:
+    return (q.log_prob(z_SBL) - p.log_prob(z_SBL)).mean(dim=0)
+
+
+@torch.no_grad()
+def _reported_kl(vae: VAE, q: Distribution, z_SBL: Tensor) -> Tensor:
+    """Give the KL divergence for the record, where there is one and it is no part of the objective."""
+    if not vae.posterior.has_density:
+        return z_SBL.new_zeros(z_SBL.shape[1])
+    return kl_of(q, vae.prior_distribution(), z_SBL)
+
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "elbo": ELBO,
+    "iwae": IWAE,
+    "mmd": MaximumMeanDiscrepancy,
+    "infovae": InfoVAE,
+    "sliced_wasserstein": SlicedWasserstein,
+    "reconstruction": Reconstruction,
+}

@@ -1,10 +1,11 @@
 """The variational auto-encoder: its parts put together.
 
-B batch, F width of the hidden layer, L latents.
+B batch, F width of the hidden layer, L latents, S samples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,14 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from vaefeat.config import ModelConfig, unknown_name
-from vaefeat.model.likelihoods import LIKELIHOODS
+from vaefeat.config import ModelConfig
+from vaefeat.model.likelihoods import LIKELIHOODS, refuse_rows
 from vaefeat.model.networks import build_networks
 from vaefeat.model.posteriors import POSTERIORS
 from vaefeat.model.preprocessing import Preprocessing
 from vaefeat.model.priors import PRIORS
+from vaefeat.settings import unknown_name
 
-__all__ = ["VAE"]
+__all__ = ["VAE", "likelihood_name"]
 
 
 class VAE(nn.Module):
@@ -32,6 +34,11 @@ class VAE(nn.Module):
         (F,) or (C, H, W).
     preprocessing : Preprocessing, optional
         Fitted scaling; one that changes nothing when None, to load weights into.
+
+    Attributes
+    ----------
+    network_dtype : torch.dtype
+        Of the networks' arithmetic; weights, latents and everything after the networks are float32.
 
     Raises
     ------
@@ -49,6 +56,7 @@ class VAE(nn.Module):
         super().__init__()
         self.config = config
         self.row_shape = row_shape
+        self.network_dtype = torch.float32
         self.preprocessing = preprocessing or Preprocessing.identity(row_shape)
         self.likelihood = LIKELIHOODS[likelihood_name(config, row_shape)](config)
         self.encoder, self.decoder = build_networks(config, row_shape, n_parameters=self.likelihood.n_parameters)
@@ -61,18 +69,55 @@ class VAE(nn.Module):
 
     @classmethod
     def for_rows(cls, config: ModelConfig, rows: NDArray[Any]) -> VAE:
-        """Build an untrained model for training rows (n, F) or (n, C, H, W), with the scaling fitted to them."""
+        """Build an untrained model for training rows (n, F) or (n, C, H, W), with the scaling fitted to them.
+
+        Raises
+        ------
+        ConfigError
+            See the class.
+        InputError
+            Rows that the likelihood has no meaning for.
+        """
         row_shape = tuple(int(size) for size in rows.shape[1:])
-        scaling = LIKELIHOODS[likelihood_name(config, row_shape)].scaling
-        return cls(config, row_shape, preprocessing=Preprocessing.fit(rows, scaling))
+        name = likelihood_name(config, row_shape)
+        refuse_rows(config.likelihood, config, rows)
+        vae = cls(config, row_shape, preprocessing=Preprocessing.fit(rows, LIKELIHOODS[name].scaling))
+        if vae.prior.n_starting_rows:
+            # Spread over the rows, which may be sorted.
+            step = max(1, len(rows) // vae.prior.n_starting_rows)
+            chosen = rows[::step][: vae.prior.n_starting_rows]
+            vae.prior.start(vae.preprocessing(torch.from_numpy(chosen.copy())))
+        return vae
+
+    def observe(self, rows: Tensor) -> Tensor:
+        """Scale rows as they come (B, ...); where the model binarizes, draw 0 or 1 with these probabilities.
+
+        What is drawn is new at each call, from torch's global generator (Burda et al. 2015, arXiv:1509.00519, section
+        5: dynamic binarization).
+        """
+        x: Tensor = self.preprocessing(rows)
+        return torch.bernoulli(x) if self.config.binarize else x
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Give the encoder's last layer (B, F) for scaled rows."""
+        return self._computed(self.encoder, x)
 
     def encode(self, x: Tensor) -> Distribution:
         """Give q(z|x) for scaled rows x of shape (B, ...)."""
-        return self.posterior(self.encoder(x))  # type: ignore[no-any-return]
+        return self.posterior(self.hidden(x))  # type: ignore[no-any-return]
+
+    def prior_distribution(self) -> Distribution:
+        """Give p(z)."""
+        return self.prior(self.encode)  # type: ignore[no-any-return]
 
     def decode(self, z_BL: Tensor) -> Distribution:
         """Give p(x|z) over scaled rows."""
-        return self.likelihood(self.decoder(z_BL))  # type: ignore[no-any-return]
+        return self.likelihood(self._computed(self.decoder, z_BL))  # type: ignore[no-any-return]
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """Give log p(x|z) in nats per row: (B,) for z (B, L), and (S, B) for z (S, B, L), for scaled rows (B, ...)."""
+        output = self._computed(self.decoder, z.flatten(0, -2))
+        return self.likelihood.log_prob(output, x).view(z.shape[:-1])
 
     def features(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Give what is exported for rows as they come: mean (B, L), log-variance (B, L), last hidden layer (B, F)."""
@@ -86,14 +131,21 @@ class VAE(nn.Module):
 
     def sample_prior(self, n: int) -> Tensor:
         """Draw z from p(z): (n, L), from torch's global generator."""
-        return self.prior(self.encode).sample(torch.Size([n]))  # type: ignore[no-any-return]
+        return self.prior_distribution().sample(torch.Size([n]))  # type: ignore[no-any-return]
+
+    def _computed(self, network: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+        if self.network_dtype == torch.float32 or not self.training:
+            return network(values)
+        with torch.autocast(values.device.type, dtype=self.network_dtype):
+            output = network(values)
+        return output.float()
 
 
 def likelihood_name(config: ModelConfig, row_shape: tuple[int, ...]) -> str:
-    """Resolve ``auto``: Bernoulli for images, Gaussian for tables."""
+    """Resolve ``auto``: Bernoulli for images and where rows are binarized, Gaussian for tables."""
     name = config.likelihood
     if name == "auto":
-        name = "bernoulli" if len(row_shape) == 3 else "gaussian"
+        name = "bernoulli" if len(row_shape) == 3 or config.binarize else "gaussian"
     if name not in LIKELIHOODS:
         raise unknown_name("likelihood", name, [*LIKELIHOODS, "auto"])
     return name

@@ -1,0 +1,141 @@
+"""Combinations of settings that make no sense: each is refused by name, with the nearest that works.
+
+Only names that come with the library are judged; what others register is theirs to combine.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vaefeat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vaefeat.config import ModelConfig, TrainConfig
+
+__all__ = ["refuse_model", "refuse_pair", "refuse_training"]
+
+_CATEGORICAL = {"categorical", "joint"}
+_FLOWS = {"planar", "iaf"}
+_TRAINED_PRIORS = {"learned", "mixture", "vamp", "flow"}
+_PRIORS_WITHOUT_CLOSED_FORM = {"mixture", "vamp", "flow"}
+_BOUNDS = {"elbo", "iwae", "infovae"}
+
+
+def refuse_model(config: ModelConfig) -> None:
+    """Refuse a model that cannot be.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if config.posterior in _CATEGORICAL:
+        _refuse_latents(config)
+        if config.prior in _TRAINED_PRIORS:
+            raise ConfigError(
+                f"got posterior={config.posterior!r} with prior={config.prior!r}, which is over continuous latents "
+                "alone; take prior='standard', which is uniform over categories"
+            )
+    if config.posterior == "full" and config.latent_dim == 1:
+        raise ConfigError(
+            "got posterior='full' with latent_dim=1, which has nothing to correlate; take posterior='diagonal'"
+        )
+    if config.prior == "vamp" and config.posterior in {*_FLOWS, "deterministic"}:
+        raise ConfigError(
+            f"got prior='vamp' with posterior={config.posterior!r}: a VampPrior is a mixture of posteriors and needs "
+            "their density everywhere; take posterior='full' or 'diagonal', or prior='mixture' or 'flow'"
+        )
+    if config.likelihood == "tokens" and config.prior == "vamp":
+        raise ConfigError(
+            "got prior='vamp' with likelihood='tokens': its pseudo-inputs are learned by gradient, which ids have "
+            "none of; take prior='mixture' or 'flow'"
+        )
+    if config.binarize and config.likelihood not in {"auto", "bernoulli"}:
+        raise ConfigError(
+            f"got binarize=True with likelihood={config.likelihood!r}: binary rows are coins; take "
+            "likelihood='bernoulli', or binarize=False"
+        )
+    if config.likelihood == "tokens" and config.network == "conv":
+        raise ConfigError("got likelihood='tokens' with network='conv', which is for images; take network='mlp'")
+
+
+def refuse_training(config: TrainConfig) -> None:
+    """Refuse an objective with settings that are not its own.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if config.objective == "iwae" and config.kl_estimator == "analytic":
+        raise ConfigError(
+            "got objective='iwae' with kl_estimator='analytic': the bound weighs samples, and has no KL term to solve; "
+            "take kl_estimator='auto', or objective='elbo'"
+        )
+    if config.gradient == "doubly_reparameterized" and config.objective != "iwae":
+        raise ConfigError(
+            f"got gradient='doubly_reparameterized' with objective={config.objective!r}: only weighted samples have "
+            "one; take gradient='auto', or objective='iwae' with n_samples above 1"
+        )
+    if config.free_bits and (config.objective != "elbo" or config.kl_estimator == "sampled"):
+        raise ConfigError(
+            f"got free_bits={config.free_bits:g} with objective={config.objective!r} and "
+            f"kl_estimator={config.kl_estimator!r}: they are a floor under each latent's KL in closed form; take "
+            "objective='elbo' and kl_estimator='auto', or free_bits=0"
+        )
+
+
+def refuse_pair(model: ModelConfig, train: TrainConfig) -> None:
+    """Refuse an objective that the model has no terms for.
+
+    Raises
+    ------
+    ConfigError
+    """
+    pair = f"posterior={model.posterior!r} and prior={model.prior!r}"
+    if model.posterior == "deterministic" and train.objective in _BOUNDS:
+        raise ConfigError(
+            f"got objective={train.objective!r} with posterior='deterministic', whose KL divergence is infinite; take "
+            "objective='reconstruction' (an auto-encoder), 'mmd' or 'sliced_wasserstein' (a Wasserstein one), or "
+            "posterior='diagonal'"
+        )
+    if train.kl_estimator == "analytic" and (model.posterior in _FLOWS or model.prior in _PRIORS_WITHOUT_CLOSED_FORM):
+        raise ConfigError(
+            f"got kl_estimator='analytic' with {pair}, whose KL divergence has no closed form; take "
+            "kl_estimator='auto' or 'sampled'"
+        )
+    if train.free_bits and (model.posterior in {*_FLOWS, "full"} or model.prior in _PRIORS_WITHOUT_CLOSED_FORM):
+        raise ConfigError(
+            f"got free_bits={train.free_bits:g} with {pair}, whose KL divergence is no sum over latents; take "
+            "posterior='diagonal' with prior='standard' or 'learned', or free_bits=0"
+        )
+    if train.gradient == "doubly_reparameterized" and model.posterior not in {"diagonal", "full"}:
+        raise ConfigError(
+            f"got gradient='doubly_reparameterized' with posterior={model.posterior!r}, whose density cannot be "
+            "followed back to z; take gradient='auto', or posterior='diagonal' or 'full'"
+        )
+    if model.likelihood == "tokens" and train.corruption in {"gaussian", "salt_and_pepper"}:
+        raise ConfigError(
+            f"got corruption={train.corruption!r} with likelihood='tokens', whose ids are no quantities; take "
+            "corruption='masking', which makes an id 0"
+        )
+    if train.objective in {"mmd", "sliced_wasserstein"} and model.prior in _TRAINED_PRIORS:
+        raise ConfigError(
+            f"got objective={train.objective!r} with prior={model.prior!r}, which nothing would train: the objective "
+            "only asks the prior for samples; take prior='standard', or objective='infovae'"
+        )
+
+
+def _refuse_latents(config: ModelConfig) -> None:
+    width = config.n_categories
+    if config.posterior == "categorical" and config.latent_dim % width:
+        nearest = max(1, round(config.latent_dim / width)) * width
+        raise ConfigError(
+            f"got posterior='categorical' with latent_dim={config.latent_dim} and n_categories={width}, wanted a "
+            f"multiple of {width}: latent_dim counts every category of every variable; take latent_dim={nearest}"
+        )
+    if config.posterior == "joint" and config.latent_dim <= config.n_categorical * width:
+        needed = config.n_categorical * width
+        raise ConfigError(
+            f"got posterior='joint' with latent_dim={config.latent_dim}, of which n_categorical={config.n_categorical} "
+            f"variables of n_categories={width} take {needed} and leave no continuous one; take latent_dim="
+            f"{needed + 1} or more, or posterior='categorical'"
+        )
