@@ -1,46 +1,237 @@
-"""Figures; matplotlib is imported here and nowhere else.
+"""Figures of runs and of rows; those of latents and of bounds are in :mod:`vaefeat.latent_plots` and named here, too.
 
-Every function returns a new :class:`matplotlib.figure.Figure` that belongs to no window, or draws into the axes it is
-given; :func:`png` turns a figure into bytes.
+Every function takes arrays, and returns a new :class:`matplotlib.figure.Figure` that belongs to no window, or draws
+into the axes it is given; :func:`png` turns a figure into bytes. Rows are images (n, C, H, W), black at `low` and white
+at `high`, both of the rows' own range where not given.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-__all__ = ["draw_curve", "draw_errors", "draw_images", "draw_map", "figure", "overview", "png"]
+from vaefeat.drawing import (
+    BLUE,
+    GREY,
+    INK,
+    ORANGE,
+    PALE,
+    draw_images,
+    draw_title,
+    figure,
+    label_lines,
+    png,
+    sheet,
+    style,
+)
+from vaefeat.latent_plots import (
+    aggregate_posterior,
+    draw_map,
+    kl_per_latent,
+    latent_map,
+    learning_curves,
+    rate_distortion,
+)
 
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-}
-_TRAIN, _HELDOUT, _OURS, _OTHERS = "#9aa5b1", "#1f5fbf", "#1f5fbf", "#b8c1cc"
+if TYPE_CHECKING:
+    from vaefeat.generation import Manifold, Sweep
+
+__all__ = [
+    "aggregate_posterior",
+    "anomalies",
+    "denoising",
+    "draw_curve",
+    "draw_errors",
+    "draw_images",
+    "draw_map",
+    "figure",
+    "inpainting",
+    "interpolations",
+    "kl_per_latent",
+    "latent_map",
+    "learning_curves",
+    "manifold",
+    "neighbours",
+    "overview",
+    "png",
+    "rate_distortion",
+    "samples",
+    "sweeps",
+]
+
+#: Inches that one image takes in a figure of few, and the width that many must share.
+_IMAGE_INCHES, _PAGE_INCHES = 0.62, 9.0
+_TITLE_INCHES = 0.28
 
 
-def figure(*, width: float = 6.0, height: float = 3.6) -> tuple[Figure, Axes]:
-    """Make a figure of `width` by `height` inches with one pair of axes."""
-    with mpl.rc_context(_STYLE):
-        made = Figure(figsize=(width, height), layout="constrained")
-        return made, made.add_subplot()
+def samples(
+    rows: NDArray[Any],
+    *,
+    columns: int | None = None,
+    title: str = "Samples",
+    low: float | None = None,
+    high: float | None = None,
+) -> Figure:
+    """Show rows (n, C, H, W) as a grid; as square as can be when `columns` is None."""
+    columns = columns or int(np.ceil(len(rows) ** 0.5))
+    made, axes = _canvas(rows, columns=columns, n_lines=-(-len(rows) // columns))
+    draw_images(axes, rows, columns=columns, title=title, **_range(rows, low, high))
+    return made
 
 
-def png(made: Figure, *, dpi: int = 110) -> bytes:
-    """Render a figure."""
-    file = io.BytesIO()
-    with mpl.rc_context(_STYLE):
-        # The date that matplotlib writes by default would make equal pictures differ.
-        made.savefig(file, format="png", dpi=dpi, metadata={"Software": None})
-    return file.getvalue()
+def neighbours(
+    row: NDArray[Any],
+    reconstruction: NDArray[Any],
+    around: NDArray[Any],
+    *,
+    low: float | None = None,
+    high: float | None = None,
+) -> Figure:
+    """Show a row and its reconstruction, each (C, H, W), and samples (n, C, H, W) of the posterior around it."""
+    columns = int(np.ceil(len(around) ** 0.5))
+    n_lines = max(2, -(-len(around) // columns))
+    scale = _range(np.concatenate([row[None], around]), low, high)
+    width, height = _inches(around, columns + 3)
+    # Both pictures on the left, with a title each, are as tall as the grid on the right.
+    left = max(width, (n_lines * height - _TITLE_INCHES) / 2 * width / height)
+    with style():
+        made = Figure(figsize=(left + columns * width + 0.2, n_lines * height + _TITLE_INCHES), layout="constrained")
+        axes = made.subplot_mosaic(
+            [["row", "around"], ["reconstruction", "around"]], width_ratios=[left, columns * width]
+        )
+    draw_images(axes["row"], row[None], columns=1, title="Row", **scale)
+    draw_images(axes["reconstruction"], reconstruction[None], columns=1, title="Reconstruction", **scale)
+    draw_images(axes["around"], around, columns=columns, title="Samples of its posterior, decoded", **scale)
+    return made
+
+
+def interpolations(
+    ways: NDArray[Any],
+    *,
+    title: str = "From one row to another through the latent space",
+    low: float | None = None,
+    high: float | None = None,
+) -> Figure:
+    """Show ways between rows, (n, steps, C, H, W): one a line."""
+    return _lines(list(ways), [], title=title, low=low, high=high)
+
+
+def manifold(grid: Manifold, *, low: float | None = None, high: float | None = None) -> Figure:
+    """Show rows over two latents, the first to the right and the second upwards, with the prior's quantiles."""
+    side = len(grid.rows)
+    rows = grid.rows[::-1].reshape(-1, *grid.rows.shape[2:])
+    height, width = rows.shape[2:]
+    with style():
+        made = Figure(figsize=(7.4, 7.4 * height / width + 0.3), layout="constrained")
+        axes = made.add_subplot()
+    axes.imshow(sheet(rows, columns=side, gap=0, **_range(rows, low, high)), interpolation="nearest")
+    draw_title(axes, "What two latents mean, evenly in the prior's probability")
+    middles = np.arange(side) + 0.5
+    for axis, values, size, places in (
+        (axes.xaxis, grid.coordinates[0], width, middles),
+        (axes.yaxis, grid.coordinates[1], height, side - middles),
+    ):
+        round_values = MaxNLocator(9).tick_values(values[0], values[-1])
+        shown = [value for value in round_values if values[0] <= value <= values[-1]]
+        # Between two rows where the value lies between theirs.
+        axis.set_ticks(np.interp(shown, values, places) * size - 0.5, [f"{value:g}" for value in shown])
+    axes.set(xlabel=f"latent {grid.latents[0]}", ylabel=f"latent {grid.latents[1]}")
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    return made
+
+
+def sweeps(lines: Sequence[Sweep], *, low: float | None = None, high: float | None = None) -> Figure:
+    """Show what each latent does to a row: one latent a line, named, with its values under the last."""
+    rows, names = [line.rows for line in lines], [line.name for line in lines]
+    in_common = all(np.array_equal(line.values, lines[0].values) for line in lines)
+    footer = 0.4 * in_common
+    made = _lines(rows, names, title="One latent at a time", low=low, high=high, footer=footer)
+    (axes,) = made.axes
+    width = lines[0].rows.shape[-1]
+    if in_common:
+        continuous = lines[0].name.startswith("latent")
+        values = lines[0].values
+        shown = np.arange(len(values)) if len(values) <= 12 else np.arange(0, len(values), -(-len(values) // 12))
+        axes.set_axis_on()
+        axes.set_yticks([])
+        axes.set_xticks(shown * (width + 1) + (width - 1) / 2, [f"{values[i]:.2g}" for i in shown])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("standard deviations of the prior from its mean" if continuous else "category")
+    return made
+
+
+def denoising(
+    clean: NDArray[Any],
+    corrupted: NDArray[Any],
+    denoised: NDArray[Any],
+    *,
+    low: float | None = None,
+    high: float | None = None,
+) -> Figure:
+    """Show rows as they were, as they came, and as the model gives them back: (n, C, H, W) each, a line each."""
+    scale = _range(clean, low, high)
+    return _lines([clean, corrupted, denoised], ["clean", "corrupted", "denoised"], title="Denoising", **scale)
+
+
+def inpainting(
+    truth: NDArray[Any],
+    missing: NDArray[np.bool_],
+    mean: NDArray[Any],
+    draw: NDArray[Any],
+    *,
+    low: float | None = None,
+    high: float | None = None,
+) -> Figure:
+    """Show rows with their missing values left out, filled with the mean, filled with a draw, and as they were.
+
+    All of shape (n, C, H, W), a line each.
+    """
+    masked = np.where(missing, np.nan, truth.astype(np.float64))
+    labels = ["observed", "posterior mean", "one draw", "truth"]
+    return _lines([masked, mean, draw, truth], labels, title="Missing values, filled", **_range(truth, low, high))
+
+
+def anomalies(
+    normal_scores: NDArray[np.floating[Any]],
+    unusual_scores: NDArray[np.floating[Any]],
+    *,
+    most_likely: NDArray[Any] | None = None,
+    least_likely: NDArray[Any] | None = None,
+    unusual_name: str = "unusual rows",
+    low: float | None = None,
+    high: float | None = None,
+) -> Figure:
+    """Show how the scores of normal and unusual rows differ, and the rows at both ends where they are images.
+
+    Parameters
+    ----------
+    normal_scores, unusual_scores : ndarray of shape (n,), (m,)
+        As :func:`vaefeat.inference.anomaly_scores` gives them: minus log-likelihoods, in nats.
+    most_likely, least_likely : ndarray of shape (k, C, H, W), optional
+        Normal rows at both ends.
+    unusual_name : str
+    """
+    with style():
+        if most_likely is None or least_likely is None:
+            made, axes = figure()
+            _draw_scores(axes, normal_scores, unusual_scores, unusual_name)
+            return made
+        made = Figure(figsize=(8.6, 3.7), layout="constrained")
+        panels = made.subplot_mosaic([["scores", "most"], ["scores", "least"]], width_ratios=[1.45, 1])
+    _draw_scores(panels["scores"], normal_scores, unusual_scores, unusual_name)
+    scale = _range(most_likely, low, high)
+    for name, rows, title in (("most", most_likely, "Most likely rows"), ("least", least_likely, "Least likely rows")):
+        columns = int(np.ceil(len(rows) / max(1, round((len(rows) / 2.6) ** 0.5))))
+        draw_images(panels[name], rows, columns=columns, title=title, **scale)
+    return made
 
 
 def draw_curve(axes: Axes, history: Sequence[Mapping[str, Any]], *, title: str = "Learning curve") -> None:
@@ -54,53 +245,16 @@ def draw_curve(axes: Axes, history: Sequence[Mapping[str, Any]], *, title: str =
     title : str
     """
     epochs = [record["epoch"] for record in history]
-    axes.plot(epochs, [record["train_elbo"] for record in history], color=_TRAIN, label="training")
-    axes.plot(epochs, [record["heldout_elbo"] for record in history], color=_HELDOUT, label="held-out")
+    axes.plot(epochs, [record["train_elbo"] for record in history], color=GREY, label="training")
+    axes.plot(epochs, [record["heldout_elbo"] for record in history], color=BLUE, label="held-out")
     # The first epochs are far below the rest, and would press everything else into a line.
     heldout = np.array([record["heldout_elbo"] for record in history])
     if len(heldout) > 4:
         floor, top = np.quantile(heldout, 0.1), max(heldout.max(), max(r["train_elbo"] for r in history))
         axes.set_ylim(floor - 0.3 * (top - floor), top + 0.08 * (top - floor))
     axes.set(xlabel="epoch", ylabel="ELBO (nats per row)")
-    _title(axes, title)
-    axes.legend(loc="lower right")
-
-
-def draw_images(axes: Axes, images: NDArray[Any], *, columns: int, title: str, low: float, high: float) -> None:
-    """Draw images (n, C, H, W) as a grid, black at `low` and white at `high`."""
-    n_rows = -(-len(images) // columns)
-    height, width = images.shape[2] + 1, images.shape[3] + 1
-    canvas = np.ones((n_rows * height - 1, columns * width - 1, 3))
-    for index, image in enumerate(images):
-        y, x = (index // columns) * height, (index % columns) * width
-        unit = np.clip((image.astype(np.float64) - low) / max(high - low, 1e-12), 0, 1).transpose(1, 2, 0)
-        canvas[y : y + height - 1, x : x + width - 1] = unit[..., :3] if unit.shape[2] >= 3 else unit[..., :1]
-    axes.imshow(canvas, interpolation="nearest")
-    _title(axes, title)
-    axes.set_axis_off()
-
-
-def draw_map(axes: Axes, points: NDArray[Any], labels: NDArray[Any] | None, *, title: str) -> None:
-    """Draw points (n, 2), coloured by their labels where those are known, and named at each label's middle."""
-    if labels is None:
-        axes.scatter(points[:, 0], points[:, 1], s=5, color=_OURS, linewidths=0)
-    else:
-        colours = mpl.colormaps["tab10" if len(np.unique(labels)) <= 10 else "tab20"]
-        for index, label in enumerate(np.unique(labels)):
-            chosen = points[labels == label]
-            axes.scatter(chosen[:, 0], chosen[:, 1], s=6, color=colours(index % colours.N), linewidths=0, alpha=0.75)
-            middle = np.median(chosen, axis=0)
-            axes.annotate(
-                str(label),
-                middle,
-                ha="center",
-                va="center",
-                weight="bold",
-                bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8},
-            )
-    axes.set(xticks=[], yticks=[])
-    _title(axes, title)
-    axes.spines[:].set_visible(False)
+    draw_title(axes, title)
+    axes.legend(loc="lower right", frameon=False)
 
 
 def draw_errors(
@@ -112,7 +266,7 @@ def draw_errors(
         places,
         errors,
         xerr=spreads,
-        color=[_OURS if name in ours else _OTHERS for name in names],
+        color=[BLUE if name in ours else PALE for name in names],
         height=0.65,
         error_kw={"ecolor": "#555", "elinewidth": 1},
     )
@@ -123,12 +277,12 @@ def draw_errors(
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
-            color="white" if name in ours else "#1c2733",
+            color="white" if name in ours else INK,
             weight="bold",
         )
     axes.set_yticks(places, names)
     axes.set(xlabel="test error (%)")
-    _title(axes, title)
+    draw_title(axes, title)
 
 
 def overview(
@@ -154,7 +308,7 @@ def overview(
     low, high : float
         Black and white.
     """
-    with mpl.rc_context(_STYLE):
+    with style():
         made = Figure(figsize=(11, 5.2), layout="constrained")
         if pairs is None or samples is None:
             left, right = made.subplots(1, 2)
@@ -176,6 +330,59 @@ def overview(
         return made
 
 
-def _title(axes: Axes, title: str) -> None:
-    # Said here and not in the style: a style counts when text is made, not when the figure is.
-    axes.set_title(title, loc="left", weight="bold", size=11)
+def _draw_scores(
+    axes: Axes, normal: NDArray[np.floating[Any]], unusual: NDArray[np.floating[Any]], unusual_name: str
+) -> None:
+    both = np.concatenate([normal, unusual])
+    # Likelihoods of unusual rows have long tails, which would press the rest into one bar.
+    low, high = np.min(both), np.quantile(both, 0.99)
+    bins = list(np.linspace(low, high, 41))
+    for scores, colour, name in ((normal, BLUE, "normal rows"), (unusual, ORANGE, unusual_name)):
+        axes.hist(np.clip(scores, low, high), bins=bins, color=colour, alpha=0.7, density=True, label=name)
+    axes.set(xlabel=f"minus log-likelihood (nats per row; last bar: {high:.0f} and more)", yticks=[])
+    axes.spines["left"].set_visible(False)
+    draw_title(axes, "Anomaly scores")
+    axes.legend(loc="upper right", frameon=False)
+
+
+def _lines(
+    lines: Sequence[NDArray[Any]],
+    labels: Sequence[str],
+    *,
+    title: str,
+    low: float | None,
+    high: float | None,
+    footer: float = 0.0,
+) -> Figure:
+    """Show each array of images as a line, named where there are names; shorter lines are filled with white."""
+    columns = max(len(line) for line in lines)
+    shape = lines[0].shape[1:]
+    scale = _range(np.concatenate(list(lines)), low, high)
+    images = np.full((len(lines), columns, *shape), scale["high"], dtype=np.float64)
+    for filled, line in zip(images, lines, strict=True):
+        filled[: len(line)] = line
+    flat = images.reshape(-1, *shape)
+    margin = 0.09 * max(map(len, labels), default=0)
+    made, axes = _canvas(flat, columns=columns, n_lines=len(lines), margin=margin, footer=footer)
+    draw_images(axes, flat, columns=columns, title=title, **scale)
+    label_lines(axes, labels, image_height=shape[1])
+    return made
+
+
+def _canvas(
+    rows: NDArray[Any], *, columns: int, n_lines: int, margin: float = 0.0, footer: float = 0.0
+) -> tuple[Figure, Axes]:
+    width, height = _inches(rows, columns)
+    return figure(width=max(columns * width + margin, 3.2), height=n_lines * height + _TITLE_INCHES + footer)
+
+
+def _inches(rows: NDArray[Any], columns: int) -> tuple[float, float]:
+    width = min(_IMAGE_INCHES, _PAGE_INCHES / columns)
+    return width, width * rows.shape[2] / rows.shape[3]
+
+
+def _range(rows: NDArray[Any], low: float | None, high: float | None) -> dict[str, float]:
+    return {
+        "low": float(np.nanmin(rows)) if low is None else low,
+        "high": float(np.nanmax(rows)) if high is None else high,
+    }
