@@ -40,6 +40,8 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.right": False,
 }
 _GAP_PIXELS = 1
+#: What is not there: no shade of grey, and calm.
+_MISSING = np.array([0.93, 0.76, 0.70])
 
 
 def style() -> AbstractContextManager[None]:
@@ -98,10 +100,6 @@ def sheet(images: NDArray[Any], *, columns: int, low: float, high: float, gap: i
         missing = np.isnan(colours).any(axis=2, keepdims=True)
         canvas[y : y + image.shape[1], x : x + image.shape[2]] = np.where(missing, _MISSING, colours)
     return canvas
-
-
-#: What is not there: no shade of grey, and calm.
-_MISSING = np.array([0.93, 0.76, 0.70])
 
 
 def draw_images(axes: Axes, images: NDArray[Any], *, columns: int, title: str, low: float, high: float) -> None:

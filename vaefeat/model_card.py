@@ -57,7 +57,7 @@ def model_card(manifest: Manifest, *, picture: str | None) -> str:
 | objective | {manifest.objective}, {metrics["epochs"]} epochs |
 {_bound(manifest)}
 | active units | {len(manifest.active_units)} of {manifest.latent_dim} |
-| ONNX against torch | mean differs by at most {parity["max_abs_difference"]:.2g} \
+{_collapse(manifest)}| ONNX against torch | mean differs by at most {parity["max_abs_difference"]:.2g} \
 (scale {parity["scale"]:.2g}) on {manifest.parity["n_rows"]} rows |
 | made with | {versions} |
 
@@ -83,6 +83,12 @@ def _bound(manifest: Manifest) -> str:
         f"| = {log_likelihood}\n"
         f"| - KL divergence | {metrics['kl']:.2f} nats per row |"
     )
+
+
+def _collapse(manifest: Manifest) -> str:
+    # Bundles from before this was measured have no such figure.
+    advice = manifest.metrics.get("advice")
+    return f"| **posterior collapse** | {advice} |\n" if advice else ""
 
 
 def renamed(bundle: Bundle, name: str) -> Bundle:

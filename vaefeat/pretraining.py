@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -24,6 +25,7 @@ from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import BundleError, InputError, TrainingError
 from vaefeat.export import export_decoder, export_encoder, measure_parity, weights_of
 from vaefeat.input_spec import InputSpec
+from vaefeat.model.diagnostics import diagnose
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.networks import network_name
 from vaefeat.model.vae import VAE, likelihood_name
@@ -40,7 +42,11 @@ HISTORY_FILE = "history.json"
 #: torch's random generator, its number of threads and its exporter belong to the whole process: two trainings in
 #: threads of it would disturb each other, so the second waits.
 _ONE_AT_A_TIME = threading.RLock()
+_LOG = logging.getLogger("vaefeat")
 _PARITY_ROWS = 1000
+_DIAGNOSED_ROWS = 256
+#: Nats of KL divergence per row below which the latents tell next to nothing: of ten classes, not even the half.
+_SMALLEST_RATE = 1.0
 _PICTURE = "reconstructions.png"
 _LIBRARIES = ("vaefeat", "torch", "onnx", "onnxscript", "numpy")
 
@@ -150,7 +156,8 @@ def make_bundle(
 ) -> Bundle:
     """Export a trained model and describe it, in memory.
 
-    The graphs are compared with torch on held-out rows first; see :func:`vaefeat.export.measure_parity`.
+    The graphs are compared with torch on held-out rows first; see :func:`vaefeat.export.measure_parity`. Where the
+    posterior has collapsed, the logger ``vaefeat`` warns, and says what to try.
     """
     vae = vae.cpu().eval()
     shown = np.array(rows[result.heldout[:_PARITY_ROWS]])
@@ -165,6 +172,11 @@ def make_bundle(
         network=network_name(vae.config, vae.row_shape),
     )
     evaluation = result.evaluation
+    found = diagnose(vae, shown[:_DIAGNOSED_ROWS], n_samples=2, seed=train.seed)
+    # Latents that a good model leaves unused are no reason to worry; a code that says next to nothing is.
+    collapsed = found.collapse == "full" or (found.rate is not None and found.rate < _SMALLEST_RATE)
+    if collapsed:
+        _LOG.warning("%s: %s", name, found.advice)
     manifest = Manifest(
         name=name,
         input=InputSpec.of(rows),
@@ -179,6 +191,8 @@ def make_bundle(
             "elbo": evaluation.elbo,
             "log_likelihood": evaluation.log_likelihood,
             "kl": evaluation.kl,
+            "collapse": found.collapse,
+            "advice": found.advice if collapsed else "",
             "epochs": len(result.history),
             "n_heldout": len(result.heldout),
         },

@@ -1,6 +1,6 @@
 """Likelihoods p(x|z): from the decoder's output to a distribution over scaled rows, in nats.
 
-B batch, K parameters per value of a row.
+B batch, S samples of each row's latents, K parameters per value of a row.
 """
 
 from __future__ import annotations
@@ -12,15 +12,33 @@ from typing import Any, ClassVar
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Distribution, Independent, Normal
+from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, constraints
+from torch.nn import functional
 
 from vaefeat.config import ModelConfig
+from vaefeat.data import batches
+from vaefeat.errors import InputError
 from vaefeat.model.preprocessing import Scaling
 
-__all__ = ["LIKELIHOODS", "BernoulliLikelihood", "GaussianLikelihood", "Likelihood"]
+__all__ = [
+    "LIKELIHOODS",
+    "BernoulliLikelihood",
+    "CategoricalLikelihood",
+    "ContinuousBernoulli",
+    "ContinuousBernoulliLikelihood",
+    "GaussianLikelihood",
+    "Levels",
+    "Likelihood",
+    "TokensLikelihood",
+    "refuse_rows",
+]
 
 #: A standard deviation below this, on rows of variance one, is a decoder that has learned rows by heart.
 _SMALLEST_LOG_STD = -6.0
+#: Share of the running variance that stays at each minibatch.
+_DECAY = 0.99
+#: Values looked at a time when rows are judged.
+_VALUES_AT_A_TIME = 2**22
 
 
 class Likelihood(nn.Module, ABC):
@@ -47,9 +65,11 @@ class Likelihood(nn.Module, ABC):
         """
 
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
-        """Give log p(x|z) in nats per row (S * B,), for outputs (S * B, K, ...), sample by sample, and rows (B, ...)."""
-        by_sample = output.view(-1, len(x), *output.shape[1:])
-        repeated = x.expand(len(by_sample), *x.shape).flatten(0, 1)
+        """Give log p(x|z) in nats per row (S * B,), for outputs (S * B, K, ...), sample by sample, and rows (B, ...).
+
+        Those that come with the library compare all samples with the same rows; this one, for others, copies them.
+        """
+        repeated = x.expand(len(output) // len(x), *x.shape).flatten(0, 1)
         return self(output).log_prob(repeated)  # type: ignore[no-any-return]
 
     def mean(self, output: Tensor) -> Tensor:
@@ -71,28 +91,78 @@ class BernoulliLikelihood(Likelihood):
         logits = output.squeeze(1)
         return Independent(Bernoulli(logits=logits, validate_args=False), logits.ndim - 1, validate_args=False)
 
+    def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        """Give sum(x * logits - log(1 + exp(logits))), which is exact for logits of any size."""
+        logits = _by_sample(output, x)
+        return _sum_values(logits * x - functional.softplus(logits))
+
+
+class ContinuousBernoulliLikelihood(Likelihood):
+    """Each value lies in [0, 1] with a density proportional to that of a coin, and integrates to one.
+
+    Loaiza-Ganem and Cunningham 2019, arXiv:1907.06845. Unlike the Bernoulli log-likelihood of grey values, this is a
+    log-density. The decoder gives logits.
+    """
+
+    scaling = "unit"
+
+    def forward(self, output: Tensor) -> Distribution:
+        """Give the continuous Bernoulli distribution of these logits."""
+        logits = output.squeeze(1)
+        return Independent(ContinuousBernoulli(logits), logits.ndim - 1, validate_args=False)
+
+    def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        """Give sum(x * logits - log of the integral of exp(x * logits))."""
+        logits = _by_sample(output, x)
+        return _sum_values(logits * x - _log_integral(logits))
+
 
 class GaussianLikelihood(Likelihood):
     """Each value is Gaussian around the decoder's output; Kingma and Welling 2013 (arXiv:1312.6114), equation 12.
 
-    With a fixed standard deviation this is the squared error in nats. A learned one, shared by all values, weighs
-    reconstruction against KL by itself (Rybkin et al. 2021, arXiv:2006.13202, section 3).
+    All values share one standard deviation, ``gaussian_std`` in the scale of the network's input.
+
+    - A number stays as it is; 1 makes the log-likelihood minus half the squared error, less log(2 pi) / 2 a value.
+    - ``learned`` is one of the weights. It weighs reconstruction against KL by itself.
+    - ``optimal`` is, at each step of training, the one that gives the minibatch (with all its samples) the highest
+      likelihood: the root of the mean squared error. A running average of the variance is kept for evaluation, and
+      for :meth:`forward`, which have no minibatch.
+
+    References
+    ----------
+    Rybkin et al. 2021, Simple and Effective VAE Training with Calibrated Decoders, arXiv:2006.13202, sections 3.1
+    (shared) and 3.3 (optimal).
     """
 
     scaling = "standard"
 
+    log_std: nn.Parameter
+    running_variance: Tensor
+    running_weight: Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        learned = isinstance(config.gaussian_std, str)
-        log_std = torch.tensor(0.0 if isinstance(config.gaussian_std, str) else math.log(config.gaussian_std))
-        self.log_std = nn.Parameter(log_std, requires_grad=learned)
+        self.kind = config.gaussian_std
+        if self.kind == "optimal":
+            self.register_buffer("running_variance", torch.tensor(0.0))
+            self.register_buffer("running_weight", torch.tensor(0.0))
+        else:
+            log_std = torch.tensor(0.0 if isinstance(self.kind, str) else math.log(self.kind))
+            self.log_std = nn.Parameter(log_std, requires_grad=self.kind == "learned")
 
     @property
     def std(self) -> Tensor:
-        """The standard deviation; a learned one cannot fall below exp(-6), and can always rise again."""
-        if not self.log_std.requires_grad:
-            return self.log_std.exp()
-        return (_SMALLEST_LOG_STD + nn.functional.softplus(self.log_std - _SMALLEST_LOG_STD)).exp()
+        """The standard deviation; the running one of ``optimal``, 1 before the first minibatch.
+
+        None but a given one can fall below exp(-6), and a learned one can always rise again.
+        """
+        if self.kind == "optimal":
+            # The average began at zero, and is divided by what the minibatches since then weigh.
+            seen = self.running_variance / self.running_weight.clamp_min(1 - _DECAY)
+            return _floored(torch.where(self.running_weight > 0, seen, 1.0)).sqrt()
+        if self.kind == "learned":
+            return (_SMALLEST_LOG_STD + functional.softplus(self.log_std - _SMALLEST_LOG_STD)).exp()
+        return self.log_std.exp()
 
     def forward(self, output: Tensor) -> Distribution:
         """Give N(output, std^2)."""
@@ -100,10 +170,274 @@ class GaussianLikelihood(Likelihood):
         std = self.std.expand_as(mean)
         return Independent(Normal(mean, std, validate_args=False), mean.ndim - 1, validate_args=False)
 
+    def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        """Give the log-density; in training, ``optimal`` fits the variance to these rows and remembers it."""
+        squared = _sum_values((_by_sample(output, x) - x).square())
+        n_values = math.prod(x.shape[1:])
+        if self.kind == "optimal" and self.training:
+            # Below the floor the gradient still reaches the decoder: through the error, as for a given variance.
+            variance = _floored(squared.mean() / n_values)
+            self._remember(variance)
+        else:
+            variance = self.std.square()
+        return -0.5 * (squared / variance + n_values * (math.log(2 * math.pi) + variance.log()))
+
+    def mean(self, output: Tensor) -> Tensor:
+        """Give the output."""
+        return output.squeeze(1)
+
+    @torch.no_grad()
+    def _remember(self, variance: Tensor) -> None:
+        self.running_variance.lerp_(variance, 1 - _DECAY)
+        self.running_weight.lerp_(torch.ones_like(self.running_weight), 1 - _DECAY)
+
+
+class CategoricalLikelihood(Likelihood):
+    """Each value is one of ``levels`` equal steps from 0 to 1, any distribution over which can be learned.
+
+    Rows are rounded to the nearest level: 256 levels make bytes of them. The decoder gives as many logits a value, as
+    in van den Oord et al. 2016, arXiv:1601.06759, section 3.
+    """
+
+    scaling = "unit"
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.n_parameters = config.levels
+
+    @property
+    def highest(self) -> float:
+        """The highest level, in units of one level."""
+        return self.n_parameters - 1
+
+    def forward(self, output: Tensor) -> Distribution:
+        """Give the distribution over levels, each of which stands for its value in [0, 1]."""
+        return Independent(Levels(output.movedim(1, -1), scale=self.highest), output.ndim - 2, validate_args=False)
+
+    def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        """Give minus the cross-entropy, summed over values."""
+        return _minus_cross_entropy(output, _index(x, self.highest))
+
+    def mean(self, output: Tensor) -> Tensor:
+        """Give the expected level in [0, 1]."""
+        return _expected_level(output, dim=1) / self.highest
+
+
+class TokensLikelihood(Likelihood):
+    """Each value is an id from a vocabulary of ``levels``, without order or distance.
+
+    Rows are ids, as uint8 or as whole float32 numbers; they are not scaled.
+    """
+
+    scaling = "none"
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.n_parameters = config.levels
+
+    def forward(self, output: Tensor) -> Distribution:
+        """Give the distribution over ids; its ``mean`` is the average id, which means nothing."""
+        return Independent(Levels(output.movedim(1, -1), scale=1), output.ndim - 2, validate_args=False)
+
+    def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        """Give minus the cross-entropy, summed over tokens."""
+        return _minus_cross_entropy(output, _index(x, 1))
+
+    def mean(self, output: Tensor) -> Tensor:
+        """Give the mode, not the mean: each token's most probable id, as a float."""
+        return output.argmax(dim=1).to(output.dtype)
+
+
+class Levels(Distribution):
+    """A categorical distribution whose categories 0 .. K - 1 stand for the values 0 .. (K - 1) / scale.
+
+    Parameters
+    ----------
+    logits : Tensor
+        (..., K), not normalised.
+    scale : float
+        Categories per unit of a value.
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.real
+
+    def __init__(self, logits: Tensor, *, scale: float) -> None:
+        self.categories = Categorical(logits=logits, validate_args=False)
+        self.scale = scale
+        super().__init__(logits.shape[:-1], validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """The expected value."""
+        return _expected_level(self.categories.logits, dim=-1) / self.scale
+
+    @property
+    def mode(self) -> Tensor:
+        """The most probable value."""
+        return self.categories.mode / self.scale
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Give the log-probability of the level nearest to each value."""
+        return self.categories.log_prob(_index(value, self.scale))  # type: ignore[no-any-return]
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw values, without gradient."""
+        return self.categories.sample(torch.Size(sample_shape)) / self.scale  # type: ignore[no-any-return]
+
+
+class ContinuousBernoulli(Distribution):
+    """The density proportional to exp(x * logit) on [0, 1], in float32 accurate at all logits.
+
+    torch's own takes probabilities to the limits of float32, beyond which logits are cut, and is less accurate around
+    a half.
+
+    Parameters
+    ----------
+    logits : Tensor
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.unit_interval
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        super().__init__(logits.shape, validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """1 / (1 - exp(-logit)) - 1 / logit; a half at 0."""
+        near, far, is_near = _split(self.logits)
+        around_half = 0.5 + near * (
+            1 / 12 + near.square() * (-1 / 720 + near.square() * (1 / 30240 - near.square() / 1209600))
+        )
+        size = far.abs()
+        below_half = 1 / size - (-size).exp() / (1 - (-size).exp())
+        return torch.where(is_near, around_half, torch.where(far > 0, 1 - below_half, below_half))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Give the log-density of values in [0, 1]."""
+        return value * self.logits - _log_integral(self.logits)
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw values by inverting the distribution function, without gradient."""
+        with torch.no_grad():
+            logits = self.logits.expand(self._extended_shape(torch.Size(sample_shape)))
+            # By symmetry the falling density is enough.
+            size = logits.abs().clamp_min(1e-6)
+            falling = -torch.log1p(torch.rand_like(logits) * torch.expm1(-size)) / size
+            return torch.where(logits > 0, 1 - falling, falling)
+
 
 def refuse_rows(name: str, config: ModelConfig, rows: NDArray[Any]) -> None:
-    """Refuse rows that a likelihood has no meaning for."""
-    return
+    """Refuse rows that a likelihood has no meaning for.
+
+    Parameters
+    ----------
+    name : str
+        As it was asked for. What ``auto`` chooses scales rows of any range.
+    config : ModelConfig
+    rows : ndarray of shape (n, ...)
+        Read in chunks, so a memory map is not pulled in whole.
+
+    Raises
+    ------
+    InputError
+        Tokens that are not ids of the vocabulary, or float rows outside [0, 1] that are to be probabilities.
+    """
+    if name == "tokens":
+        _refuse_tokens(config.levels, rows)
+    elif rows.dtype.kind == "f" and (name in {"bernoulli", "continuous_bernoulli"} or config.binarize):
+        low, high, _ = _survey(rows)
+        if low < 0 or high > 1:
+            asked = "binarize=True" if config.binarize else f"likelihood={name!r}"
+            raise InputError(
+                f"got rows from {low:g} to {high:g} for {asked}, wanted values in [0, 1]; scale the rows to [0, 1], or "
+                "take likelihood='gaussian'"
+            )
 
 
-LIKELIHOODS: dict[str, type[Likelihood]] = {"bernoulli": BernoulliLikelihood, "gaussian": GaussianLikelihood}
+def _refuse_tokens(levels: int, rows: NDArray[Any]) -> None:
+    low, high, fractional = _survey(rows)
+    wanted = f"wanted whole token ids from 0 to {levels - 1} (levels={levels})"
+    if fractional is not None:
+        raise InputError(
+            f"got rows with the value {fractional:g} for likelihood='tokens', {wanted}; number the tokens, or take "
+            "likelihood='gaussian' for quantities"
+        )
+    if low < 0 or high > levels - 1:
+        advice = "number the tokens from 0" if low < 0 else f"take levels={int(high) + 1} or more"
+        raise InputError(f"got rows from {low:g} to {high:g} for likelihood='tokens', {wanted}; {advice}")
+
+
+def _survey(rows: NDArray[Any]) -> tuple[float, float, float | None]:
+    """Give the lowest and the highest value, and one that is not whole where there is one."""
+    low, high, fractional = math.inf, -math.inf, None
+    for chunk in batches(rows, max(1, _VALUES_AT_A_TIME // math.prod(rows.shape[1:]))):
+        low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
+        if fractional is None and chunk.dtype.kind == "f":
+            parts = chunk[chunk != chunk.round()]
+            fractional = float(parts[0]) if len(parts) else None
+    return low, high, fractional
+
+
+def _by_sample(output: Tensor, x: Tensor) -> Tensor:
+    """View outputs (S * B, 1, ...) as (S, B, ...), to compare with x (B, ...)."""
+    return output.view(-1, *x.shape)
+
+
+def _sum_values(per_value: Tensor) -> Tensor:
+    """Sum (S, B, ...) over the values of a row: (S * B,)."""
+    return per_value.flatten(2).sum(dim=2).flatten()
+
+
+def _floored(variance: Tensor) -> Tensor:
+    return variance.clamp_min(math.exp(2 * _SMALLEST_LOG_STD))
+
+
+def _index(x: Tensor, scale: float) -> Tensor:
+    return (x * scale).round().long()
+
+
+def _minus_cross_entropy(output: Tensor, index: Tensor) -> Tensor:
+    """Give sum(log softmax(output) at index) of each row, for (S * B, K, ...) and (B, ...): (S * B,)."""
+    log_probs = output.log_softmax(dim=1).unflatten(0, (-1, len(index)))
+    wanted = index.unsqueeze(1).expand(len(log_probs), -1, -1, *index.shape[1:])
+    return _sum_values(log_probs.gather(2, wanted))
+
+
+def _expected_level(logits: Tensor, *, dim: int) -> Tensor:
+    probabilities = logits.softmax(dim=dim).movedim(dim, -1)
+    levels = torch.arange(probabilities.shape[-1], dtype=logits.dtype, device=logits.device)
+    return (probabilities * levels).sum(dim=-1)
+
+
+def _log_integral(logits: Tensor) -> Tensor:
+    """Give log of the integral of exp(x * logit) over [0, 1], log((exp(logit) - 1) / logit).
+
+    It is the softplus minus the log-normaliser of Loaiza-Ganem and Cunningham, equation 6; its derivative is the mean.
+    """
+    near, far, is_near = _split(logits)
+    square = near.square()
+    around_zero = near / 2 + square * (1 / 24 + square * (-1 / 2880 + square * (1 / 181440 - square / 9676800)))
+    size = far.abs()
+    return torch.where(is_near, around_zero, functional.relu(far) + torch.log((1 - (-size).exp()) / size))
+
+
+def _split(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Give logits for a series around 0, for the closed form, and where to take the first.
+
+    Either is harmless where the other is taken: a branch not taken still has a gradient, and NaN * 0 is NaN. Within 1
+    of zero the closed form's gradient is the difference of large numbers, while the series has an error below 1e-7.
+    """
+    is_near = logits.abs() < 1
+    return torch.where(is_near, logits, 0.0), torch.where(is_near, 1.0, logits), is_near
+
+
+LIKELIHOODS: dict[str, type[Likelihood]] = {
+    "bernoulli": BernoulliLikelihood,
+    "gaussian": GaussianLikelihood,
+    "categorical": CategoricalLikelihood,
+    "tokens": TokensLikelihood,
+    "continuous_bernoulli": ContinuousBernoulliLikelihood,
+}

@@ -154,7 +154,7 @@ def importance_sampling(
     if samples_per_chunk is None:
         n_parameters = vae.likelihood.n_parameters * math.prod(vae.row_shape)
         n_latents = min(_LATENTS_AT_A_TIME, _PARAMETERS_AT_A_TIME // n_parameters)
-        samples_per_chunk = max(1, n_latents // batch_size)
+        samples_per_chunk = max(1, n_latents // max(1, batch_size))
     _check_sizes(n_samples=n_samples, samples_per_chunk=samples_per_chunk)
     parts = []
     with _evaluating(vae):
@@ -262,10 +262,10 @@ def hamiltonian_estimator(
 ) -> Estimate:
     """Estimate log p(x) from above, with draws from the true posterior: the estimator of the 2013 paper.
 
-    Hamiltonian chains draw from p(z|x) twice. To the first draws a density g(z) is fitted, and over the second ones
-    1/p(x) is the mean of g(z) / p(x, z). This holds for every g, but has an error that means something only where g
-    falls off faster than the posterior; a Gaussian does for posteriors of one hill, and kernels for several hills in
-    three or four latents.
+    Two sets of Hamiltonian chains draw from p(z|x). To the draws of the one a density g(z) is fitted; over those of the
+    other, 1/p(x) is the mean of g(z) / p(x, z). This holds for every g, but the error is small only where g falls off
+    no slower than the posterior: a Gaussian for a posterior of one hill, kernels for one of several hills in three or
+    four latents.
 
     Parameters
     ----------
@@ -273,9 +273,10 @@ def hamiltonian_estimator(
     rows : ndarray of shape (n, ...)
         As they come.
     n_draws : int
-        Draws of each chain to fit the density to, and again as many to evaluate it at.
+        Draws of each chain.
     n_chains : int
-        C, the independent weights: draws of one chain are not independent, their means over chains are.
+        C, chains to fit the density to, and again as many to evaluate it at. The means over the latter's draws are the
+        independent weights of each row's estimate; the draws of a chain are not independent.
     n_warmup : int
         Transitions before the first draw. Chains start in q(z|x) where it has a density, else in the prior; steps are
         adapted until the end of the warm-up and fixed thereafter.
@@ -306,16 +307,17 @@ def hamiltonian_estimator(
         origin = Origin(vae)
         for batch in observed(vae, rows, batch_size=batch_size, seed=seed, first_row=first_row, on_rows=on_rows):
             noise = batch.noise(vae.config.latent_dim + 1)
-            path, state = origin.begin(batch, noise, n_chains=n_chains, start=start, annealed=False)
+            path, state = origin.begin(batch, noise, n_chains=2 * n_chains, start=start, annealed=False)
             transition, step_B = Transition(path, n_leapfrog, noise), batch.x.new_full((len(batch.x),), step_size)
             for count in range(1, n_warmup + 1):
                 state, acceptance_B = transition(state, 1.0, step_B)
                 step_B = adapted(step_B, acceptance_B, rate=count**-0.6)
-
-            draws, state = _drawn(transition, state, step_B, n_draws)
-            fitted = _Fitted(torch.cat([draw.z_CBL for draw in draws]), kernels=density == "kernels")
-            draws, _ = _drawn(transition, state, step_B, n_draws)
-            log_ratio_SCB = torch.stack([fitted.log_prob(d.z_CBL) - (d.start_CB + d.gain_CB) for d in draws])
+            draws = []
+            for _ in range(n_draws):
+                state, _ = transition(state, 1.0, step_B)
+                draws.append(state)
+            fitted = _Fitted(torch.cat([draw.z_CBL[:n_chains] for draw in draws]), kernels=density == "kernels")
+            log_ratio_SCB = torch.stack([fitted.log_ratio(State(*(part[n_chains:] for part in d))) for d in draws])
             weights = _Weights()
             weights.add(torch.logsumexp(log_ratio_SCB, dim=0) - math.log(n_draws))
             parts.append(weights.estimate(reciprocal=True))
@@ -382,14 +384,14 @@ class _Fitted:
         log_determinant_B = self._factor_BLL.diagonal(dim1=-2, dim2=-1).log().sum(dim=-1)
         self._constant_B = log_determinant_B + n_latents * (math.log(self._width) + 0.5 * math.log(2 * math.pi))
 
-    def log_prob(self, z_CBL: Tensor) -> Tensor:
-        """Give log g(z), (C, B)."""
-        white_BCL = self._white(z_CBL.transpose(0, 1).double())
+    def log_ratio(self, state: State) -> Tensor:
+        """Give log g(z) - log p(x, z), (C, B)."""
+        white_BCL = self._white(state.z_CBL.transpose(0, 1).double())
         distance_BCK = torch.cdist(white_BCL, self._centres_BKL) / self._width
         n_centres = distance_BCK.shape[-1]
         mixture_BC = torch.logsumexp(-0.5 * distance_BCK.square(), dim=-1) - math.log(n_centres)
         log_density_BC: Tensor = mixture_BC - self._constant_B.unsqueeze(-1)
-        return log_density_BC.T
+        return log_density_BC.T - state.start_CB - state.gain_CB
 
     def _white(self, z_BNL: Tensor) -> Tensor:
         white_BLN: Tensor = torch.linalg.solve_triangular(self._factor_BLL, (z_BNL - self._mean_B1L).mT, upper=False)
@@ -413,15 +415,6 @@ def _annealed(transition: Transition, state: State, temperatures: Sequence[float
         state, _ = transition(state, temperature, step_B)
         log_weight_CB += (following - temperature) * state.gain_CB
     return log_weight_CB
-
-
-def _drawn(transition: Transition, state: State, step_B: Tensor, n: int) -> tuple[list[State], State]:
-    """Draw n times from the posterior, one transition after the other; give the draws, and where the chains are."""
-    draws = []
-    for _ in range(n):
-        state, _ = transition(state, 1.0, step_B)
-        draws.append(state)
-    return draws, state
 
 
 def _temperatures(n: int) -> list[float]:

@@ -93,8 +93,12 @@ class Observed:
 
     def draws(self, distribution: Distribution, n: int) -> Tensor:
         """Draw from a distribution that all rows share, n for each: (n, B, L)."""
+        drawn = []
         with fixed_noise(0, self.x.device):
-            return torch.stack([_draw(distribution, n, seed) for seed in self._seeds[:, 2].tolist()], dim=1)
+            for seed in self._seeds[:, 2].tolist():
+                _reseed(seed, self.x.device)
+                drawn.append(distribution.sample(torch.Size([n])))
+        return torch.stack(drawn, dim=1)
 
 
 def observed(
@@ -146,15 +150,17 @@ def _seeds(seed: int, number: int) -> NDArray[np.uint64]:
 def _observe(vae: VAE, rows: Tensor, seeds: Sequence[int]) -> Tensor:
     if not vae.config.binarize:
         return vae.observe(rows)
+    drawn = []
     with fixed_noise(0, rows.device):
-        return torch.cat([_observe_one(vae, row, seed) for row, seed in zip(rows.split(1), seeds, strict=True)])
+        for row, seed in zip(rows.split(1), seeds, strict=True):
+            _reseed(seed, rows.device)
+            drawn.append(vae.observe(row))
+    return torch.cat(drawn)
 
 
-def _observe_one(vae: VAE, row: Tensor, seed: int) -> Tensor:
-    torch.manual_seed(seed)
-    return vae.observe(row)
-
-
-def _draw(distribution: Distribution, n: int, seed: int) -> Tensor:
-    torch.manual_seed(seed)
-    return distribution.sample(torch.Size([n]))
+def _reseed(seed: int, device: torch.device) -> None:
+    # torch.manual_seed would write down a traceback each time, for devices that are not in use yet.
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)

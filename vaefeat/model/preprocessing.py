@@ -15,8 +15,8 @@ from vaefeat.data import batches
 
 __all__ = ["Preprocessing", "Scaling"]
 
-#: ``unit`` maps the training rows into [0, 1], ``standard`` to mean 0 and variance 1.
-Scaling = Literal["unit", "standard"]
+#: ``unit`` maps the training rows into [0, 1], ``standard`` to mean 0 and variance 1; ``none`` leaves ids as they are.
+Scaling = Literal["unit", "standard", "none"]
 #: Values read at a time, as float64: 32 MiB.
 _VALUES_AT_A_TIME = 2**22
 
@@ -30,7 +30,9 @@ class Preprocessing(nn.Module):
         float32, broadcastable to the shape of a row. Zero shift and unit scale when built for loading weights.
     low, high : float
         x saturates at these: a Bernoulli likelihood has no meaning beyond 0 and 1, and would call what lies there ever
-        more likely.
+        more likely; an id beyond the vocabulary would be looked up where nothing is.
+    whole : bool
+        x is rounded: rows are ids.
     """
 
     shift: Tensor
@@ -38,34 +40,43 @@ class Preprocessing(nn.Module):
     low: Tensor
     high: Tensor
 
-    def __init__(self, shift: Tensor, scale: Tensor, *, low: float = -math.inf, high: float = math.inf) -> None:
+    def __init__(
+        self, shift: Tensor, scale: Tensor, *, low: float = -math.inf, high: float = math.inf, whole: bool = False
+    ) -> None:
         super().__init__()
+        self.whole = whole
         self.register_buffer("shift", shift)
         self.register_buffer("scale", scale)
         self.register_buffer("low", torch.tensor(low))
         self.register_buffer("high", torch.tensor(high))
 
     @classmethod
-    def identity(cls, shape: tuple[int, ...]) -> Self:
-        """Build one that changes nothing, of the sizes that :meth:`fit` gives for rows of `shape`."""
+    def identity(cls, shape: tuple[int, ...], scaling: Scaling = "standard") -> Self:
+        """Build one to load :meth:`fit`'s state into, for rows of `shape`; until then it shifts and scales nothing."""
         sizes = (shape[0], 1, 1) if len(shape) == 3 else shape
-        return cls(torch.zeros(sizes), torch.ones(sizes))
+        return cls(torch.zeros(sizes), torch.ones(sizes), whole=scaling == "none")
 
     @classmethod
-    def fit(cls, rows: NDArray[Any], scaling: Scaling) -> Self:
+    def fit(cls, rows: NDArray[Any], scaling: Scaling, *, levels: int | None = None) -> Self:
         """Fit the scaling to training rows.
 
         Tables are scaled by column. Images are scaled as a whole under ``unit``, which keeps the ratios of their
         colours (a black of 0 stays 0, the brightest value becomes 1), and by channel under ``standard``. What is
-        constant is shifted to zero and not scaled.
+        constant is shifted to zero and not scaled. Under ``none`` x is the nearest id.
 
         Parameters
         ----------
         rows : ndarray of shape (n, F) or (n, C, H, W)
             uint8 or float32, read in chunks, so a memory map is not pulled in whole.
-        scaling : {"unit", "standard"}
+        scaling : {"unit", "standard", "none"}
+        levels : int, optional
+            Size of the vocabulary, at whose last id ``none`` saturates; the highest id among `rows` when None.
         """
         n_scales = rows.shape[1]
+        if scaling == "none":
+            identity = cls.identity(rows.shape[1:], scaling)
+            last = float(rows.max()) if levels is None else levels - 1.0
+            return cls(identity.shift, identity.scale, low=0.0, high=last, whole=True)
         if scaling == "unit":
             scaler = _fit(MinMaxScaler(), rows)
             shift, high = scaler.data_min_, scaler.data_max_
@@ -82,7 +93,8 @@ class Preprocessing(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Scale rows of shape (B, ...), uint8 or float32, to float32 of the same shape."""
-        return ((rows.to(self.shift.dtype) - self.shift) * self.scale).clamp(self.low, self.high)
+        x = ((rows.to(self.shift.dtype) - self.shift) * self.scale).clamp(self.low, self.high)
+        return x.round() if self.whole else x
 
     def inverse(self, x: Tensor) -> Tensor:
         """Undo :meth:`forward`, but for the saturation, in float32."""
