@@ -119,6 +119,7 @@ def evaluate_row(
             samples_per_chunk=row.samples_per_chunk,
             first_row=start,
         )
+        assert estimate.elbo is not None  # importance sampling always gives it
         some = np.stack([estimate.values, estimate.standard_errors, estimate.elbo], axis=1)
         known = np.concatenate([known, some])
         _write_array(path, known)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from vaefeat.config import ModelConfig, TrainConfig
-from vaefeat.settings import Settings, unknown_name, with_overrides
 from vaefeat.errors import ConfigError
+from vaefeat.settings import Settings, unknown_name, with_overrides
 
 __all__ = ["DataConfig", "ProbeConfig", "RunConfig", "ServeConfig", "load_config"]
 

@@ -178,7 +178,7 @@ class TrainConfig(Settings):
     momentum : float
         Of ``sgd``.
     weight_decay : float
-        Decoupled, of ``adamw`` and ``muon``; the other optimizers leave it out. For a Gaussian prior see `weight_prior_std`.
+        Decoupled, of ``adamw`` and ``muon``; the others leave it out. For a Gaussian prior see `weight_prior_std`.
     weight_prior_std : float or None
         None is maximum likelihood. A number is the standard deviation of a Gaussian prior on all weights, whose
         log-density joins the objective: maximum a posteriori.

@@ -419,7 +419,7 @@ def _image_shape(X: Any, asked: tuple[int, int, int] | None) -> tuple[int, ...] 
 
 
 def _plain(own: Mapping[str, Any], options: Mapping[str, Any] | None, *, what: str) -> Mapping[str, Any]:
-    """Lay options beside the estimator's own settings, and turn NumPy's numbers (grids are made of them) into Python's."""
+    """Lay options beside the estimator's own settings, and turn NumPy's numbers, as grids have, into Python's."""
     if options is not None and not isinstance(options, Mapping):
         raise InputError(f"got {what}={options!r}, wanted a mapping of field names to values, or None")
     if both := sorted(own.keys() & (options or {}).keys()):

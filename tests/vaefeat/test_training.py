@@ -25,18 +25,28 @@ from vaefeat.errors import (
     NonFiniteLossError,
     TrainingInterrupted,
 )
+from vaefeat.model.evaluation import evaluate
+from vaefeat.model.posteriors import CategoricalPosterior
 from vaefeat.model.vae import VAE
 from vaefeat.observers import EpochRecord, Observer
+from vaefeat.placement import threads_for
 from vaefeat.processors import available_cpus
 from vaefeat.schedules import kl_warmup_factor, learning_rate_factor
-from vaefeat.training import Trainer, split_heldout, threads_for
+from vaefeat.training import Trainer, split_heldout
 
 MODEL = ModelConfig(latent_dim=4, hidden_dims=(32,), network="mlp")
 
 
-def trainer(rows: NDArray[Any], *, checkpoint: Path | None = None, observers: Any = (), **settings: Any) -> Trainer:
+def trainer(
+    rows: NDArray[Any],
+    *,
+    model: ModelConfig = MODEL,
+    checkpoint: Path | None = None,
+    observers: Any = (),
+    **settings: Any,
+) -> Trainer:
     torch.manual_seed(0)
-    vae = VAE.for_rows(MODEL, rows)
+    vae = VAE.for_rows(model, rows)
     config = TrainConfig(**{"max_epochs": 4, "batch_size": 256, **settings})
     return Trainer(vae, rows, config, checkpoint=checkpoint, observers=observers)
 
@@ -93,6 +103,68 @@ def test_resume_after_a_signal_in_mid_epoch_equals_a_run_that_was_never_stopped(
     for ours, theirs in zip(result.history, whole_result.history, strict=True):
         assert ours.heldout_elbo == pytest.approx(theirs.heldout_elbo, abs=1e-6)
         assert ours.train_elbo == pytest.approx(theirs.train_elbo, abs=1e-6)
+
+
+SMALL: dict[str, Any] = {"latent_dim": 4, "hidden_dims": (8,), "network": "mlp"}
+CATEGORICAL = ModelConfig(**{**SMALL, "latent_dim": 9}, posterior="categorical", n_categories=3)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        *((ModelConfig(**SMALL), {"optimizer": name}) for name in ("adamw", "adam", "adagrad", "sgd", "muon")),
+        (ModelConfig(**SMALL), {"optimizer": "sgd", "momentum": 0.0, "weight_prior_std": 1.0}),
+        (ModelConfig(**SMALL), {"precision": "bfloat16"}),
+        (ModelConfig(**SMALL, binarize=True), {"objective": "iwae", "n_samples": 3}),
+        (ModelConfig(**SMALL, prior="vamp", prior_components=5), {"corruption": "masking"}),
+        (ModelConfig(**SMALL, posterior="iaf", prior="flow", flow_hidden_dim=8), {"lr_schedule": "constant"}),
+        (CATEGORICAL, {"temperature_start": 3.0, "temperature_end": 0.1}),
+        (CATEGORICAL, {"straight_through": False}),
+        (ModelConfig(**SMALL, posterior="deterministic"), {"objective": "sliced_wasserstein"}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value.posterior,
+)
+def test_resume_of_any_kind_of_run_equals_one_that_was_never_stopped(
+    digits_rows: NDArray[np.uint8], tmp_path: Path, model: ModelConfig, settings: dict[str, Any]
+) -> None:
+    rows, path = digits_rows[:500], tmp_path / "checkpoint.safetensors"
+    settings = {"model": model, "batch_size": 8, "max_epochs": 2, "learning_rate": 1e-3, "threads": 1, **settings}
+    whole = trainer(rows, **settings)
+    whole_result = whole.run()
+    stopped = trainer(rows, checkpoint=path, observers=[StopAfter(2, signal.SIGTERM)], **settings)
+    with pytest.raises(TrainingInterrupted, match=r"in epoch 2 after batch 50 of 57"):
+        stopped.run()
+    continued = trainer(rows, checkpoint=path, **settings)
+    result = continued.run(resume=True)
+    for name, value in whole.vae.state_dict().items():
+        assert torch.equal(continued.vae.state_dict()[name], value), name
+    for ours, theirs in zip(result.history, whole_result.history, strict=True):
+        assert ours.heldout_objective == theirs.heldout_objective
+        assert ours.train_elbo == pytest.approx(theirs.train_elbo, abs=1e-9)
+
+
+def test_temperature_has_fallen_to_its_end_when_training_ends(digits_rows: NDArray[np.uint8]) -> None:
+    settings: dict[str, Any] = {"model": CATEGORICAL, "temperature_start": 3.0, "temperature_end": 0.1}
+    run = trainer(digits_rows, batch_size=8, max_epochs=1, **settings)
+    run.run()
+    assert isinstance(run.vae.posterior, CategoricalPosterior)
+    assert run.vae.posterior.temperature == pytest.approx(0.1, rel=0.03)
+
+
+def test_half_precision_trains_as_well_and_leaves_evaluation_alone(digits_rows: NDArray[np.uint8]) -> None:
+    runs = {precision: trainer(digits_rows, max_epochs=8, precision=precision) for precision in ("float32", "bfloat16")}
+    results = {precision: run.run() for precision, run in runs.items()}
+    exact, half = results["float32"], results["bfloat16"]
+    assert half.evaluation.elbo == pytest.approx(exact.evaluation.elbo, abs=0.3)
+    assert half.history[-1].train_elbo == pytest.approx(exact.history[-1].train_elbo, abs=0.3)
+    assert half.history[0].train_elbo != exact.history[0].train_elbo  # it is another arithmetic
+    run = runs["bfloat16"]
+    assert all(weight.dtype == torch.float32 for weight in run.vae.parameters())
+    evaluations, rows = [], digits_rows[half.heldout]
+    for dtype in (torch.bfloat16, torch.float32):
+        run.vae.network_dtype = dtype
+        evaluations.append(evaluate(run.vae, run.objective, rows, kl_weight=1.0, batch_size=512, seed=0))
+    assert evaluations[0] == evaluations[1] == half.evaluation
 
 
 def test_resume_of_a_finished_run_trains_no_further(digits_rows: NDArray[np.uint8], tmp_path: Path) -> None:
@@ -224,6 +296,19 @@ def test_non_finite_loss_before_the_first_checkpoint_names_none(digits_rows: NDA
         run.run()
 
 
+@pytest.mark.parametrize(
+    ("spoiled", "term"),
+    [("decoder.layers.1.bias", "log-likelihood"), ("prior.log_scale", "KL divergence")],
+)
+def test_non_finite_loss_names_the_term_that_went_first(
+    digits_rows: NDArray[np.uint8], spoiled: str, term: str
+) -> None:
+    run = trainer(digits_rows, model=ModelConfig(**SMALL, prior="learned"))
+    run.vae.get_parameter(spoiled).data[0] = torch.nan
+    with pytest.raises(NonFiniteLossError, match=rf"the {term} became nan in epoch 1, batch 1 of 7\. Lower"):
+        run.run()
+
+
 def test_signal_during_the_last_evaluation_is_not_swallowed(digits_rows: NDArray[np.uint8], tmp_path: Path) -> None:
     class StopLate(Observer):
         def on_epoch(self, record: EpochRecord) -> None:
@@ -272,6 +357,18 @@ def test_learning_rate_rises_then_falls_along_a_cosine() -> None:
     assert np.argmax(factors) in {99, 100}
     assert factors[550] == pytest.approx(0.505, abs=0.002)
     assert factors[-1] == pytest.approx(0.01)
+
+
+def test_constant_learning_rate_rises_and_stays() -> None:
+    factors = [learning_rate_factor(step, 1000, 0.1, "constant") for step in range(1000)]
+    assert factors[:100] == [learning_rate_factor(step, 1000, 0.1) for step in range(100)]
+    assert set(factors[100:]) == {1.0}
+    assert learning_rate_factor(0, 1, 0.0, "constant") == 1.0
+
+
+def test_constant_learning_rate_is_what_the_optimizer_has_at_the_end(digits_rows: NDArray[np.uint8]) -> None:
+    result = trainer(digits_rows, max_epochs=2, learning_rate=3e-3, lr_schedule="constant").run()
+    assert [record.learning_rate for record in result.history] == [3e-3, 3e-3]
 
 
 @pytest.mark.parametrize("n_rows", [2, 3, 10, 1797])

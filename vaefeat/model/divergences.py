@@ -25,7 +25,8 @@ def maximum_mean_discrepancy(z_NL: Tensor, prior_NL: Tensor) -> Tensor:
         return z_NL.new_zeros(())
     base = 2.0 * n_latents
     within = _kernel(z_NL, z_NL, base).fill_diagonal_(0) + _kernel(prior_NL, prior_NL, base).fill_diagonal_(0)
-    return within.sum() / (n_samples * (n_samples - 1)) - 2 * _kernel(z_NL, prior_NL, base).mean()
+    across = _kernel(z_NL, prior_NL, base).mean()
+    return within.sum() / (n_samples * (n_samples - 1)) - 2 * across
 
 
 def sliced_wasserstein(z_NL: Tensor, prior_NL: Tensor, *, n_projections: int) -> Tensor:
@@ -37,7 +38,8 @@ def sliced_wasserstein(z_NL: Tensor, prior_NL: Tensor, *, n_projections: int) ->
     directions_LP = torch.randn(z_NL.shape[1], n_projections, device=z_NL.device)
     directions_LP = directions_LP / directions_LP.norm(dim=0)
     ours, theirs = ((samples @ directions_LP).sort(dim=0).values for samples in (z_NL, prior_NL))
-    return (ours - theirs).pow(2).mean()
+    distance: Tensor = (ours - theirs).pow(2).mean()
+    return distance
 
 
 def _kernel(a_NL: Tensor, b_ML: Tensor, base: float) -> Tensor:

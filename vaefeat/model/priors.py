@@ -109,7 +109,8 @@ class LearnedNormal(Prior):
 class MixtureOfNormals(Prior):
     """p(z) = sum_m w_m N(mu_m, diag(s_m^2)) with weights, means and scales learned.
 
-    Dilokthanakul et al. 2016, arXiv:1611.02648. The means start spread as N(0, I), which breaks the symmetry between components.
+    Dilokthanakul et al. 2016, arXiv:1611.02648. The means start spread as N(0, I), which breaks the symmetry between
+    components.
     """
 
     def __init__(self, config: ModelConfig, row_shape: tuple[int, ...]) -> None:

@@ -131,7 +131,7 @@ class VAE(nn.Module):
 
     def sample_prior(self, n: int) -> Tensor:
         """Draw z from p(z): (n, L), from torch's global generator."""
-        return self.prior_distribution().sample(torch.Size([n]))  # type: ignore[no-any-return]
+        return self.prior_distribution().sample(torch.Size([n]))
 
     def _computed(self, network: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
         if self.network_dtype == torch.float32 or not self.training:

@@ -8,7 +8,7 @@ import torch
 from sklearn.datasets import load_breast_cancer
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 
-from vaefeat.model.preprocessing import Preprocessing
+from vaefeat.model.preprocessing import Preprocessing, Scaling
 
 
 def test_standard_scaling_of_a_table_equals_sklearns() -> None:
@@ -62,3 +62,34 @@ def test_constant_column_becomes_zero_and_stays_finite(scaling: str) -> None:
     got = Preprocessing.fit(table, scaling)(torch.from_numpy(table))  # type: ignore[arg-type]
     assert (got[:, 0] == 0).all()
     assert torch.isfinite(got).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_ids_are_left_exactly_as_they_are(dtype: type[np.generic]) -> None:
+    rows = np.arange(250).astype(dtype).reshape(-1, 5)
+    scaling = Preprocessing.fit(rows, "none", levels=300)
+    got = scaling(torch.from_numpy(rows))
+    assert got.dtype == torch.float32
+    np.testing.assert_array_equal(got.numpy(), rows)
+    np.testing.assert_array_equal(scaling.inverse(got).numpy(), rows)
+
+
+def test_ids_are_rounded_and_saturate_at_the_vocabulary() -> None:
+    scaling = Preprocessing.fit(np.zeros((2, 4), dtype=np.float32), "none", levels=10)
+    assert scaling(torch.tensor([[-3.0, 3.9999, 8.6, 200.0]])).tolist() == [[0, 4, 9, 9]]
+
+
+def test_ids_saturate_at_the_highest_of_the_rows_when_the_vocabulary_is_unknown() -> None:
+    scaling = Preprocessing.fit(np.array([[3.0, 1.0]], dtype=np.float32), "none")
+    assert scaling(torch.tensor([[2.0, 4.0]])).tolist() == [[2, 3]]
+
+
+@pytest.mark.parametrize("scaling", ["unit", "standard", "none"])
+@pytest.mark.parametrize("shape", [(6,), (2, 3, 4)])
+def test_state_loads_into_the_identity_of_the_same_scaling(scaling: Scaling, shape: tuple[int, ...]) -> None:
+    rows = np.random.default_rng(0).integers(0, 9, (20, *shape)).astype(np.float32)
+    fitted = Preprocessing.fit(rows, scaling, levels=9)
+    restored = Preprocessing.identity(shape, scaling)
+    restored.load_state_dict(fitted.state_dict())
+    others = torch.from_numpy(rows) + 0.3
+    torch.testing.assert_close(restored(others), fitted(others), rtol=0, atol=0)
