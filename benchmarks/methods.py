@@ -31,7 +31,6 @@ from vaefeat.cli import run_command_line
 from vaefeat.data import Rows, load_rows
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.errors import InputError
-from vaefeat.export import restore_vae
 from vaefeat.generation import interpolate, manifold, sample, sample_around, sweep
 from vaefeat.inference import anomaly_scores, denoise, impute
 from vaefeat.model.diagnostics import diagnose, rate_distortion
@@ -45,6 +44,7 @@ from vaefeat.observers import EpochRecord, Observer
 from vaefeat.placement import using_threads
 from vaefeat.settings import unknown_name
 from vaefeat.training import split_heldout
+from vaefeat.weights import restore_vae
 
 __all__ = ["METHODS", "USES", "Method", "main", "measure", "shrink"]
 

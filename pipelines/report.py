@@ -16,9 +16,8 @@ from threadpoolctl import threadpool_limits
 
 from vaefeat import plots
 from vaefeat.atomic import replace_file
-from vaefeat.decoder import OnnxDecoder
-from vaefeat.encoder import OnnxEncoder
-from vaefeat.export import restore_vae, sample_prior
+from vaefeat.generation import sample
+from vaefeat.inference import denoise
 from vaefeat.pretraining import HISTORY_FILE, TRAINING_FOLDER
 
 if TYPE_CHECKING:
@@ -73,10 +72,8 @@ def _generated(result: RunResult, data: Dataset) -> tuple[NDArray[Any] | None, N
     if result.bundle.manifest.input.kind != "image":
         return None, None
     rows = data.test[:_PAIRS]
-    decoder = OnnxDecoder(result.bundle)
-    pairs = np.concatenate([rows, decoder.decode(OnnxEncoder(result.bundle).embed(rows))])
-    latents = sample_prior(restore_vae(result.bundle), _SAMPLES, seed=result.config.train.seed)
-    return pairs, decoder.decode(latents)
+    pairs = np.concatenate([rows, denoise(result.bundle, rows)])
+    return pairs, sample(result.bundle, _SAMPLES, seed=result.config.train.seed)
 
 
 def _map(means: NDArray[Any], data: Dataset, *, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:

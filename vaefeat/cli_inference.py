@@ -188,8 +188,8 @@ def diagnose(
     loaded = load_bundle(bundle)
     rows = loaded.manifest.input.prepare(load_rows(data, split=split, image_size=image_size, max_rows=max_rows).array)
     with shown_activity("load torch and the rest"), requiring("train", what="diagnose"):
-        from vaefeat.export import restore_vae
         from vaefeat.model import diagnostics
+        from vaefeat.weights import restore_vae
     with shown_activity(f"diagnose {len(rows):,} rows"):
         found = diagnostics.diagnose(restore_vae(loaded), rows, seed=seed)
     if as_json:

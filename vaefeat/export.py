@@ -11,17 +11,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxscript  # noqa: F401 - what torch.onnx.export needs is missed here, not after hours of training
-import safetensors.torch
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vaefeat.bundle import Bundle
-from vaefeat.config import ModelConfig
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.encoder import OnnxEncoder
-from vaefeat.errors import BundleError, ConfigError, ExportError
-from vaefeat.model.evaluation import fixed_noise
+from vaefeat.errors import BundleError, ExportError
 from vaefeat.model.vae import VAE
 from vaefeat.runtime import check_graph
 
@@ -31,8 +28,6 @@ __all__ = [
     "export_decoder",
     "export_encoder",
     "measure_parity",
-    "restore_vae",
-    "sample_prior",
 ]
 
 #: skl2onnx, which appends classifiers to the graph, goes no further than 22.
@@ -128,37 +123,6 @@ def measure_parity(vae: VAE, bundle: Bundle, rows: NDArray[Any]) -> dict[str, An
                 "Please report it with the model's configuration"
             )
     return {"n_rows": len(rows), "tolerance": PARITY_TOLERANCE, "outputs": outputs}
-
-
-def weights_of(vae: VAE) -> bytes:
-    """Serialise the weights and the scaling, as ``weights.safetensors``."""
-    return safetensors.torch.save({name: tensor.contiguous() for name, tensor in vae.state_dict().items()})
-
-
-def restore_vae(bundle: Bundle) -> VAE:
-    """Rebuild the torch model from a bundle, on the CPU, in evaluation mode.
-
-    Raises
-    ------
-    BundleError
-        The weights do not fit the configuration.
-    """
-    weights = bundle.read("weights.safetensors")
-    try:
-        vae = VAE(ModelConfig.from_dict(bundle.manifest.model), bundle.manifest.input.shape)
-        vae.load_state_dict(safetensors.torch.load(weights))
-    except (ConfigError, RuntimeError, safetensors.SafetensorError) as error:
-        raise BundleError(
-            f"got weights in bundle {bundle.name!r} that do not fit its configuration: {error}"
-        ) from error
-    return vae.eval()
-
-
-@torch.no_grad()
-def sample_prior(vae: VAE, n: int, *, seed: int) -> NDArray[np.float32]:
-    """Draw latents (n, latent_dim) from the prior with a generator of their own."""
-    with fixed_noise(seed, torch.device("cpu")):
-        return vae.sample_prior(n).numpy()
 
 
 class _Encoder(nn.Module):

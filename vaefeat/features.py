@@ -221,8 +221,18 @@ class VAETransformer(_Features):
         -------
         ndarray of shape (n, n_features_in_), float32
             In the units of the training rows.
+
+        Raises
+        ------
+        InputError
+            Another shape, or a posterior with a flow: its features are no latents.
         """
         check_is_fitted(self)
+        if (posterior := self.bundle_.manifest.model["posterior"]) in {"planar", "iaf"}:
+            raise InputError(
+                f"got features of posterior={posterior!r}, the mean before its flow, which are no latents; "
+                "take vaefeat.inference.denoise for reconstructions, or posterior='diagonal' or 'full'"
+            )
         rows = OnnxDecoder(self.bundle_, device=self.encoder_.device).decode(X)
         return rows.reshape(len(rows), -1)
 
@@ -239,8 +249,8 @@ class VAETransformer(_Features):
         check_is_fitted(self)
         rows = validate_data(self, flat_images(X, self.encoder_.input.shape), dtype="numeric", reset=False)
         with requiring("train", what="score_samples"):
-            from vaefeat.export import restore_vae
             from vaefeat.model.evaluation import importance_weighted_bound
+            from vaefeat.weights import restore_vae
         return importance_weighted_bound(restore_vae(self.bundle_), self.encoder_.input.prepare(rows))
 
     def score(self, X: ArrayLike, y: object = None) -> float:
@@ -261,9 +271,10 @@ class VAETransformer(_Features):
         if n_samples < 1:
             raise InputError(f"got n_samples={n_samples}, wanted at least 1")
         with requiring("train", what="sample"):
-            from vaefeat.export import restore_vae, sample_prior
+            from vaefeat.generation import sample
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        return self.inverse_transform(sample_prior(restore_vae(self.bundle_), n_samples, seed=seed))
+        rows = sample(self.bundle_, n_samples, seed=seed)
+        return rows.reshape(len(rows), -1)
 
     def save_bundle(self, path: str | PathLike[str], *, name: str | None = None) -> Bundle:
         """Write the bundle to a folder, for :class:`VAEFeatures`, the service and the jobs.

@@ -20,10 +20,9 @@ from vaefeat.atomic import replace_file
 from vaefeat.bundle import Bundle, Manifest, check_name
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.data import Rows, fingerprint, load_rows
-from vaefeat.decoder import OnnxDecoder
-from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import BundleError, InputError, TrainingError
-from vaefeat.export import export_decoder, export_encoder, measure_parity, weights_of
+from vaefeat.export import export_decoder, export_encoder, measure_parity
+from vaefeat.inference import denoise
 from vaefeat.input_spec import InputSpec
 from vaefeat.model.diagnostics import diagnose
 from vaefeat.model.evaluation import fixed_noise
@@ -32,6 +31,7 @@ from vaefeat.model.vae import VAE, likelihood_name
 from vaefeat.model_card import model_card, reconstruction_picture
 from vaefeat.observers import EventLog, Observer, ProgressBar, shown_activity
 from vaefeat.training import Trainer, TrainingResult
+from vaefeat.weights import weights_of
 
 __all__ = ["CHECKPOINT_FILE", "HISTORY_FILE", "TRAINING_FOLDER", "pretrain"]
 
@@ -48,6 +48,7 @@ _DIAGNOSED_ROWS = 256
 #: Nats of KL divergence per row below which the latents tell next to nothing: of ten classes, not even the half.
 _SMALLEST_RATE = 1.0
 _PICTURE = "reconstructions.png"
+_PICTURED = 12
 _LIBRARIES = ("vaefeat", "torch", "onnx", "onnxscript", "numpy")
 
 
@@ -203,15 +204,9 @@ def make_bundle(
     picture = None
     if manifest.input.kind == "image":
         picture = _PICTURE
-        contents[picture] = _picture(Bundle.of(manifest, contents), shown)
+        contents[picture] = reconstruction_picture(shown[:_PICTURED], denoise(vae, shown[:_PICTURED]))
     contents["README.md"] = model_card(manifest, picture=picture).encode()
     return Bundle.of(manifest, contents)
-
-
-def _picture(bundle: Bundle, rows: NDArray[Any]) -> bytes:
-    some = rows[:12]
-    means = OnnxEncoder(bundle, device="cpu").embed(some)
-    return reconstruction_picture(some, OnnxDecoder(bundle, device="cpu").decode(means))
 
 
 def _make_folder(folder: Path) -> None:

@@ -26,6 +26,7 @@ from vaefeat.input_spec import InputSpec
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.networks import parameters_device
 from vaefeat.model.vae import VAE
+from vaefeat.weights import restore_vae
 
 __all__ = ["Model", "Trained", "opened", "whole"]
 
@@ -188,7 +189,4 @@ def _resolved(model: Model) -> tuple[VAE, InputSpec]:
         model = load_bundle(model)
     if not isinstance(model, Bundle):
         raise InputError(f"got a model of type {type(model).__name__}, wanted a Bundle, the folder of one, or a VAE")
-    # It brings the exporter along, which takes seconds to import and a bare VAE does not need.
-    from vaefeat.export import restore_vae
-
     return restore_vae(model), model.manifest.input

@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 from vaefeat import ModelConfig, OnnxEncoder, TrainConfig, load_bundle, pretrain
 from vaefeat.cli import app
 from vaefeat.errors import VaefeatError
-from vaefeat.export import restore_vae
 from vaefeat.generation import sample
 from vaefeat.inference import anomaly_scores, impute
 from vaefeat.model.diagnostics import diagnose
+from vaefeat.weights import restore_vae
 
 
 def vaefeat(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from vaefeat import Bundle, OnnxEncoder, load_bundle
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.errors import BundleError, DeviceError, InputError
-from vaefeat.export import restore_vae
+from vaefeat.weights import restore_vae
 
 LATENTS = np.random.default_rng(0).normal(size=(90, 8)).astype(np.float32)
 

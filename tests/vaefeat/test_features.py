@@ -27,7 +27,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from vaefeat import OnnxEncoder, VAEFeatures, VAETransformer, load_bundle
-from vaefeat.errors import BundleError, InputError
+from vaefeat.errors import BundleError, ConfigError, InputError
 
 Y: NDArray[np.int64] = load_digits().target
 ONE_SPLIT = ShuffleSplit(1, random_state=0)
@@ -325,3 +325,31 @@ def test_rows_far_outside_the_training_range_are_not_called_likely(
     beyond = fitted.score_samples(np.minimum(X[:50].astype(int) * 15, 255))
     assert (beyond <= 0).all()
     assert beyond.mean() < scores.mean()
+
+
+def test_flow_posterior_inverse_transform_is_refused_and_sampling_works(digits_rows: NDArray[np.uint8]) -> None:
+    rows = digits_rows[:100].reshape(100, -1)
+    vae = VAETransformer(3, posterior="iaf", hidden_dims=(16,), max_epochs=1, random_state=0).fit(rows)
+    with pytest.raises(InputError, match=r"posterior='iaf'.*denoise"):
+        vae.inverse_transform(vae.transform(rows))
+    assert vae.sample(2).shape == (2, 64)
+
+
+def test_options_reach_the_configurations_and_are_refused_where_they_cannot(digits_rows: NDArray[np.uint8]) -> None:
+    rows = digits_rows[:100].reshape(100, -1)
+    settings: dict[str, Any] = {"hidden_dims": (16,), "max_epochs": 1, "random_state": 0}
+    vae = VAETransformer(
+        4,
+        posterior="iaf",
+        model_options={"posterior_flows": np.int64(2)},
+        train_options={"corruption": "masking"},
+        **settings,
+    ).fit(rows)
+    assert vae.bundle_.manifest.model["posterior_flows"] == 2
+    assert vae.bundle_.manifest.train["corruption"] == "masking"
+    with pytest.raises(InputError, match="'posterior' in model_options"):
+        VAETransformer(4, model_options={"posterior": "full"}, **settings).fit(rows)
+    with pytest.raises(ConfigError, match="did you mean 'corruption'"):
+        VAETransformer(4, train_options={"corruptions": "masking"}, **settings).fit(rows)
+    with pytest.raises(InputError, match="wanted a mapping"):
+        VAETransformer(4, train_options=3, **settings).fit(rows)

@@ -75,7 +75,7 @@ def test_sample_follows_its_seed_alone() -> None:
 
 
 def test_sample_is_the_same_from_folder_bundle_and_model(digits_bundle: Path) -> None:
-    from vaefeat.export import restore_vae
+    from vaefeat.weights import restore_vae
 
     bundle = load_bundle(digits_bundle)
     vae = restore_vae(bundle).train()

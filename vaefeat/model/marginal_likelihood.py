@@ -11,7 +11,8 @@ estimator                             good for                                 i
 
 Each averages weights whose expectation is p(x), or 1/p(x) for the last, and takes the logarithm; Jensen's inequality
 makes the bound. It is off by about half the squared standard error, so that a small error also means a small bias. An
-error is estimated from the weights that were seen: what no sample came near, such as a missed mode, is in none of them.
+error is estimated from the weights that were seen, and misses what no sample came near: a mode that was not found, or
+the tails of a true posterior that is wider than q(z|x). Annealing from the prior is the check on that.
 
 All are in nats per row, of rows as the likelihood sees them: scaled, and where the model binarizes, drawn once for each
 row. What a row gets depends on the seed and the row's number alone (:mod:`vaefeat.model.observation`), and but for

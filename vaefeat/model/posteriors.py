@@ -32,6 +32,8 @@ __all__ = [
 
 #: exp(-12) is a variance of 6e-6, exp(12) one of 1.6e5: beyond either, float32 loses the KL term.
 _LOGVAR_LIMIT = 12.0
+#: Added to a logarithm, it leaves nothing of what it was.
+_NEVER = -1e9
 
 
 class Posterior(nn.Module, ABC):
@@ -285,9 +287,11 @@ class CategoricalPosterior(Posterior):
 
     def statistics(self, h_BF: Tensor) -> tuple[Tensor, Tensor]:
         """Give the probabilities, and the logarithm of their variance."""
-        probabilities = torch.softmax(self.logits(h_BF).unflatten(-1, (self.n_variables, self.n_categories)), dim=-1)
-        mean = probabilities.flatten(-2)
-        return mean, _bounded(torch.log(mean * (1 - mean) + 1e-12))
+        log_p_BVC = torch.log_softmax(self.logits(h_BF).unflatten(-1, (self.n_variables, self.n_categories)), dim=-1)
+        # log(1 - p) as the sum of the others: 1 - p itself has no digits left where p is nearly 1.
+        others = log_p_BVC.unsqueeze(-2) + _NEVER * torch.eye(self.n_categories, device=h_BF.device)
+        log_variance = log_p_BVC + torch.logsumexp(others, dim=-1)
+        return log_p_BVC.exp().flatten(-2), _bounded(log_variance.flatten(-2))
 
     def anneal(self, progress: float, config: TrainConfig) -> None:
         """Lower the temperature, exponentially in the share of steps done."""
