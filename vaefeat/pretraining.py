@@ -173,7 +173,9 @@ def make_bundle(
         network=network_name(vae.config, vae.row_shape),
     )
     evaluation = result.evaluation
-    found = diagnose(vae, shown[:_DIAGNOSED_ROWS], n_samples=2, seed=train.seed)
+    # One held-out row, all that a handful leaves, does not tell what varies.
+    looked_at = shown if len(shown) > 1 else rows
+    found = diagnose(vae, np.array(looked_at[:_DIAGNOSED_ROWS]), n_samples=2, seed=train.seed)
     # Latents that a good model leaves unused are no reason to worry; a code that says next to nothing is.
     collapsed = found.collapse == "full" or (found.rate is not None and found.rate < _SMALLEST_RATE)
     if collapsed:
