@@ -8,10 +8,12 @@ few epochs on some thousand rows tell that a method works and what it costs, not
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,13 +42,13 @@ from vaefeat.model.marginal_likelihood import (
     hamiltonian_estimator,
     importance_sampling,
 )
-from vaefeat.observers import EpochRecord, Observer
+from vaefeat.observers import Observer
 from vaefeat.placement import using_threads
 from vaefeat.settings import unknown_name
 from vaefeat.training import split_heldout
 from vaefeat.weights import restore_vae
 
-__all__ = ["METHODS", "USES", "Method", "main", "measure", "shrink"]
+__all__ = ["METHODS", "USES", "Method", "main", "measure", "quoting", "shrink"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -68,15 +70,12 @@ class Method:
 
     Attributes
     ----------
-    group : str
-        The part of ``docs/methods.md`` that it belongs to.
     model, train : mapping
         Fields of ModelConfig and of TrainConfig.
     small : bool
         On images of 7 by 7 pixels.
     """
 
-    group: str
     model: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     small: bool = False
@@ -91,59 +90,56 @@ class Method:
 
 
 _POINT = {"posterior": "deterministic"}
-_AUTOENCODER = "auto-encoder"
 METHODS: Mapping[str, Method] = {
-    "vae": Method("objective"),
-    "autoencoder": Method(_AUTOENCODER, _POINT, {"objective": "reconstruction"}),
+    "vae": Method(),
+    "autoencoder": Method(_POINT, {"objective": "reconstruction"}),
     "autoencoder_squared_error": Method(
-        _AUTOENCODER, {**_POINT, "likelihood": "gaussian", "gaussian_std": 1.0}, {"objective": "reconstruction"}
+        {**_POINT, "likelihood": "gaussian", "gaussian_std": 1.0}, {"objective": "reconstruction"}
     ),
     "denoising_autoencoder": Method(
-        _AUTOENCODER, _POINT, {"objective": "reconstruction", "corruption": "masking", "corruption_level": 0.3}
+        _POINT, {"objective": "reconstruction", "corruption": "masking", "corruption_level": 0.3}
     ),
-    "binarized": Method("likelihood", {"binarize": True}),
-    "gaussian_fixed": Method("likelihood", {"likelihood": "gaussian", "gaussian_std": 1.0}),
-    "gaussian_learned": Method("likelihood", {"likelihood": "gaussian", "gaussian_std": "learned"}),
-    "gaussian_optimal": Method("likelihood", {"likelihood": "gaussian", "gaussian_std": "optimal"}),
-    "continuous_bernoulli": Method("likelihood", {"likelihood": "continuous_bernoulli"}),
-    "categorical": Method("likelihood", {"likelihood": "categorical", "hidden_dims": (64,)}, small=True),
-    "tokens": Method("likelihood", {"likelihood": "tokens", "hidden_dims": (64,)}, small=True),
-    "full_covariance": Method("posterior", {"posterior": "full"}),
-    "planar_flow": Method("posterior", {"posterior": "planar"}),
-    "inverse_autoregressive_flow": Method("posterior", {"posterior": "iaf"}),
-    "categorical_latents": Method("posterior", {"posterior": "categorical", "latent_dim": 100}),
-    "categorical_latents_relaxed": Method(
-        "posterior", {"posterior": "categorical", "latent_dim": 100}, {"straight_through": False}
-    ),
-    "joint_latents": Method("posterior", {"posterior": "joint", "latent_dim": 26}),
-    "learned_prior": Method("prior", {"prior": "learned"}),
-    "mixture_prior": Method("prior", {"prior": "mixture"}),
-    "vamp_prior": Method("prior", {"prior": "vamp"}),
-    "flow_prior": Method("prior", {"prior": "flow"}),
-    "beta_quarter": Method("objective", train={"kl_weight": 0.25}),
-    "beta_four": Method("objective", train={"kl_weight": 4.0}),
-    "collapsed": Method("objective", train={"kl_weight": 100.0, "kl_warmup": 0.0}),
-    "free_bits": Method("objective", train={"free_bits": 0.5}),
-    "estimator_a": Method("objective", train={"kl_estimator": "sampled"}),
-    "samples_5": Method("objective", train={"n_samples": 5}),
-    "iwae_5": Method("objective", train={"objective": "iwae", "n_samples": 5, "gradient": "reparameterized"}),
-    "iwae_5_dreg": Method("objective", train={"objective": "iwae", "n_samples": 5}),
-    "mmd": Method("objective", train={"objective": "mmd"}),
-    "wasserstein_mmd": Method("objective", _POINT, {"objective": "mmd"}),
-    "infovae": Method("objective", train={"objective": "infovae", "kl_weight": 0.5}),
-    "sliced_wasserstein": Method("objective", _POINT, {"objective": "sliced_wasserstein"}),
-    "denoising_vae_gaussian": Method("objective", train={"corruption": "gaussian"}),
-    "denoising_vae_masking": Method("objective", train={"corruption": "masking"}),
-    "denoising_vae_salt_and_pepper": Method("objective", train={"corruption": "salt_and_pepper"}),
-    "adam": Method("optimisation", train={"optimizer": "adam"}),
-    "adagrad": Method("optimisation", train={"optimizer": "adagrad", "learning_rate": 0.02}),
-    "sgd_momentum": Method("optimisation", train={"optimizer": "sgd", "learning_rate": 1e-3}),
-    "muon": Method("optimisation", train={"optimizer": "muon", "learning_rate": 0.01}),
-    "constant_rate": Method("optimisation", train={"lr_schedule": "constant"}),
-    "map": Method("optimisation", train={"weight_prior_std": 1.0}),
-    "xavier": Method("optimisation", {"initialization": "xavier"}),
-    "three_latents": Method("marginal likelihood", {"latent_dim": 3}),
-    "convolutional": Method("network", {"network": "conv", "channels": (16, 32), "hidden_dims": (128,)}),
+    "binarized": Method({"binarize": True}),
+    "gaussian_fixed": Method({"likelihood": "gaussian", "gaussian_std": 1.0}),
+    "gaussian_learned": Method({"likelihood": "gaussian", "gaussian_std": "learned"}),
+    "gaussian_optimal": Method({"likelihood": "gaussian", "gaussian_std": "optimal"}),
+    "continuous_bernoulli": Method({"likelihood": "continuous_bernoulli"}),
+    "categorical": Method({"likelihood": "categorical", "hidden_dims": (64,)}, small=True),
+    "tokens": Method({"likelihood": "tokens", "hidden_dims": (64,)}, small=True),
+    "full_covariance": Method({"posterior": "full"}),
+    "planar_flow": Method({"posterior": "planar"}),
+    "inverse_autoregressive_flow": Method({"posterior": "iaf"}),
+    "categorical_latents": Method({"posterior": "categorical", "latent_dim": 100}),
+    "categorical_latents_relaxed": Method({"posterior": "categorical", "latent_dim": 100}, {"straight_through": False}),
+    "joint_latents": Method({"posterior": "joint", "latent_dim": 26}),
+    "learned_prior": Method({"prior": "learned"}),
+    "mixture_prior": Method({"prior": "mixture"}),
+    "vamp_prior": Method({"prior": "vamp"}),
+    "flow_prior": Method({"prior": "flow"}),
+    "beta_quarter": Method(train={"kl_weight": 0.25}),
+    "beta_four": Method(train={"kl_weight": 4.0}),
+    "collapsed": Method(train={"kl_weight": 100.0, "kl_warmup": 0.0}),
+    "free_bits": Method(train={"free_bits": 0.5}),
+    "estimator_a": Method(train={"kl_estimator": "sampled"}),
+    "samples_5": Method(train={"n_samples": 5}),
+    "iwae_5": Method(train={"objective": "iwae", "n_samples": 5, "gradient": "reparameterized"}),
+    "iwae_5_dreg": Method(train={"objective": "iwae", "n_samples": 5}),
+    "mmd": Method(train={"objective": "mmd"}),
+    "wasserstein_mmd": Method(_POINT, {"objective": "mmd"}),
+    "infovae": Method(train={"objective": "infovae", "kl_weight": 0.5}),
+    "sliced_wasserstein": Method(_POINT, {"objective": "sliced_wasserstein"}),
+    "denoising_vae_gaussian": Method(train={"corruption": "gaussian"}),
+    "denoising_vae_masking": Method(train={"corruption": "masking"}),
+    "denoising_vae_salt_and_pepper": Method(train={"corruption": "salt_and_pepper"}),
+    "adam": Method(train={"optimizer": "adam"}),
+    "adagrad": Method(train={"optimizer": "adagrad", "learning_rate": 0.03}),
+    "sgd_momentum": Method(train={"optimizer": "sgd", "learning_rate": 3e-3}),
+    "muon": Method(train={"optimizer": "muon", "learning_rate": 0.01}),
+    "constant_rate": Method(train={"lr_schedule": "constant"}),
+    "map": Method(train={"weight_prior_std": 1.0}),
+    "xavier": Method({"initialization": "xavier"}),
+    "three_latents": Method({"latent_dim": 3}),
+    "convolutional": Method({"network": "conv", "channels": (16, 32), "hidden_dims": (128,)}),
 }
 
 
@@ -166,13 +162,13 @@ class Data:
 
 
 class _Clock(Observer):
-    """Adds up the seconds of training, evaluation included and export left out."""
+    """Processor seconds of training, evaluation included and export left out: other work on the machine counts not."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    def on_start(self, *, epochs: int, steps_per_epoch: int, epoch: int) -> None:
+        self.seconds = -time.process_time()
 
-    def on_epoch(self, record: EpochRecord) -> None:
-        self.seconds += record.seconds
+    def on_end(self) -> None:
+        self.seconds += time.process_time()
 
 
 def shrink(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -198,9 +194,8 @@ def measure(name: str, data: Data, *, epochs: int) -> tuple[Bundle, dict[str, An
     bundle : Bundle
     figures : dict
         ``elbo``, ``log_likelihood``, ``kl`` and ``bound`` in nats per held-out row (None where the posterior is a
-        point and there is none), ``active_units``, ``probe_error`` in percent, ``seconds`` of training, ``parity``:
-        the largest difference between ONNX Runtime and torch in units of the output's scale; ``text``, what the
-        documentation quotes.
+        point), ``active_units``, ``probe_error`` in percent, ``seconds`` of training on one processor, ``parity`` (the
+        largest difference between ONNX Runtime and torch in units of the output's scale), and ``text``, the quotation.
     """
     method = METHODS[name]
     train, validation = (shrink(part) if method.small else part for part in (data.train, data.validation))
@@ -215,7 +210,6 @@ def measure(name: str, data: Data, *, epochs: int) -> tuple[Bundle, dict[str, An
     nats = manifest.metrics["log_likelihood"] if bound is None else bound
     n_active = len(manifest.active_units)
     return bundle, {
-        "group": method.group,
         "likelihood": manifest.model["likelihood"],
         "small": method.small,
         "elbo": manifest.metrics["elbo"] if has_density else None,
@@ -327,10 +321,6 @@ def _use_impute(bundle: Bundle, data: Data, *, corrected: bool = False) -> str:
     return f"error {ours:.1f}, of the average image {plain:.1f}{accepted}"
 
 
-def _use_impute_corrected(bundle: Bundle, data: Data) -> str:
-    return _use_impute(bundle, data, corrected=True)
-
-
 def _use_anomaly_scores(bundle: Bundle, data: Data) -> str:
     rows = data.validation[:500]
     scores = anomaly_scores(bundle, np.concatenate([rows, rows[:, :, ::-1]]))
@@ -367,7 +357,7 @@ USES: Mapping[str, tuple[str, Callable[[Bundle, Data], str]]] = {
     "sweep": ("vae", _use_sweep),
     "denoise": ("denoising_vae_gaussian", _use_denoise),
     "impute": ("vae", _use_impute),
-    "impute_corrected": ("vae", _use_impute_corrected),
+    "impute_corrected": ("vae", partial(_use_impute, corrected=True)),
     "anomaly_scores": ("vae", _use_anomaly_scores),
     "diagnose": ("vae", _use_diagnose),
     "diagnose_collapsed": ("collapsed", _use_diagnose),
@@ -384,6 +374,7 @@ def main(
     epochs: Annotated[int, typer.Option(min=1)] = 5,
     only: Annotated[list[str] | None, typer.Option(help="A method; may be repeated. All when not given.")] = None,
     results: Annotated[Path | None, typer.Option(help="A JSON file to write the figures to.")] = None,
+    page: Annotated[Path | None, typer.Option(help="A page that quotes figures, to bring up to date.")] = None,
 ) -> None:
     """Train, export and measure, print a table and one line of JSON."""
     for name in only or ():
@@ -415,7 +406,18 @@ def main(
         console.print(f"{use}: {text}", highlight=False)
     if results is not None:
         replace_file(results, (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
+    if page is not None:
+        texts = {name: row["text"] for name, row in measured.items()} | used
+        replace_file(page, quoting(page.read_text(), texts, report["commit"]).encode())
     print(json.dumps(report))
+
+
+def quoting(page: str, texts: Mapping[str, str], commit: str) -> str:
+    """Replace what a table's cells say after `name`:, each up to a semicolon or the cell's end, and the commit."""
+    page = re.sub(r"(?<=commit `)[^`]*", commit, page)
+    for name, text in texts.items():
+        page = re.sub(rf"(?<=`{name}`: )[^;|\n]*?(?=;| \|)", text, page)
+    return page
 
 
 def _table(results: Mapping[str, Any]) -> Table:
@@ -432,7 +434,7 @@ def _table(results: Mapping[str, Any]) -> Table:
         table.add_row(
             name,
             row["likelihood"] + " *" * row["small"],
-            *(_nats(row[key]) for key in ("elbo", "log_likelihood", "kl", "bound")),
+            *("-" if row[key] is None else f"{row[key]:.1f}" for key in ("elbo", "log_likelihood", "kl", "bound")),
             f"{row['active_units']}/{row['latents']}",
             f"{row['probe_error']:.1f} ± {row['probe_spread']:.1f}",
             f"{row['seconds']:.1f}",
@@ -440,10 +442,6 @@ def _table(results: Mapping[str, Any]) -> Table:
     table.caption = f"* {SMALL_SIDE} by {SMALL_SIDE} pixels. A point has no ELBO. Denoising encodes a corrupted row."
     table.caption_justify = "left"
     return table
-
-
-def _nats(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
 
 
 if __name__ == "__main__":
