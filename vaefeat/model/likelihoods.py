@@ -92,9 +92,11 @@ class BernoulliLikelihood(Likelihood):
         return Independent(Bernoulli(logits=logits, validate_args=False), logits.ndim - 1, validate_args=False)
 
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
-        """Give sum(x * logits - log(1 + exp(logits))), which is exact for logits of any size."""
+        """Give sum(x * logits - log(1 + exp(logits))), to the resolution of logits of any size."""
         logits = _by_sample(output, x)
-        return _sum_values(logits * x - functional.softplus(logits))
+        # One kernel each way: with many samples of each row, memory traffic is what this takes.
+        loss = functional.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="none")
+        return -_sum_values(loss)
 
 
 class ContinuousBernoulliLikelihood(Likelihood):
