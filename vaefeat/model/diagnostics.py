@@ -20,7 +20,7 @@ from torch.distributions import Distribution, Independent, MultivariateNormal, N
 
 from vaefeat.errors import ConfigError, InputError
 from vaefeat.model.distributions import Joint, OneHot, factors
-from vaefeat.model.evaluation import _evaluating, active_units
+from vaefeat.model.evaluation import evaluating, active_units
 from vaefeat.model.likelihoods import GaussianLikelihood
 from vaefeat.model.networks import parameters_device
 from vaefeat.model.observation import Observed, observed
@@ -249,7 +249,7 @@ class _Measured:
 
 def _measure(vae: VAE, rows: NDArray[Any], *, n_samples: int, batch_size: int, seed: int) -> _Measured:
     columns: dict[str, list[Tensor]] = {}
-    with _evaluating(vae):
+    with evaluating(vae):
         prior = vae.prior_distribution()
         for batch in observed(vae, rows, batch_size=batch_size, seed=seed):
             h_BF = vae.hidden(batch.x)
@@ -302,7 +302,7 @@ def _compare_aggregate(
     vae: VAE, rows: NDArray[Any], *, rate: float, batch_size: int, seed: int
 ) -> tuple[Bounds, Bounds] | None:
     """Bound I(x; z) and KL(q(z) || p(z)), with one draw of each row's posterior and all rows' posteriors as q(z)."""
-    with _evaluating(vae):
+    with evaluating(vae):
         hidden, draws, own = [], [], []
         for batch in observed(vae, rows, batch_size=batch_size, seed=seed):
             hidden.append(vae.hidden(batch.x))

@@ -22,7 +22,7 @@ from vaefeat.model.networks import parameters_device
 from vaefeat.model.objectives import Objective
 from vaefeat.model.vae import VAE
 
-__all__ = ["Evaluation", "active_units", "evaluate", "fixed_noise", "importance_weighted_bound"]
+__all__ = ["Evaluation", "active_units", "evaluate", "evaluating", "fixed_noise", "importance_weighted_bound"]
 
 _ACTIVE_VARIANCE = 0.01
 
@@ -56,7 +56,7 @@ def evaluate(
     device = parameters_device(vae)
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     means = []
-    with fixed_noise(seed, device), _evaluating(vae):
+    with fixed_noise(seed, device), evaluating(vae):
         for chunk in batches(rows, batch_size):
             batch = torch.from_numpy(np.array(chunk)).to(device)
             terms = objective(vae, batch, kl_weight=kl_weight)
@@ -108,7 +108,7 @@ def importance_weighted_bound(
     noise_SL = torch.randn((n_samples, vae.config.latent_dim), generator=generator).to(device)
     bounds = np.empty(len(rows), dtype=np.float64)
     start = 0
-    with _evaluating(vae):
+    with evaluating(vae):
         for chunk in batches(rows, batch_size):
             padded = np.zeros((batch_size, *chunk.shape[1:]), dtype=chunk.dtype)
             padded[: len(chunk)] = chunk
@@ -139,7 +139,8 @@ def fixed_noise(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(vae: VAE) -> Iterator[None]:
+def evaluating(vae: VAE) -> Iterator[None]:
+    """Put a model into evaluation mode for a while, and back into what it was."""
     was_training = vae.training
     vae.eval()
     try:

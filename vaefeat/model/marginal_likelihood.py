@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaefeat.errors import ConfigError, InputError
-from vaefeat.model.evaluation import _evaluating
+from vaefeat.model.evaluation import evaluating
 from vaefeat.model.hamiltonian import Origin, State, Transition, adapted
 from vaefeat.model.observation import Progress, observed
 from vaefeat.model.vae import VAE
@@ -158,7 +158,7 @@ def importance_sampling(
         samples_per_chunk = max(1, n_latents // max(1, batch_size))
     _check_sizes(n_samples=n_samples, samples_per_chunk=samples_per_chunk)
     parts = []
-    with _evaluating(vae):
+    with evaluating(vae):
         prior = vae.prior_distribution()
         for batch in observed(vae, rows, batch_size=batch_size, seed=seed, first_row=first_row, on_rows=on_rows):
             h_BF, noise, weights = vae.hidden(batch.x), batch.noise(vae.config.latent_dim), _Weights()
@@ -229,7 +229,7 @@ def annealed_importance_sampling(
     check_choice("start", start, ("prior", "posterior"))
     temperatures = _temperatures(n_temperatures)
     parts = []
-    with _evaluating(vae):
+    with evaluating(vae):
         origin = Origin(vae)
         for batch in observed(vae, rows, batch_size=batch_size, seed=seed, first_row=first_row, on_rows=on_rows):
             noise = batch.noise(vae.config.latent_dim + 1)
@@ -304,7 +304,7 @@ def hamiltonian_estimator(
     check_choice("density", density, ("gaussian", "kernels"))
     start: Literal["prior", "posterior"] = "posterior" if vae.posterior.has_density else "prior"
     parts = []
-    with _evaluating(vae):
+    with evaluating(vae):
         origin = Origin(vae)
         for batch in observed(vae, rows, batch_size=batch_size, seed=seed, first_row=first_row, on_rows=on_rows):
             noise = batch.noise(vae.config.latent_dim + 1)
