@@ -20,7 +20,7 @@ from torch.distributions import Distribution, Independent, MultivariateNormal, N
 
 from vaefeat.errors import ConfigError, InputError
 from vaefeat.model.distributions import Joint, OneHot, factors
-from vaefeat.model.evaluation import evaluating, active_units
+from vaefeat.model.evaluation import active_units, evaluating
 from vaefeat.model.likelihoods import GaussianLikelihood
 from vaefeat.model.networks import parameters_device
 from vaefeat.model.observation import Observed, observed
