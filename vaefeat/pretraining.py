@@ -45,8 +45,6 @@ _ONE_AT_A_TIME = threading.RLock()
 _LOG = logging.getLogger("vaefeat")
 _PARITY_ROWS = 1000
 _DIAGNOSED_ROWS = 256
-#: Nats of KL divergence per row below which the latents tell next to nothing: of ten classes, not even the half.
-_SMALLEST_RATE = 1.0
 _PICTURE = "reconstructions.png"
 _PICTURED = 12
 _LIBRARIES = ("vaefeat", "torch", "onnx", "onnxscript", "numpy")
@@ -177,8 +175,7 @@ def make_bundle(
     looked_at = shown if len(shown) > 1 else rows
     found = diagnose(vae, np.array(looked_at[:_DIAGNOSED_ROWS]), n_samples=2, seed=train.seed)
     # Latents that a good model leaves unused are no reason to worry; a code that says next to nothing is.
-    collapsed = found.collapse == "full" or (found.rate is not None and found.rate < _SMALLEST_RATE)
-    if collapsed:
+    if found.severe:
         _LOG.warning("%s: %s", name, found.advice)
     manifest = Manifest(
         name=name,
@@ -195,7 +192,7 @@ def make_bundle(
             "log_likelihood": evaluation.log_likelihood,
             "kl": evaluation.kl,
             "collapse": found.collapse,
-            "advice": found.advice if collapsed else "",
+            "advice": found.advice if found.severe else "",
             "epochs": len(result.history),
             "n_heldout": len(result.heldout),
         },

@@ -33,6 +33,8 @@ __all__ = ["Bounds", "Diagnostics", "RateDistortion", "diagnose", "rate_distorti
 #: A unit whose mean explains less of its variance than this carries nothing. Where q(z) has variance 1, as under a
 #: prior N(0, I), this is the threshold of Burda et al. 2015 (arXiv:1509.00519, section 5).
 _SMALLEST_SHARE = 0.01
+#: Nats of KL divergence per row below which the latents tell next to nothing: of ten classes, not even the half.
+_SMALLEST_RATE = 1.0
 _VALUES_AT_A_TIME = 10_000_000
 _SPECTRUM_ROWS = 1000
 
@@ -75,7 +77,7 @@ class Diagnostics:
         under q(z): like `active`, but whatever the scale.
     n_units : int
     collapse : {"none", "partial", "full"}
-        No unit, some, or all are without information about x.
+        No unit, some, or all are without information about x. Some always are where a model has latents to spare.
     advice : str
         What happened, and what to try.
     distortion : float
@@ -118,6 +120,11 @@ class Diagnostics:
     n_mixture: int
     aggregate_mean: tuple[float, ...]
     aggregate_variance: tuple[float, ...]
+
+    @property
+    def severe(self) -> bool:
+        """Whether the code says next to nothing about x: no unit does, or all of them less than a nat."""
+        return _severe(len(self.informative), self.rate)
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain values that JSON can hold."""
@@ -364,13 +371,19 @@ def _advice(vae: VAE, rows: NDArray[Any], *, n_informative: int, n_units: int, r
         return f"No collapse: all {n_units} {unit} carry information about the row{nats}."
     happened = f"Partial collapse: {n_informative} of {n_units} {unit} carry information about the row{nats}."
     if n_informative:
-        happened += " The others are the same for every row, and can be left out unless the model should hold more."
+        happened += " The others are the same for every row."
+        if not _severe(n_informative, rate):
+            return f"{happened} That is usual where a model has some to spare; they can be left out."
     else:
         happened = (
             f"Full collapse: none of {n_units} {unit} carries information about the row{nats}, and the decoder models "
             "all rows alike."
         )
     return " ".join([happened, *_too_wide(vae, rows), f"To try: {', '.join(_remedies(vae))}."])
+
+
+def _severe(n_informative: int, rate: float | None) -> bool:
+    return n_informative == 0 or (rate is not None and rate < _SMALLEST_RATE)
 
 
 def _remedies(vae: VAE) -> list[str]:
