@@ -117,10 +117,10 @@ def refuse_pair(model: ModelConfig, train: TrainConfig) -> None:
             f"got corruption={train.corruption!r} with likelihood='tokens', whose ids are no quantities; take "
             "corruption='masking', which makes an id 0"
         )
-    if train.objective in {"mmd", "sliced_wasserstein"} and model.prior in _TRAINED_PRIORS:
+    if train.objective in {"mmd", "sliced_wasserstein", "reconstruction"} and model.prior in _TRAINED_PRIORS:
         raise ConfigError(
             f"got objective={train.objective!r} with prior={model.prior!r}, which nothing would train: the objective "
-            "only asks the prior for samples; take prior='standard', or objective='infovae'"
+            "asks the prior for samples at most; take prior='standard', or objective='infovae'"
         )
 
 

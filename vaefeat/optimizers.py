@@ -39,6 +39,8 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> tuple[torch.optim.
             ]
             chosen = {id(matrix) for matrix in matrices}
             others = [parameter for parameter in parameters if id(parameter) not in chosen]
+            if not matrices:
+                return (torch.optim.AdamW(others, lr=rate, weight_decay=decay, fused=True),)
             return (
                 torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
                 torch.optim.AdamW(others, lr=rate, weight_decay=decay, fused=True),

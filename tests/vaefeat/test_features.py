@@ -352,4 +352,4 @@ def test_options_reach_the_configurations_and_are_refused_where_they_cannot(digi
     with pytest.raises(ConfigError, match="did you mean 'corruption'"):
         VAETransformer(4, train_options={"corruptions": "masking"}, **settings).fit(rows)
     with pytest.raises(InputError, match="wanted a mapping"):
-        VAETransformer(4, train_options=3, **settings).fit(rows)
+        VAETransformer(4, train_options=3, **settings).fit(rows)  # type: ignore[arg-type]

@@ -43,6 +43,8 @@ def sliced_wasserstein(z_NL: Tensor, prior_NL: Tensor, *, n_projections: int) ->
 
 
 def _kernel(a_NL: Tensor, b_ML: Tensor, base: float) -> Tensor:
-    squared = (a_NL.unsqueeze(1) - b_ML.unsqueeze(0)).pow(2).sum(dim=-1)
+    # By a product of matrices: N * M differences of L values each would not fit in memory.
+    squared_norms = a_NL.pow(2).sum(dim=-1).unsqueeze(1) + b_ML.pow(2).sum(dim=-1)
+    squared = (squared_norms - 2 * a_NL @ b_ML.T).clamp_min(0)
     kernels: Tensor = torch.stack([base * scale / (base * scale + squared) for scale in _SCALES]).mean(dim=0)
     return kernels

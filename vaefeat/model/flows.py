@@ -15,6 +15,8 @@ __all__ = ["AutoregressiveFlow", "AutoregressiveStep", "FlowTransform", "PlanarF
 
 #: The gate of a fresh step is sigmoid(2) = 0.88: close to the identity, which keeps the first epochs stable.
 _OPEN_GATE = 2.0
+#: Its square, summed over latents, is within float32.
+_FARTHEST = 1e15
 
 
 class MaskedLinear(nn.Linear):
@@ -56,6 +58,9 @@ class AutoregressiveStep(nn.Module):
         order = degrees.flip(0) if reverse else degrees
         # Hidden units see the first 1 to L-1 latents; with one latent none is before it, and only the context is left.
         hidden = torch.arange(hidden_dim) % max(1, latent_dim - 1)
+        if hidden_dim < latent_dim - 1:
+            # Too few to count through: spread, so that no latent goes unseen.
+            hidden = torch.linspace(0, latent_dim - 2, hidden_dim).round().long()
         seen = (hidden[:, None] >= order[None, :]) & (latent_dim > 1)
         inner = hidden[:, None] >= hidden[None, :]
         last = (order[:, None] > hidden[None, :]) & (latent_dim > 1)
@@ -167,13 +172,16 @@ class AutoregressiveFlow(FlowTransform):
         return z, total
 
     def _pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if self.context is not None:
+            z = z.expand(*torch.broadcast_shapes(z.shape[:-1], self.context.shape[:-1]), z.shape[-1])
         total = z.new_zeros(z.shape[:-1])
         for step in reversed(self.steps):
             before = torch.zeros_like(z)
             for latent in step.order.tolist():  # type: ignore[operator]
                 log_gate, shift = step(before, self.context)
                 gate = log_gate.exp()
-                solved = (z - (1 - gate) * shift) / gate
+                # Far from the mass the inverse grows without bound; what overflows would come back as NaN.
+                solved = ((z - (1 - gate) * shift) / gate).clamp(-_FARTHEST, _FARTHEST)
                 # Out of place: autograd still needs the latents that were known a moment ago.
                 before = torch.cat(
                     [before[..., :latent], solved[..., latent : latent + 1], before[..., latent + 1 :]], -1

@@ -136,8 +136,10 @@ class IWAE(Objective):
         bound_B = torch.logsumexp(log_weight_SB, dim=0) - math.log(self.config.n_samples)
         if held is not None and z_SBL.requires_grad:
             share_SB = torch.softmax(log_weight_SB.detach(), dim=0)
-            # On the way to the encoder each sample's gradient is weighted once more.
-            z_SBL.register_hook(lambda gradient: gradient * share_SB.unsqueeze(-1))
+            # On the way to the encoder each sample's gradient is weighted once more; under a KL weight other than 1 the
+            # score that is replaced carries that weight, and so does its replacement.
+            factor_SB = 1 - kl_weight + kl_weight * share_SB
+            z_SBL.register_hook(lambda gradient: gradient * factor_SB.unsqueeze(-1))
         return Terms(bound_B, log_likelihood_SB.mean(dim=0), ratio_SB.mean(dim=0))
 
 
