@@ -337,40 +337,6 @@ def test_categorical_latents_agree_with_a_sum_over_their_values(posterior: str, 
             refused(vae, rows)
 
 
-def coins() -> tuple[VAE, NDArray[np.float32], Tensor]:
-    """Make a binarizing model whose decoder ignores z and whose posterior is the prior: log p(x) tells x itself."""
-    vae = VAE(ModelConfig(network="mlp", latent_dim=2, hidden_dims=(8,), binarize=True), (5,))
-    torch.manual_seed(0)
-    logits = torch.tensor([-1.3, 0.2, 0.7, 2.9, 5.1])
-    with torch.no_grad():
-        for parameter in [*vae.posterior.parameters(), *vae.decoder.parameters()]:
-            parameter.zero_()
-        *_, bias = vae.decoder.parameters()
-        bias.copy_(logits)
-    rows = np.tile(np.array([[0.1, 0.5, 0.9, 0.3, 0.7]], dtype=np.float32), (2000, 1))
-    return vae, rows, logits
-
-
-def test_binarized_row_is_drawn_once_with_its_probabilities_and_the_same_for_all() -> None:
-    vae, rows, logits = coins()
-    estimate = importance_sampling(vae, rows, n_samples=30, samples_per_chunk=4)
-    # Were a row drawn anew for a chunk, weights would differ.
-    np.testing.assert_allclose(estimate.standard_errors, 0, atol=1e-5)
-    probabilities = torch.sigmoid(logits)
-    outcomes = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 5)
-    log_masses = torch.distributions.Bernoulli(probabilities).log_prob(outcomes).sum(dim=1).numpy()
-    places = np.abs(estimate.values[:, None] - log_masses).argmin(axis=1)
-    np.testing.assert_allclose(estimate.values, log_masses[places], atol=1e-4)
-    frequencies = outcomes[places].mean(dim=0).numpy()
-    np.testing.assert_allclose(frequencies, rows[0], atol=5 * math.sqrt(0.25 / 2000))
-
-    some = annealed_importance_sampling(vae, rows[40:43], n_temperatures=2, n_chains=2, first_row=40, batch_size=2)
-    np.testing.assert_allclose(some.values, estimate.values[40:43], atol=1e-4)
-    drawn = hamiltonian_estimator(vae, rows[40:43], n_draws=20, n_warmup=10, first_row=40)
-    np.testing.assert_allclose(drawn.values, estimate.values[40:43], atol=0.2)
-    assert (importance_sampling(vae, rows, n_samples=2, seed=1).values != estimate.values).mean() > 0.5
-
-
 @pytest.mark.parametrize("temperature", [0.0, 0.3, 1.0])
 def test_transitions_draw_from_the_density_at_their_temperature(temperature: float) -> None:
     model = Linear(n_rows=2)
@@ -400,16 +366,9 @@ def test_transitions_draw_from_the_density_at_their_temperature(temperature: flo
     torch.testing.assert_close(state.gain_CB, path.state(state.z_CBL).gain_CB)
 
 
-def test_noise_of_a_row_is_one_stream_however_it_is_asked_for() -> None:
-    at_once = RowNoise([3, 4], 5, torch.device("cpu"))(700)
-    noise = RowNoise([4, 3], 5, torch.device("cpu"))
-    bit_by_bit = torch.cat([noise(n) for n in (1, 255, 300, 144)])
-    assert torch.equal(at_once, bit_by_bit.flip(1))
-    assert len(at_once.unique()) > 6900
-
-
 def test_estimators_leave_generator_mode_and_weights_as_they_were() -> None:
-    vae, rows, _ = coins()
+    model = Linear()
+    vae, rows = model.vae, model.rows
     vae.train()
     state = torch.get_rng_state()
     importance_sampling(vae, rows[:3], n_samples=2)
@@ -429,7 +388,8 @@ def test_estimators_leave_generator_mode_and_weights_as_they_were() -> None:
     ],
 )
 def test_progress_counts_the_rows_that_are_done(estimator: Estimator) -> None:
-    vae, rows, _ = coins()
+    model = Linear()
+    vae, rows = model.vae, model.rows
     seen: list[tuple[int, int]] = []
     estimator(vae, rows[:7], batch_size=3, on_rows=lambda done, total: seen.append((done, total)))
     assert seen == [(3, 7), (6, 7), (7, 7)]
