@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -198,7 +199,7 @@ class CategoricalLikelihood(Likelihood):
     """Each value is one of ``levels`` equal steps from 0 to 1, any distribution over which can be learned.
 
     Rows are rounded to the nearest level: 256 levels make bytes of them. The decoder gives as many logits a value, as
-    in van den Oord et al. 2016, arXiv:1601.06759, section 3.
+    in van den Oord et al. 2016, arXiv:1601.06759, section 2.2.
     """
 
     scaling = "unit"
@@ -351,11 +352,14 @@ def refuse_rows(name: str, config: ModelConfig, rows: NDArray[Any]) -> None:
         _refuse_tokens(config.levels, rows)
     elif rows.dtype.kind == "f" and (name in {"bernoulli", "continuous_bernoulli"} or config.binarize):
         low, high, _ = _survey(rows)
-        if low < 0 or high > 1:
-            asked = "binarize=True" if config.binarize else f"likelihood={name!r}"
+        # NaN is outside too.
+        if not (low >= 0 and high <= 1):
+            asked, advice = f"likelihood={name!r}", "take likelihood='gaussian'"
+            if config.binarize:
+                asked, advice = "binarize=True", "take binarize=False and likelihood='gaussian'"
             raise InputError(
                 f"got rows from {low:g} to {high:g} for {asked}, wanted values in [0, 1]; scale the rows to [0, 1], or "
-                "take likelihood='gaussian'"
+                f"{advice}"
             )
 
 
@@ -373,12 +377,12 @@ def _refuse_tokens(levels: int, rows: NDArray[Any]) -> None:
 
 
 def _survey(rows: NDArray[Any]) -> tuple[float, float, float | None]:
-    """Give the lowest and the highest value, and one that is not whole where there is one."""
+    """Give the lowest and the highest value (NaN where there is one), and a value that is no whole number, if any."""
     low, high, fractional = math.inf, -math.inf, None
     for chunk in batches(rows, max(1, _VALUES_AT_A_TIME // math.prod(rows.shape[1:]))):
-        low, high = min(low, float(chunk.min())), max(high, float(chunk.max()))
+        low, high = float(np.minimum(low, chunk.min())), float(np.maximum(high, chunk.max()))
         if fractional is None and chunk.dtype.kind == "f":
-            parts = chunk[chunk != chunk.round()]
+            parts = chunk[~np.isfinite(chunk) | (chunk != chunk.round())]
             fractional = float(parts[0]) if len(parts) else None
     return low, high, fractional
 

@@ -57,8 +57,8 @@ class VAE(nn.Module):
         self.config = config
         self.row_shape = row_shape
         self.network_dtype = torch.float32
-        self.preprocessing = preprocessing or Preprocessing.identity(row_shape)
         self.likelihood = LIKELIHOODS[likelihood_name(config, row_shape)](config)
+        self.preprocessing = preprocessing or Preprocessing.identity(row_shape, self.likelihood.scaling)
         self.encoder, self.decoder = build_networks(config, row_shape, n_parameters=self.likelihood.n_parameters)
         if config.posterior not in POSTERIORS:
             raise unknown_name("posterior", config.posterior, POSTERIORS)
@@ -81,7 +81,8 @@ class VAE(nn.Module):
         row_shape = tuple(int(size) for size in rows.shape[1:])
         name = likelihood_name(config, row_shape)
         refuse_rows(config.likelihood, config, rows)
-        vae = cls(config, row_shape, preprocessing=Preprocessing.fit(rows, LIKELIHOODS[name].scaling))
+        scaling = Preprocessing.fit(rows, LIKELIHOODS[name].scaling, levels=config.levels)
+        vae = cls(config, row_shape, preprocessing=scaling)
         if vae.prior.n_starting_rows:
             # Spread over the rows, which may be sorted.
             step = max(1, len(rows) // vae.prior.n_starting_rows)

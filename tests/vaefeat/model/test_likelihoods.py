@@ -353,12 +353,7 @@ def reference(logits: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 LOGITS = torch.cat(
-    [
-        torch.linspace(-50, 50, 401),
-        torch.linspace(-1.5, 1.5, 301),
-        torch.logspace(-30, 0, 31),
-        -torch.logspace(-9, 0, 9),
-    ]
+    [torch.linspace(-50, 50, 401), torch.linspace(-2, 2, 401), torch.logspace(-30, 0, 31), -torch.logspace(-9, 0, 9)]
 )
 
 
@@ -417,6 +412,7 @@ def test_continuous_bernoulli_exceeds_bernoulli_by_its_log_normaliser() -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
+        ([[0.0, np.inf]], "value inf for likelihood='tokens', wanted whole token ids from 0 to 4"),
         ([[0.0, 3.5]], "value 3.5 for likelihood='tokens', wanted whole token ids from 0 to 4 .levels=5.; number"),
         ([[-1.0, 3.0]], "got rows from -1 to 3 for .*wanted whole token ids from 0 to 4.*; number the tokens from 0"),
         ([[0, 5]], "got rows from 0 to 5 for .*; take levels=6 or more"),
@@ -439,10 +435,11 @@ def test_probabilities_asked_for_by_name_refuse_rows_outside_the_unit_interval(n
     VAE.for_rows(config, np.array([[0, 255]], dtype=np.uint8))
 
 
-def test_binarization_refuses_rows_outside_the_unit_interval() -> None:
-    rows = np.array([[0.0, 2.0]], dtype=np.float32)
-    with pytest.raises(InputError, match=r"got rows from 0 to 2 for binarize=True, wanted values in \[0, 1\]"):
-        refuse_rows("auto", ModelConfig(binarize=True), rows)
+@pytest.mark.parametrize(("row", "got"), [([0.0, 2.0], "0 to 2"), ([0.0, np.nan, 2.0], "nan to nan")])
+def test_binarization_refuses_rows_outside_the_unit_interval(row: list[float], got: str) -> None:
+    message = rf"got rows from {got} for binarize=True, wanted values in \[0, 1\]; .* take binarize=False and"
+    with pytest.raises(InputError, match=message):
+        refuse_rows("auto", ModelConfig(binarize=True), np.array([row], dtype=np.float32))
 
 
 @pytest.mark.parametrize("name", ["auto", "gaussian", "categorical"])
