@@ -47,6 +47,7 @@ from vaefeat.placement import using_threads
 from vaefeat.settings import unknown_name
 from vaefeat.training import split_heldout
 from vaefeat.weights import restore_vae
+from vaefeat.weights import restore_vae
 
 __all__ = ["METHODS", "USES", "Method", "main", "measure", "quoting", "shrink"]
 
@@ -382,6 +383,8 @@ def main(
             raise unknown_name("method", name, METHODS)
     chosen = [name for name in METHODS if not only or name in only]
     loaded = Data.load(data, n_rows=rows)
+    # Of the code as it was loaded, whatever is written meanwhile.
+    where = surroundings()
     measured: dict[str, dict[str, Any]] = {}
     used: dict[str, str] = {}
     with using_threads(1):
@@ -391,7 +394,7 @@ def main(
             used |= {use: make(bundle, loaded) for use, (method, make) in USES.items() if method == name}
             print(f"{name}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
     report = {
-        **surroundings(),
+        **where,
         "rows": rows,
         "epochs": epochs,
         "labels": N_LABELS,

@@ -237,3 +237,19 @@ def test_row_without_the_one_it_begins_with_is_refused(tmp_path: Path) -> None:
     images: Any = np.random.default_rng(0).integers(0, 255, (20, 1, 28, 28)).astype(np.uint8)
     with pytest.raises(InputError, match="train that one first"):
         train_row(ROWS["iwae50_1l"], images, tmp_path, resume=False)
+
+
+def test_figures_on_the_page_are_those_of_the_results() -> None:
+    results = json.loads((_ROOT / "benchmarks" / "results" / "likelihood.json").read_text())
+    page = (_ROOT / "docs" / "likelihood.md").read_text()
+    for name, nll in results["nll"].items():
+        line = next(line for line in page.splitlines() if line.startswith(f"| `{name}`"))
+        row = results["rows"][name]
+        wanted = f"**{nll:.2f}** | {row_published(name)} | {-row['elbo']:.2f} | {row['epochs']} |"
+        assert wanted in line
+
+
+def row_published(name: str) -> str:
+    published = ROWS[name].published
+    assert published is not None
+    return f"{published.nll:.2f}"

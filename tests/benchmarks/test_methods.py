@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.methods import METHODS, USES, app, shrink
+from benchmarks.methods import METHODS, USES, app, quoting, shrink
 from vaefeat import ModelConfig, TrainConfig
 from vaefeat.combinations import refuse_pair
 from vaefeat.config import _TRAIN_CHOICES
@@ -131,6 +131,15 @@ def test_benchmark_refuses_a_method_that_is_not_there() -> None:
     done = CliRunner().invoke(app, ["--data", "nowhere", "--only", "vea"])
     assert isinstance(done.exception, ConfigError)
     assert "did you mean 'vae'" in str(done.exception)
+
+
+def test_quotations_are_replaced_up_to_their_end_and_others_stay() -> None:
+    page = "| `vae`: old, 1 %; `vae_b`: kept | `sample`: old |\n| `vae`: old |\ncommit `0`, `vae` elsewhere"
+    got = quoting(page, {"vae": "new, 2 %", "sample": "3 ± 1"}, "abc+changes")
+    assert got == (
+        "| `vae`: new, 2 %; `vae_b`: kept | `sample`: 3 ± 1 |\n| `vae`: new, 2 % |\ncommit `abc+changes`, `vae` elsewhere"
+    )
+    assert quoting(got, {"vae": "new, 2 %"}, "abc+changes") == got
 
 
 def test_page_has_tables() -> None:
