@@ -47,7 +47,6 @@ from vaefeat.placement import using_threads
 from vaefeat.settings import unknown_name
 from vaefeat.training import split_heldout
 from vaefeat.weights import restore_vae
-from vaefeat.weights import restore_vae
 
 __all__ = ["METHODS", "USES", "Method", "main", "measure", "quoting", "shrink"]
 

@@ -134,11 +134,9 @@ def test_benchmark_refuses_a_method_that_is_not_there() -> None:
 
 
 def test_quotations_are_replaced_up_to_their_end_and_others_stay() -> None:
-    page = "| `vae`: old, 1 %; `vae_b`: kept | `sample`: old |\n| `vae`: old |\ncommit `0`, `vae` elsewhere"
+    page = "| `vae`: old, 1 %; `vae_b`: kept | `sample`: old |\ncommit `0`, `vae` elsewhere"
     got = quoting(page, {"vae": "new, 2 %", "sample": "3 ± 1"}, "abc+changes")
-    assert got == (
-        "| `vae`: new, 2 %; `vae_b`: kept | `sample`: 3 ± 1 |\n| `vae`: new, 2 % |\ncommit `abc+changes`, `vae` elsewhere"
-    )
+    assert got == "| `vae`: new, 2 %; `vae_b`: kept | `sample`: 3 ± 1 |\ncommit `abc+changes`, `vae` elsewhere"
     assert quoting(got, {"vae": "new, 2 %"}, "abc+changes") == got
 
 
