@@ -20,7 +20,7 @@ def commit() -> str:
     """Name the commit of this checkout, with ``+changes`` where files differ from it; ``unknown`` outside of git."""
     try:
         head = _git("rev-parse", "--short=10", "HEAD")
-        return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        return head + ("+changes" if _git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -112,6 +112,13 @@ def refuse_pair(model: ModelConfig, train: TrainConfig) -> None:
             f"got gradient='doubly_reparameterized' with posterior={model.posterior!r}, whose density cannot be "
             "followed back to z; take gradient='auto', or posterior='diagonal' or 'full'"
         )
+    sampled = train.objective == "iwae" or train.kl_estimator == "sampled"
+    if model.posterior in _CATEGORICAL and sampled and not train.straight_through:
+        raise ConfigError(
+            f"got straight_through=False with posterior={model.posterior!r}, objective={train.objective!r} and "
+            f"kl_estimator={train.kl_estimator!r}: soft samples have no probability to weigh; take "
+            "straight_through=True, or objective='elbo' with kl_estimator='auto'"
+        )
     if model.likelihood == "tokens" and train.corruption in {"gaussian", "salt_and_pepper"}:
         raise ConfigError(
             f"got corruption={train.corruption!r} with likelihood='tokens', whose ids are no quantities; take "

@@ -180,8 +180,8 @@ class TrainConfig(Settings):
     weight_decay : float
         Decoupled, of ``adamw`` and ``muon``; the others leave it out. For a Gaussian prior see `weight_prior_std`.
     weight_prior_std : float or None
-        None is maximum likelihood. A number is the standard deviation of a Gaussian prior on all weights, whose
-        log-density joins the objective: maximum a posteriori.
+        None is maximum likelihood, up to `weight_decay`. A number is the standard deviation of a Gaussian prior on all
+        weights, whose log-density joins the objective: maximum a posteriori.
     lr_warmup : float
         Share of all steps in which the learning rate rises.
     lr_schedule : {"cosine", "constant"}

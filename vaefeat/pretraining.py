@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vaefeat.atomic import replace_file
 from vaefeat.bundle import Bundle, Manifest, check_name
+from vaefeat.combinations import refuse_pair
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.data import Rows, fingerprint, load_rows
 from vaefeat.errors import BundleError, InputError, TrainingError
@@ -115,6 +116,7 @@ def pretrain(
     8
     """
     model, train = model or ModelConfig(), train or TrainConfig()
+    refuse_pair(model, train)
     folder = Path(out) if out is not None else None
     name = name or (folder.resolve().name if folder else "encoder")
     check_name(name)
@@ -173,7 +175,9 @@ def make_bundle(
     evaluation = result.evaluation
     # One held-out row, all that a handful leaves, does not tell what varies.
     looked_at = shown if len(shown) > 1 else rows
-    found = diagnose(vae, np.array(looked_at[:_DIAGNOSED_ROWS]), n_samples=2, seed=train.seed)
+    # The variance of a flow's mean over the rows is only known through samples, and two would drown it in noise.
+    n_samples = 16 if model.posterior in {"planar", "iaf"} else 2
+    found = diagnose(vae, np.array(looked_at[:_DIAGNOSED_ROWS]), n_samples=n_samples, seed=train.seed)
     # Latents that a good model leaves unused are no reason to worry; a code that says next to nothing is.
     if found.severe:
         _LOG.warning("%s: %s", name, found.advice)

@@ -87,7 +87,9 @@ def test_order_of_the_keys_in_the_manifest_does_not_matter(folder: Path) -> None
 def test_bundle_holds_no_pickle(digits_bundle: Path) -> None:
     assert {Path(name).suffix for name in load_bundle(digits_bundle).files} == {".md", ".onnx", ".png", ".safetensors"}
     for name in FILES:
-        with pytest.raises((pickle.UnpicklingError, EOFError, IndexError, ValueError, KeyError, AttributeError)):
+        # Read as a pickle, arbitrary bytes fail in one way or another; some ask for more memory than there is.
+        failures = (pickle.UnpicklingError, EOFError, IndexError, ValueError, KeyError, AttributeError, MemoryError)
+        with pytest.raises(failures):
             pickle.loads((digits_bundle / name).read_bytes())
 
 

@@ -25,6 +25,7 @@ from vaefeat.errors import InputError
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.networks import parameters_device
 from vaefeat.model.vae import VAE
+from vaefeat.settings import check_int
 
 __all__ = ["Observed", "Progress", "RowNoise", "observed"]
 
@@ -126,10 +127,16 @@ def observed(
     Raises
     ------
     InputError
-        No rows, or a `batch_size` that is not a positive integer.
+        No rows, rows of another shape, or a `batch_size` that is not a positive integer.
+    ConfigError
+        A negative `seed` or `first_row`.
     """
+    check_int("seed", seed, at_least=0)
+    check_int("first_row", first_row, at_least=0)
     if not len(rows):
         raise InputError(f"got no rows (an array of shape {rows.shape}), wanted at least one")
+    if rows.shape[1:] != vae.row_shape:
+        raise InputError(f"got rows of shape {rows.shape[1:]}, wanted {vae.row_shape}, as the model was trained on")
     device = parameters_device(vae)
     done = 0
     for chunk in batches(rows, batch_size):
