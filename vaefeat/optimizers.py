@@ -18,7 +18,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> tuple[torch.optim.
     AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), Adam (Kingma and Ba 2015, arXiv:1412.6980), Adagrad (Duchi et
     al. 2011, what Kingma and Welling 2013 used), stochastic gradient descent with momentum, or Muon (Jordan et al.
     2024; Liu et al. 2025, arXiv:2502.16982) for the matrices of linear layers with AdamW for all else. Muon's steps are
-    scaled to the size of AdamW's, so one learning rate serves both.
+    scaled to the size of AdamW's; short runs want a learning rate of some five times theirs.
     """
     rate, decay, parameters = config.learning_rate, config.weight_decay, list(model.parameters())
     match config.optimizer:
