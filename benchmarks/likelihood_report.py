@@ -20,7 +20,7 @@ from vaefeat.latent_plots import learning_curves
 from vaefeat.model.networks import count_multiply_adds
 from vaefeat.model.vae import VAE
 from vaefeat.plots import png
-from vaefeat.training import split_heldout
+from vaefeat.feeds import split_heldout
 
 __all__ = ["described", "listed", "merge", "report", "results_table", "write_curves"]
 

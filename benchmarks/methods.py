@@ -45,7 +45,7 @@ from vaefeat.model.marginal_likelihood import (
 from vaefeat.observers import Observer
 from vaefeat.placement import using_threads
 from vaefeat.settings import unknown_name
-from vaefeat.training import split_heldout
+from vaefeat.feeds import split_heldout
 from vaefeat.weights import restore_vae
 
 __all__ = ["METHODS", "USES", "Method", "main", "measure", "quoting", "shrink"]

@@ -7,20 +7,33 @@ whole or not at all (:mod:`vaefeat.atomic`), so the last good one survives a ful
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vaefeat.atomic import replace_file
 from vaefeat.errors import CheckpointError
+from vaefeat.world import World
 
-__all__ = ["SCHEMA_VERSION", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "noise_tensors",
+    "optimizer_tensors",
+    "read_checkpoint",
+    "refuse_other_run",
+    "restore_noise",
+    "restore_optimizers",
+    "under",
+    "write_checkpoint",
+]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
@@ -72,3 +85,78 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if meta.pop("schema_version", None) != SCHEMA_VERSION:
         raise CheckpointError(f"got {path} from another version of vaefeat; continue it with that one")
     return tensors, meta
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Pick the tensors whose names begin with `prefix`, and drop it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """Give the state of optimizers as named tensors."""
+    return {
+        f"optimizer.{number}.{index}.{name}": value
+        for number, optimizer in enumerate(optimizers)
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def restore_optimizers(optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]) -> None:
+    """Put back what :func:`optimizer_tensors` gave."""
+    for number, optimizer in enumerate(optimizers):
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, value in under(f"optimizer.{number}.", tensors).items():
+            index, _, key = name.partition(".")
+            states.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def noise_tensors(device: torch.device, world: World) -> dict[str, Tensor]:
+    """Give the states of every worker's random generators; all workers call this together."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {
+        f"random.{kind}.{rank}": of_rank.cpu()
+        for kind, state in states.items()
+        for rank, of_rank in enumerate(world.collect(state.to(device)))
+    }
+
+
+def restore_noise(
+    tensors: Mapping[str, Tensor], device: torch.device, world: World, *, n_workers: int, place: Sequence[int]
+) -> None:
+    """Put back this worker's random generators, or seed them by the `place` where others than before go on."""
+    if n_workers != world.size:
+        # No state is theirs, but they must not repeat the noise of the beginning.
+        seed = np.random.SeedSequence([*place, world.rank])
+        torch.manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
+        return
+    torch.set_rng_state(tensors[f"random.cpu.{world.rank}"])
+    if device.type == "cuda" and f"random.cuda.{world.rank}" in tensors:
+        torch.cuda.set_rng_state(tensors[f"random.cuda.{world.rank}"], device)
+
+
+def refuse_other_run(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that was made with other settings or rows, and name them.
+
+    Raises
+    ------
+    CheckpointError
+    """
+    differing = [
+        f"{group}.{key}: {_nested(theirs, group, key)!r} there, {_nested(ours, group, key)!r} here"
+        for group in sorted(theirs.keys() | ours.keys())
+        for key in sorted({*theirs.get(group, {}), *ours.get(group, {})})
+        if _nested(theirs, group, key) != _nested(ours, group, key)
+    ]
+    if differing:
+        raise CheckpointError(
+            f"got the checkpoint {path} of another run ({'; '.join(differing)}); continue with the settings and rows "
+            "it was made with, or start over with resume=False"
+        )
+
+
+def _nested(values: Mapping[str, Any], group: str, key: str) -> Any:
+    return values.get(group, {}).get(key)

@@ -6,6 +6,7 @@ Each verb imports what it needs when it runs, so that ``vaefeat --help`` and ``v
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,6 +19,8 @@ from vaefeat.errors import InputError, TrainingInterrupted, VaefeatError, requir
 from vaefeat.observers import shown_activity
 
 if TYPE_CHECKING:
+    from vaefeat.blocks import Blocks
+    from vaefeat.data import Rows
     from vaefeat.encoder import OnnxEncoder
     from vaefeat.remote import RemoteEncoder
 
@@ -41,21 +44,31 @@ def pretrain(
         list[str] | None,
         typer.Option("--set", help="model.KEY=VALUE or train.KEY=VALUE, such as train.max_epochs=5; may be repeated."),
     ] = None,
+    preset: Annotated[
+        Literal["fast", "best"] | None, typer.Option(help="Settings for a first look, or for the model that stays.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
     image_size: Annotated[int | None, typer.Option(help=IMAGE_SIZE)] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--in-memory", help="Read rows while training, or all of them before; by default by their size."
+        ),
+    ] = None,
 ) -> None:
     """Train on rows without labels and write a bundle."""
     from vaefeat.config import ModelConfig, TrainConfig
-    from vaefeat.data import load_rows
     from vaefeat.settings import unknown_name, with_overrides
 
     settings = with_overrides({"model": {}, "train": {}}, override or ())
     if unknown := sorted(settings.keys() - {"model", "train"}):
         raise unknown_name("--set table", unknown[0], ("model", "train"))
     model, train = ModelConfig.from_dict(settings["model"]), TrainConfig.from_dict(settings["train"])
+    rows = _rows(data, image_size=image_size, stream=stream)
+    if preset is not None:
+        train = TrainConfig.preset(preset, n_rows=len(rows), **settings["train"])
     with shown_activity("load torch and the rest"), requiring("train", what="Training"):
         from vaefeat.pretraining import pretrain as train_and_export
-    rows = load_rows(data, image_size=image_size)
     bundle = train_and_export(rows, model=model, train=train, out=out, name=name, resume=resume)
     metrics = bundle.manifest.metrics
     Console().print(
@@ -116,6 +129,64 @@ def embed(
     features = np.concatenate([opened.embed(part, output=output) for part in parts(rows, "embed")])
     write_array(out, features)
     Console().print(f"{out}: {features.shape[0]:,} rows of {features.shape[1]} features", highlight=False)
+
+
+@app.command()
+def doctor(
+    seconds: Annotated[float, typer.Option(help="Of measuring; compiling comes on top.", min=1.0)] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+) -> None:
+    """Say what this machine can do for training, measured, and what to change."""
+    from dataclasses import asdict
+
+    from rich.table import Table
+
+    with shown_activity("load torch and the rest"), requiring("train", what="doctor"):
+        from vaefeat.doctor import examine
+    with shown_activity("measure"):
+        found = examine(seconds=seconds)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
+    for fact, value in found.facts.items():
+        typer.echo(f"{fact:<20} {value}")
+    table = Table("training step, 28 x 28, batch 128", "computed in", "rows/s", box=None, pad_edge=False)
+    table.columns[2].justify = "right"
+    for rate in found.measured:
+        table.add_row(rate.model, rate.how, f"{rate.rows_per_s:,.0f}")
+    console = Console(soft_wrap=True)
+    console.print()
+    console.print(table)
+    console.print("\nwhat to change")
+    for line in found.advice:
+        console.print(f"- {line}", highlight=False)
+
+
+def _rows(data: Path, *, image_size: int | None, stream: bool | None) -> Rows | Blocks:
+    """Read rows, or only open them where they would take more than half of the memory."""
+    from vaefeat.blocks import open_blocks
+    from vaefeat.data import load_rows
+    from vaefeat.processors import available_memory
+
+    if stream:
+        return open_blocks(data, image_size=image_size)
+    free = available_memory()
+    if stream is None and free is not None:
+        try:
+            blocks = open_blocks(data, image_size=image_size)
+        except VaefeatError:
+            pass  # what cannot be read in pieces; load_rows says better what else is wrong
+        else:
+            n_bytes = len(blocks) * math.prod(blocks.row_shape) * blocks.dtype.itemsize
+            if n_bytes > free / 2:
+                Console(stderr=True).print(
+                    f"{data}: {len(blocks):,} rows of {n_bytes / 2**30:.1f} GiB are read while training "
+                    f"(--stream): {free / 2**30:.1f} GiB of memory are free",
+                    style="dim",
+                    highlight=False,
+                )
+                return blocks
+    return load_rows(data, image_size=image_size)
 
 
 def _encoder(address: str, *, device: str, model: str | None) -> OnnxEncoder | RemoteEncoder:

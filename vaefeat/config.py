@@ -7,7 +7,9 @@ sense (:mod:`vaefeat.combinations`).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any, Self
 
 from vaefeat.combinations import refuse_model, refuse_training
 from vaefeat.settings import (
@@ -30,7 +32,12 @@ _TRAIN_CHOICES = {
     "optimizer": ("adamw", "adam", "adagrad", "sgd", "muon"),
     "lr_schedule": ("cosine", "constant"),
     "device": ("auto", "cpu", "cuda"),
-    "precision": ("float32", "bfloat16"),
+    "precision": ("auto", "float32", "bfloat16"),
+}
+#: Epochs, the fewest steps, and what differs from the defaults.
+_PRESETS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "fast": (8, 1000, {"learning_rate": 4e-3}),
+    "best": (100, 5000, {}),
 }
 
 
@@ -195,13 +202,23 @@ class TrainConfig(Settings):
         trains to the end. The best weights are kept in both cases.
     checkpoint_every : int
         Epochs between two checkpoints.
+    checkpoint_seconds : float
+        Seconds after which one is written within an epoch, too.
     device : {"auto", "cpu", "cuda"}
         ``auto`` takes CUDA where there is a device.
     threads : int or None
         Processor threads within an operation. None takes one where a step is so small that threads would wait for each
         other longer than they work (which on a busy machine costs far more than they bring), else all processors.
+    precision : {"auto", "float32", "bfloat16"}
+        Of the networks' arithmetic in training; weights, likelihood, KL and log-sum-exp are float32 in any case.
+        ``auto`` takes bfloat16 where a short measurement finds it faster, and float32 in runs of a few seconds.
+    compile : {"auto"} or bool
+        Whether torch.compile makes one graph of a step's forward pass, loss and backward pass (and, on a GPU, whether
+        the whole step is captured as a CUDA graph). ``auto`` compiles runs that are long enough to earn it back, says
+        why where it does not, and drops what turns out to be no faster. True is an error where it fails.
     seed : int
-        Of weights, order, and noise. The same seed, rows, threads, machine and versions give the same weights.
+        Of weights, order, and noise. The same seed, rows, threads, precision, compilation, machine and versions give
+        the same weights.
     """
 
     objective: str = "elbo"
@@ -231,9 +248,11 @@ class TrainConfig(Settings):
     heldout: float = 0.1
     patience: int | None = None
     checkpoint_every: int = 1
+    checkpoint_seconds: float = 600.0
     device: str = "auto"
     threads: int | None = None
-    precision: str = "float32"
+    precision: str = "auto"
+    compile: bool | str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -241,6 +260,8 @@ class TrainConfig(Settings):
         for name, choices in _TRAIN_CHOICES.items():
             check_choice(name, getattr(self, name), choices)
         check_bool("straight_through", self.straight_through)
+        if self.compile != "auto":
+            check_bool("compile", self.compile)
         for name in ("max_epochs", "batch_size", "checkpoint_every", "n_samples", "n_projections"):
             check_int(name, getattr(self, name), at_least=1)
         for name in ("patience", "threads"):
@@ -249,7 +270,13 @@ class TrainConfig(Settings):
         check_int("seed", self.seed, at_least=0)
         for name in ("kl_weight", "weight_decay", "free_bits", "divergence_weight"):
             check_number(name, getattr(self, name), at_least=0)
-        for name in ("learning_rate", "gradient_clip", "temperature_start", "temperature_end"):
+        for name in (
+            "learning_rate",
+            "gradient_clip",
+            "temperature_start",
+            "temperature_end",
+            "checkpoint_seconds",
+        ):
             check_number(name, getattr(self, name), above=0)
         if self.weight_prior_std is not None:
             check_number("weight_prior_std", self.weight_prior_std, above=0)
@@ -259,3 +286,37 @@ class TrainConfig(Settings):
             check_number(name, getattr(self, name), at_least=0, at_most=1)
         check_number("heldout", self.heldout, above=0, at_most=0.9)
         refuse_training(self)
+
+    @classmethod
+    def preset(cls, name: str, *, n_rows: int, **changes: Any) -> Self:
+        """Give settings that suit a number of rows.
+
+        Parameters
+        ----------
+        name : {"fast", "best"}
+            ``fast`` is for a first look: 8 epochs at twice the learning rate, and at least 1,000 steps. ``best`` is for
+            the model that stays: 100 epochs, at least 5,000 steps, until the held-out bound has not risen for a fifth
+            of them.
+        n_rows : int
+            Rows to train on; few rows make for more epochs.
+        **changes
+            Other settings, over the preset's.
+
+        Raises
+        ------
+        ConfigError
+            An unknown name or setting, or an impossible value.
+
+        Examples
+        --------
+        >>> TrainConfig.preset("fast", n_rows=60_000, kl_weight=0.5).max_epochs
+        8
+        """
+        if name not in _PRESETS:
+            raise unknown_name("preset", name, _PRESETS)
+        epochs, steps, own = _PRESETS[name]
+        batch_size = int(changes.get("batch_size", cls.batch_size))
+        steps_per_epoch = max(1, math.ceil(n_rows * (1 - changes.get("heldout", cls.heldout)) / batch_size))
+        max_epochs = max(epochs, math.ceil(steps / steps_per_epoch))
+        patience = {"patience": math.ceil(max_epochs / 5)} if name == "best" else {}
+        return cls.from_dict({"max_epochs": max_epochs, **patience, **own, **changes})

@@ -12,7 +12,10 @@
     ├── MissingExtraError (ImportError)   an optional dependency is not installed; names the command
     ├── TrainingError (RuntimeError)
     │   ├── NonFiniteLossError            the loss became NaN or infinite; epoch and batch are named
+    │   ├── CompileError                  torch.compile was asked for and cannot; names the reason
+    │   ├── OutOfMemoryError              names the batch size and one that fits; the checkpoint is kept
     │   ├── CheckpointError               a checkpoint that cannot be written, read, or continued
+    │   ├── WorkerLostError               another worker of the run died; a new group of workers can go on
     │   └── TrainingInterrupted           stopped on request, the checkpoint is on disk
     └── RemoteError (ConnectionError)     the embedding server cannot be reached or answered with a failure
 
@@ -30,6 +33,7 @@ from typing import Any
 __all__ = [
     "BundleError",
     "CheckpointError",
+    "CompileError",
     "ConfigError",
     "DeviceError",
     "ExportError",
@@ -37,10 +41,12 @@ __all__ = [
     "MissingExtraError",
     "MissingSplitError",
     "NonFiniteLossError",
+    "OutOfMemoryError",
     "RemoteError",
     "TrainingError",
     "TrainingInterrupted",
     "VaefeatError",
+    "WorkerLostError",
     "requiring",
 ]
 
@@ -127,8 +133,20 @@ class NonFiniteLossError(TrainingError):
     """The loss became NaN or infinite."""
 
 
+class CompileError(TrainingError):
+    """A training step cannot be compiled on this machine."""
+
+
+class OutOfMemoryError(TrainingError):
+    """A minibatch does not fit into memory."""
+
+
 class CheckpointError(TrainingError):
     """A checkpoint that cannot be written, read, or continued from."""
+
+
+class WorkerLostError(TrainingError):
+    """Another worker of a data-parallel run cannot be reached any more."""
 
 
 class TrainingInterrupted(TrainingError):

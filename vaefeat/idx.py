@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from vaefeat.errors import InputError, MissingSplitError
 
-__all__ = ["find_idx", "is_idx", "read_idx", "read_idx_shape"]
+__all__ = ["IdxHeader", "find_idx", "is_gzipped", "is_idx", "read_idx", "read_idx_header", "read_idx_shape"]
 
 _DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -32,9 +32,16 @@ _PREFIXES = {"train": "train", "test": "t10k"}
 _PLACES = (".", "raw", "MNIST/raw")
 
 
-class _Header(NamedTuple):
+class IdxHeader(NamedTuple):
+    """What an IDX file announces."""
+
     dtype: np.dtype[Any]
+    """In the file's byte order."""
+
     shape: tuple[int, ...]
+
+    offset: int
+    """Bytes before the first value."""
 
 
 def is_idx(path: Path) -> bool:
@@ -49,6 +56,24 @@ def is_idx(path: Path) -> bool:
     return len(magic) == 4 and magic[:2] == b"\0\0" and magic[2] in _DTYPES
 
 
+def is_gzipped(path: Path) -> bool:
+    """Tell gzip by the first bytes."""
+    with _reading(path), path.open("rb") as file:
+        return file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+
+
+def read_idx_header(path: Path) -> IdxHeader:
+    """Read only what an IDX file announces.
+
+    Raises
+    ------
+    InputError
+        The header is not an IDX header.
+    """
+    with _reading(path), _open(path) as stream:
+        return _read_header(stream, path)
+
+
 def read_idx_shape(path: Path) -> tuple[int, ...]:
     """Read only the shape that an IDX file announces.
 
@@ -57,8 +82,7 @@ def read_idx_shape(path: Path) -> tuple[int, ...]:
     InputError
         The header is not an IDX header.
     """
-    with _reading(path), _open(path) as stream:
-        return _read_header(stream, path).shape
+    return read_idx_header(path).shape
 
 
 def read_idx(path: Path, *, max_rows: int | None = None) -> NDArray[Any]:
@@ -82,7 +106,7 @@ def read_idx(path: Path, *, max_rows: int | None = None) -> NDArray[Any]:
         Not an IDX file, or one with more or fewer bytes than its header announces.
     """
     with _reading(path), _open(path) as stream:
-        dtype, shape = _read_header(stream, path)
+        dtype, shape, _ = _read_header(stream, path)
         if max_rows is not None and max_rows < shape[0]:
             data = _read_values(stream, path, dtype.itemsize * math.prod((max_rows, *shape[1:])))
             shape = (max_rows, *shape[1:])
@@ -157,7 +181,7 @@ def _open(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
             yield stream
 
 
-def _read_header(stream: IO[bytes] | gzip.GzipFile, path: Path) -> _Header:
+def _read_header(stream: IO[bytes] | gzip.GzipFile, path: Path) -> IdxHeader:
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _DTYPES or magic[3] == 0:
         raise InputError(
@@ -172,7 +196,7 @@ def _read_header(stream: IO[bytes] | gzip.GzipFile, path: Path) -> _Header:
     shape = struct.unpack(f">{magic[3]}I", sizes)
     if 0 in shape:
         raise InputError(f"got {path} of shape {shape}, wanted at least one value")
-    return _Header(np.dtype(_DTYPES[magic[2]]), shape)
+    return IdxHeader(np.dtype(_DTYPES[magic[2]]), shape, len(magic) + len(sizes))
 
 
 def _read_values(stream: IO[bytes] | gzip.GzipFile, path: Path, wanted: int) -> bytearray:

@@ -32,7 +32,7 @@ from vaefeat.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["DecodedImages", "OnError", "class_folders", "decode_images", "find_images"]
+__all__ = ["DecodedImages", "OnError", "Reference", "class_folders", "decode_images", "find_images"]
 
 OnError = Literal["raise", "skip"]
 
@@ -56,12 +56,16 @@ class DecodedImages(NamedTuple):
     """Names of the unreadable inputs."""
 
 
-class _Reference(NamedTuple):
-    """The first image: all others must have its size."""
+class Reference(NamedTuple):
+    """The image whose form all others must have; without one, the first that is read sets the size."""
 
     name: str
+
     size: tuple[int, ...]
     """Height and width."""
+
+    channels: int | None = None
+    """1 refuses colour, 3 repeats grey, None takes what there is."""
 
 
 class _UnreadableError(Exception):
@@ -110,6 +114,8 @@ def decode_images(
     count: int,
     image_size: tuple[int, int] | None = None,
     on_error: OnError = "raise",
+    reference: Reference | None = None,
+    n_threads: int | None = None,
 ) -> DecodedImages:
     """Decode images into one array, with a few threads and a bounded number of images in flight.
 
@@ -123,6 +129,10 @@ def decode_images(
         Height and width to resize every image to.
     on_error : {"raise", "skip"}, default="raise"
         Whether an unreadable image is an error, or left out and named in the result.
+    reference : Reference, optional
+        For images that are read in several calls: the form that all of them share.
+    n_threads : int, optional
+        By default one for each processor, and at most eight.
 
     Returns
     -------
@@ -131,17 +141,16 @@ def decode_images(
     Raises
     ------
     InputError
-        An unreadable image (with ``on_error="raise"``), no readable image, or images of different sizes without
-        `image_size`.
+        An unreadable image (with ``on_error="raise"``), no readable image, images of different sizes without
+        `image_size`, or colour where `reference` is grey.
     """
-    canvas = _Canvas(count)
+    canvas = _Canvas(count, reference)
     kept: list[int] = []
     skipped: list[str] = []
-    reference: _Reference | None = None
     position = 0
     blocks = _blocks(items)
     pending: deque[Future[list[tuple[str, NDArray[np.uint8] | None]]]] = deque()
-    n_threads = min(8, os.cpu_count() or 1)
+    n_threads = n_threads or min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(n_threads, thread_name_prefix="vaefeat-decode") as pool:
         while True:
             # Until the size is known, one block at a time: the other threads would not know what to refuse.
@@ -154,8 +163,8 @@ def decode_images(
                 if pixels is None:
                     skipped.append(name)
                 else:
-                    reference = reference or _Reference(name, pixels.shape[:2])
-                    canvas.add(pixels)
+                    reference = reference or Reference(name, pixels.shape[:2])
+                    canvas.add(name, pixels)
                     kept.append(position)
                 position += 1
     if canvas.array is None:
@@ -169,14 +178,15 @@ def decode_images(
 class _Canvas:
     """The array that is filled: grey as long as all images are, widened to RGB by the first that is not."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, reference: Reference | None) -> None:
         self._count = count
+        self._reference = reference
         self._filled = 0
         self.array: NDArray[np.uint8] | None = None
 
-    def add(self, pixels: NDArray[np.uint8]) -> None:
+    def add(self, name: str, pixels: NDArray[np.uint8]) -> None:
         """Put down one image of shape (H, W) or (H, W, 3)."""
-        channels = 1 if pixels.ndim == 2 else 3
+        channels = self._channels(name, pixels)
         if self.array is None:
             self.array = np.empty((self._count, channels, *pixels.shape[:2]), np.uint8)
         elif channels > self.array.shape[1]:
@@ -186,6 +196,16 @@ class _Canvas:
         # Broadcasting repeats grey over the channels, here and above.
         self.array[self._filled] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         self._filled += 1
+
+    def _channels(self, name: str, pixels: NDArray[np.uint8]) -> int:
+        found = 1 if pixels.ndim == 2 else 3
+        wanted = None if self._reference is None else self._reference.channels
+        if self._reference is not None and wanted is not None and found > wanted:
+            raise InputError(
+                f"got {name} in colour, wanted grey as {self._reference.name} and the other images that were looked at "
+                "first; convert them all to colour, or this one to grey"
+            )
+        return wanted or found
 
 
 def _blocks(items: Iterable[tuple[str, Path | bytes | None]]) -> Iterator[list[tuple[str, Path | bytes | None]]]:
@@ -198,7 +218,7 @@ def _decode_block(
     block: list[tuple[str, Path | bytes | None]],
     image_size: tuple[int, int] | None,
     on_error: OnError,
-    reference: _Reference | None,
+    reference: Reference | None,
 ) -> list[tuple[str, NDArray[np.uint8] | None]]:
     """Decode in a thread; None stands for an image that is left out."""
     from PIL import Image
@@ -231,13 +251,13 @@ def _decode_block(
                 ) from error
             decoded.append((name, None))
         else:
-            reference = reference or _Reference(name, pixels.shape[:2])
+            reference = reference or Reference(name, pixels.shape[:2])
             decoded.append((name, pixels))
     return decoded
 
 
 def _decode(
-    name: str, encoded: Path | bytes | None, image_size: tuple[int, int] | None, reference: _Reference | None
+    name: str, encoded: Path | bytes | None, image_size: tuple[int, int] | None, reference: Reference | None
 ) -> NDArray[np.uint8]:
     """Decode one image to shape (H, W) or (H, W, 3)."""
     from PIL import Image, ImageOps
@@ -272,7 +292,7 @@ def _check_header(image: Image) -> None:
         raise _UnreadableError("animated, and it is not clear which picture is meant")
 
 
-def _size_error(name: str, image: Image, reference: _Reference) -> InputError:
+def _size_error(name: str, image: Image, reference: Reference) -> InputError:
     height, width = reference.size
     return InputError(
         f"got images of different sizes: {reference.name} is {height} high and {width} wide, {name} is {image.height} "

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["StopRequest", "stop_on_signals"]
+__all__ = ["StopRequest", "request_stop", "stop_on_signals"]
 
 
 class StopRequest:
@@ -30,14 +30,33 @@ class StopRequest:
         return self.signal.name if self.signal else "nobody"
 
 
+_OPEN: set[StopRequest] = set()
+
+
+def request_stop(number: signal.Signals) -> None:
+    """Ask what runs under :func:`stop_on_signals` in this process to stop, from any thread: as if a signal had come."""
+    for request in tuple(_OPEN):
+        request.signal = number
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into a :class:`StopRequest`; a second one interrupts at once.
 
-    Only Python's main thread can install handlers: in another thread signals keep their meaning. The handlers that were
-    there before are put back at the end.
+    Only Python's main thread can install handlers: in another thread signals keep their meaning, and only
+    :func:`request_stop` stops. The handlers that were there before are put back at the end.
     """
     request = StopRequest()
+    _OPEN.add(request)
+    try:
+        with _handling(request):
+            yield request
+    finally:
+        _OPEN.discard(request)
+
+
+@contextmanager
+def _handling(request: StopRequest) -> Iterator[None]:
 
     def note(number: int, frame: FrameType | None) -> None:
         if request:
@@ -45,11 +64,11 @@ def stop_on_signals() -> Iterator[StopRequest]:
         request.signal = signal.Signals(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield request
+        yield
         return
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield request
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

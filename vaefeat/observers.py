@@ -64,6 +64,9 @@ class Observer:
     ) -> None:
         """Take note of the means over the latest steps, in nats per row; `step` is counted within the epoch."""
 
+    def on_note(self, text: str) -> None:
+        """Take note of something in words, such as how steps are computed, and why."""
+
     def on_epoch(self, record: EpochRecord) -> None:
         """Take note that an epoch is over."""
 
@@ -105,6 +108,10 @@ class ProgressBar(Observer):
             + f"active {self._active} " * (self._active > 0)
             + f"{rows_per_s / 1000:.1f}k rows/s",
         )
+
+    def on_note(self, text: str) -> None:
+        """Print it above the bar."""
+        self._progress.console.print(text, style="dim", highlight=False)
 
     def on_epoch(self, record: EpochRecord) -> None:
         """Take over the number of active units."""

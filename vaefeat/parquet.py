@@ -15,14 +15,26 @@ from numpy.typing import NDArray
 from vaefeat.errors import InputError, MissingExtraError, MissingSplitError
 from vaefeat.images import OnError, decode_images
 
-__all__ = ["ParquetRows", "find_parquet", "read_parquet"]
+__all__ = [
+    "ParquetRows",
+    "Parts",
+    "encoded_cells",
+    "fill_numbers",
+    "find_parquet",
+    "has_images",
+    "numeric_columns",
+    "numeric_dtype",
+    "open_parquet",
+    "open_parts",
+    "read_parquet",
+]
 
 SUFFIXES = (".parquet", ".pq")
 DEFAULT_IMAGE_COLUMN = "image"
 DEFAULT_LABEL_COLUMN = "label"
 
 # Rows that are read at a time: encoded images are large, and a row group may hold any number of them.
-_IMAGE_BATCH = 128
+IMAGE_BATCH = 128
 _NUMERIC_BATCH = 65_536
 _BUFFER_BYTES = 1 << 20
 
@@ -44,17 +56,28 @@ class ParquetRows(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Parts:
-    """Files that are read as one, in order."""
+class Parts:
+    """Files that are read as one, in order.
+
+    Attributes
+    ----------
+    files : tuple of Path
+    schemas : tuple of pyarrow.Schema
+        One for each file, of the same names.
+    count : int
+        Rows of all of them.
+    """
 
     files: tuple[Path, ...]
     schemas: tuple[Any, ...]
     count: int
 
     def types(self, column: str) -> list[Any]:
+        """Types of a column, file by file."""
         return [schema.field(column).type for schema in self.schemas]
 
     def require(self, column: str) -> None:
+        """Refuse a column that is not there, naming the nearest."""
         names = self.schemas[0].names
         if column not in names:
             near = difflib.get_close_matches(column, names, n=1)
@@ -137,9 +160,9 @@ def read_parquet(
     MissingExtraError
         pyarrow is not installed.
     """
-    parts = _open_parts(files, max_rows)
+    parts = open_parts(files, max_rows)
     labels = _Labels(parts, label_column)
-    if columns is None and _has_images(parts, image_column):
+    if columns is None and has_images(parts, image_column):
         items = _encoded_images(parts, image_column, labels)
         images = decode_images(items, count=parts.count, image_size=image_size, on_error=on_error)
         every = labels.joined()
@@ -148,16 +171,16 @@ def read_parquet(
         raise InputError(
             f"got image_size for numeric columns of {files[0]}; it applies to encoded images, leave it out"
         )
-    names = _numeric_columns(parts, columns, label_column)
+    names = numeric_columns(parts, columns, label_column)
     return ParquetRows(_read_numbers(parts, names, labels), labels.joined(), names, ())
 
 
-def _open_parts(files: Sequence[Path], max_rows: int | None) -> _Parts:
+def open_parts(files: Sequence[Path], max_rows: int | None = None) -> Parts:
     """Read every file's schema, so that a wrong file is found before the first row is read."""
     schemas = []
     count = 0
     for path in files:
-        with _open(path) as file:
+        with open_parquet(path) as file:
             schemas.append(file.schema_arrow)
             count += file.metadata.num_rows
             names, wanted = schemas[-1].names, schemas[0].names
@@ -168,11 +191,19 @@ def _open_parts(files: Sequence[Path], max_rows: int | None) -> _Parts:
             )
     if count < 1:
         raise InputError(f"got {count} rows in {files[0].parent if len(files) > 1 else files[0]}, wanted at least one")
-    return _Parts(files=tuple(files), schemas=tuple(schemas), count=count if max_rows is None else min(count, max_rows))
+    return Parts(files=tuple(files), schemas=tuple(schemas), count=count if max_rows is None else min(count, max_rows))
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Any]:
+def open_parquet(path: Path, metadata: Any = None) -> Iterator[Any]:
+    """Give a ``pyarrow.parquet.ParquetFile``; what goes wrong inside names the file.
+
+    Parameters
+    ----------
+    path : Path
+    metadata : pyarrow.parquet.FileMetaData, optional
+        The file's own, where it was read before.
+    """
     try:
         import pyarrow as pa
         from pyarrow.parquet import ParquetFile
@@ -180,17 +211,17 @@ def _open(path: Path) -> Iterator[Any]:
         raise MissingExtraError("Reading Parquet", extra="parquet") from error
     try:
         # pyarrow would by default fetch the wanted columns of the whole file before it hands out the first batch.
-        with ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
+        with ParquetFile(path, metadata=metadata, pre_buffer=False, buffer_size=_BUFFER_BYTES) as file:
             yield file
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"got {path}, which is no readable Parquet file ({error}); fetch or write it again") from error
 
 
-def _batches(parts: _Parts, columns: Sequence[str], batch_size: int) -> Iterator[tuple[Path, int, Any]]:
+def _batches(parts: Parts, columns: Sequence[str], batch_size: int) -> Iterator[tuple[Path, int, Any]]:
     """Yield (file, row in the file, record batch) until the wanted number of rows is reached."""
     left = parts.count
     for path in parts.files:
-        with _open(path) as file:
+        with open_parquet(path) as file:
             row = 0
             for batch in file.iter_batches(batch_size=min(batch_size, left), columns=list(columns)):
                 batch.validate(full=True)  # finds text that is no UTF-8, on which to_pylist would stumble
@@ -208,7 +239,7 @@ def _batches(parts: _Parts, columns: Sequence[str], batch_size: int) -> Iterator
 class _Labels:
     """The label column, collected batch by batch beside the rows."""
 
-    def __init__(self, parts: _Parts, column: str | None) -> None:
+    def __init__(self, parts: Parts, column: str | None) -> None:
         if column is not None and column != DEFAULT_LABEL_COLUMN:
             parts.require(column)
         self._column = column if column in parts.schemas[0].names else None
@@ -274,7 +305,7 @@ def _refuse_nulls(column: Any, name: str, path: Path, row: int, hint: str) -> No
         raise InputError(f"got nulls in column {name!r} of {path} (first in row {first}), wanted values; {hint}")
 
 
-def _has_images(parts: _Parts, column: str) -> bool:
+def has_images(parts: Parts, column: str) -> bool:
     """Whether there is a column of encoded images; one that was asked for by its own name must be."""
     if column != DEFAULT_IMAGE_COLUMN:
         parts.require(column)
@@ -289,17 +320,26 @@ def _has_images(parts: _Parts, column: str) -> bool:
     return encoded
 
 
-def _encoded_images(parts: _Parts, column: str, labels: _Labels) -> Iterator[tuple[str, bytes | None]]:
+def _encoded_images(parts: Parts, column: str, labels: _Labels) -> Iterator[tuple[str, bytes | None]]:
     """Yield a name and the encoded bytes of each row, and collect its label."""
-    for path, start, batch in _batches(parts, (column, *labels.columns), _IMAGE_BATCH):
+    for path, start, batch in _batches(parts, (column, *labels.columns), IMAGE_BATCH):
         labels.add(path, start, batch)
-        for row, cell in enumerate(batch.column(column).to_pylist(), start):
-            fields = cell if isinstance(cell, dict) else {"bytes": cell}
-            original = f" ({fields['path']})" if fields.get("path") else ""
-            yield f"{path} row {row}{original}", fields["bytes"]
+        yield from encoded_cells(batch.column(column), path, start)
 
 
-def _numeric_columns(parts: _Parts, columns: Sequence[str] | None, label_column: str | None) -> tuple[str, ...]:
+def encoded_cells(column: Any, path: Path, start: int) -> Iterator[tuple[str, bytes | None]]:
+    """Yield a name for error messages and the encoded bytes of each row.
+
+    `start` is the number of the first row in the file.
+    """
+    for row, cell in enumerate(column.to_pylist(), start):
+        fields = cell if isinstance(cell, dict) else {"bytes": cell}
+        original = f" ({fields['path']})" if fields.get("path") else ""
+        yield f"{path} row {row}{original}", fields["bytes"]
+
+
+def numeric_columns(parts: Parts, columns: Sequence[str] | None, label_column: str | None) -> tuple[str, ...]:
+    """Name the columns that become features, see :func:`read_parquet`."""
     from pyarrow import types
 
     def is_numeric(name: str) -> bool:
@@ -324,18 +364,28 @@ def _numeric_columns(parts: _Parts, columns: Sequence[str] | None, label_column:
     return names
 
 
-def _read_numbers(parts: _Parts, names: tuple[str, ...], labels: _Labels) -> NDArray[Any]:
-    from pyarrow import types
-
-    all_uint8 = all(types.is_uint8(arrow_type) for name in names for arrow_type in parts.types(name))
-    rows = np.empty((parts.count, len(names)), np.uint8 if all_uint8 else np.float32)
+def _read_numbers(parts: Parts, names: tuple[str, ...], labels: _Labels) -> NDArray[Any]:
+    rows = np.empty((parts.count, len(names)), numeric_dtype(parts, names))
     start = 0
     for path, row, batch in _batches(parts, (*names, *labels.columns), _NUMERIC_BATCH):
         labels.add(path, row, batch)
-        for index, name in enumerate(names):
-            column = batch.column(name)
-            _refuse_nulls(column, name, path, row, "fill or drop them first")
-            with np.errstate(over="ignore", invalid="ignore"):  # becomes infinite or NaN, which load_rows refuses
-                rows[start : start + batch.num_rows, index] = column.to_numpy(zero_copy_only=False)
+        fill_numbers(rows[start : start + batch.num_rows], batch, names, path, row)
         start += batch.num_rows
     return rows
+
+
+def numeric_dtype(parts: Parts, names: Sequence[str]) -> np.dtype[Any]:
+    """Choose uint8 where every column is of it in every file, else float32."""
+    from pyarrow import types
+
+    all_uint8 = all(types.is_uint8(arrow_type) for name in names for arrow_type in parts.types(name))
+    return np.dtype(np.uint8 if all_uint8 else np.float32)
+
+
+def fill_numbers(rows: NDArray[Any], batch: Any, names: Sequence[str], path: Path, start: int) -> None:
+    """Write a record batch's columns into `rows` (n, features); `start` is the first row's number in the file."""
+    for index, name in enumerate(names):
+        column = batch.column(name)
+        _refuse_nulls(column, name, path, start, "fill or drop them first")
+        with np.errstate(over="ignore", invalid="ignore"):  # becomes infinite or NaN, which is refused later
+            rows[:, index] = column.to_numpy(zero_copy_only=False)

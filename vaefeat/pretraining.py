@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -17,7 +17,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from vaefeat.atomic import replace_file
-from vaefeat.bundle import Bundle, Manifest, check_name
+from vaefeat.blocks import Blocks
+from vaefeat.bundle import Bundle, Manifest, check_name, load_bundle
 from vaefeat.combinations import refuse_pair
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.data import Rows, fingerprint, load_rows
@@ -31,8 +32,10 @@ from vaefeat.model.networks import network_name
 from vaefeat.model.vae import VAE, likelihood_name
 from vaefeat.model_card import model_card, reconstruction_picture
 from vaefeat.observers import EventLog, Observer, ProgressBar, shown_activity
+from vaefeat.streams import RowStream
 from vaefeat.training import Trainer, TrainingResult
 from vaefeat.weights import weights_of
+from vaefeat.world import World
 
 __all__ = ["CHECKPOINT_FILE", "HISTORY_FILE", "TRAINING_FOLDER", "pretrain"]
 
@@ -52,7 +55,7 @@ _LIBRARIES = ("vaefeat", "torch", "onnx", "onnxscript", "numpy")
 
 
 def pretrain(
-    data: str | PathLike[str] | ArrayLike | Rows,
+    data: str | PathLike[str] | ArrayLike | Rows | Blocks,
     *,
     model: ModelConfig | None = None,
     train: TrainConfig | None = None,
@@ -66,8 +69,10 @@ def pretrain(
 
     Parameters
     ----------
-    data : path-like, array-like or Rows
-        Anything that :func:`vaefeat.data.load_rows` reads. Labels in it are not looked at.
+    data : path-like, array-like, Rows or Blocks
+        Anything that :func:`vaefeat.data.load_rows` reads. Labels in it are not looked at. What
+        :func:`vaefeat.blocks.open_blocks` opens is read while training, block by block, and never held in memory
+        whole.
     model : ModelConfig, optional
     train : TrainConfig, optional
     out : path-like, optional
@@ -89,7 +94,11 @@ def pretrain(
 
     Notes
     -----
-    The scaling is fitted to all rows; the weights are not: held-out figures come from rows that no gradient saw.
+    Where torch's process group is there, every one of its processes calls this with the same arguments, and they train
+    together: the first one writes and shows progress, all get the bundle.
+
+    The scaling is fitted to all rows (of blocks, to some thousands spread over them); the weights are not: held-out
+    figures come from rows that no gradient saw.
     In one process trainings run one at a time: a second thread waits. Use processes to train side by side.
 
     Raises
@@ -120,13 +129,11 @@ def pretrain(
     folder = Path(out) if out is not None else None
     name = name or (folder.resolve().name if folder else "encoder")
     check_name(name)
-    loaded = data if isinstance(data, Rows) else load_rows(data)
-    rows = loaded.array
-    _refuse_untrainable(rows, loaded.source)
+    source = _Source.opened(data, train)
+    _refuse_untrainable(source.sample, source.name)
     if resume and folder is None:
         raise InputError("got resume=True without out=, wanted the folder that holds the checkpoint")
 
-    print_of_rows = fingerprint(rows)
     watching = [*observers, *([ProgressBar()] if progress else [])]
     checkpoint = None
     if folder is not None:
@@ -135,33 +142,71 @@ def pretrain(
         watching.append(EventLog(folder / TRAINING_FOLDER))
     with _ONE_AT_A_TIME:
         with fixed_noise(train.seed, torch.device("cpu")):
-            vae = VAE.for_rows(model, rows)
+            vae = VAE.for_rows(model, source.sample)
         trainer = Trainer(
             vae,
-            rows,
+            source.rows,
             train,
             checkpoint=checkpoint,
-            identity={"model": model.to_dict(), "data": {"fingerprint": print_of_rows}},
+            identity={"model": model.to_dict(), "data": source.identity},
             observers=watching,
         )
         result = trainer.run(resume=resume)
         if folder is not None:
             _write_history(folder / TRAINING_FOLDER / HISTORY_FILE, result)
         with shown_activity("export to ONNX, and compare with torch", shown=progress):
-            bundle = make_bundle(vae, rows, result, train=train, name=name, data_fingerprint=print_of_rows)
+            bundle = make_bundle(
+                vae,
+                source.sample,
+                result,
+                train=train,
+                name=name,
+                data={"fingerprint": source.identity["fingerprint"], "n_rows": source.n_rows},
+            )
     return bundle if folder is None else bundle.save(folder)
 
 
+@dataclass(frozen=True)
+class _Source:
+    """What is trained on, and what is known of it."""
+
+    rows: NDArray[Any] | RowStream
+    sample: NDArray[Any]
+    n_rows: int
+    name: str
+    identity: dict[str, Any]
+
+    @classmethod
+    def opened(cls, data: Any, train: TrainConfig) -> _Source:
+        if isinstance(data, Blocks):
+            stream = RowStream(data, heldout=train.heldout, seed=train.seed)
+            identity = {"fingerprint": stream.fingerprint(), "order": stream.layout()}
+            return cls(stream, stream.sample, stream.n_rows, stream.source, identity)
+        loaded = data if isinstance(data, Rows) else load_rows(data)
+        return cls(loaded.array, loaded.array, len(loaded), loaded.source, {"fingerprint": fingerprint(loaded.array)})
+
+
 def make_bundle(
-    vae: VAE, rows: NDArray[Any], result: TrainingResult, *, train: TrainConfig, name: str, data_fingerprint: str
+    vae: VAE, rows: NDArray[Any], result: TrainingResult, *, train: TrainConfig, name: str, data: dict[str, Any]
 ) -> Bundle:
     """Export a trained model and describe it, in memory.
+
+    Parameters
+    ----------
+    vae : VAE
+    rows : ndarray of shape (n, ...)
+        Training rows, or a sample of them.
+    result : TrainingResult
+    train : TrainConfig
+    name : str
+    data : dict
+        What the manifest says of the training rows: their fingerprint and number.
 
     The graphs are compared with torch on held-out rows first; see :func:`vaefeat.export.measure_parity`. Where the
     posterior has collapsed, the logger ``vaefeat`` warns, and says what to try.
     """
     vae = vae.cpu().eval()
-    shown = np.array(rows[result.heldout[:_PARITY_ROWS]])
+    shown = np.array(result.heldout_rows[:_PARITY_ROWS])
     contents = {
         "encoder.onnx": export_encoder(vae, shown),
         "decoder.onnx": export_decoder(vae),
@@ -190,7 +235,7 @@ def make_bundle(
         objective=train.objective,
         model=model.to_dict(),
         train=train.to_dict(),
-        data={"fingerprint": data_fingerprint, "n_rows": len(rows)},
+        data=data,
         metrics={
             "elbo": evaluation.elbo,
             "log_likelihood": evaluation.log_likelihood,
@@ -199,6 +244,8 @@ def make_bundle(
             "advice": found.advice if found.severe else "",
             "epochs": len(result.history),
             "n_heldout": len(result.heldout),
+            "precision": result.engine.precision,
+            "compiled": result.engine.compiled,
         },
         parity={},
         versions={library: _version(library) for library in _LIBRARIES},

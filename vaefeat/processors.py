@@ -1,12 +1,26 @@
-"""How many processors there are to use."""
+"""How many processors there are to use, and how much memory."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-__all__ = ["available_cpus"]
+__all__ = ["available_cpus", "available_memory"]
 
 
 def available_cpus() -> int:
     """Processors that this process may use, which in a container are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that are free or can be freed, within the container's limit; None where nobody tells."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) << 10
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int(used.read_text()))
+    return max(0, free)

@@ -1,4 +1,7 @@
-"""The AEVB loop: minibatches, schedules, held-out bound, early stopping, exact resume.
+"""The AEVB loop: epochs of steps, schedules, held-out bound, early stopping, exact resume.
+
+The steps themselves are in ``step``, what they are fed with in ``feeds``, how they are computed in ``tuning``. Where
+torch's process group is there, every worker runs this loop on its part of each minibatch, with the same weights.
 
 References
 ----------
@@ -10,8 +13,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +24,43 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vaefeat.checkpoint import read_checkpoint, write_checkpoint
+from vaefeat.checkpoint import (
+    noise_tensors,
+    optimizer_tensors,
+    read_checkpoint,
+    refuse_other_run,
+    restore_noise,
+    restore_optimizers,
+    under,
+    write_checkpoint,
+)
 from vaefeat.combinations import refuse_pair
 from vaefeat.config import TrainConfig
-from vaefeat.errors import CheckpointError, InputError, NonFiniteLossError, TrainingInterrupted
+from vaefeat.errors import NonFiniteLossError, TrainingInterrupted
+from vaefeat.feeds import make_feed
 from vaefeat.interruption import StopRequest, stop_on_signals
+from vaefeat.memory import explaining_memory
 from vaefeat.model.evaluation import Evaluation, evaluate, fixed_noise
 from vaefeat.model.objectives import OBJECTIVES
 from vaefeat.model.vae import VAE
 from vaefeat.observers import EpochRecord, Observer
-from vaefeat.optimizers import log_weight_prior, make_optimizers
-from vaefeat.placement import resolve_device, row_taker, threads_for, using_threads
+from vaefeat.placement import resolve_device, threads_for, using_threads
+from vaefeat.readings import Readings
 from vaefeat.schedules import kl_warmup_factor, learning_rate_factor
 from vaefeat.settings import unknown_name
+from vaefeat.step import Knobs, TrainingStep
+from vaefeat.streams import RowStream
+from vaefeat.tuning import Engine, choose_engine, take_up
+from vaefeat.world import World
 
-__all__ = ["Trainer", "TrainingResult", "split_heldout"]
+__all__ = ["Trainer", "TrainingResult"]
 
 #: Reading a figure from a GPU waits for it: losses are collected on the device and read this often.
 _STEPS_PER_READING = 50
-_MAX_HELDOUT_ROWS = 10_000
+_EVALUATED = ("objective", "elbo", "log_likelihood", "kl")
 _TERMS = ("objective", "log-likelihood", "KL divergence", "gradient")
 #: What may differ between a run and its continuation without changing the result.
-_FREE_SETTINGS = {"device", "threads", "checkpoint_every"}
+_FREE_SETTINGS = {"device", "threads", "checkpoint_every", "checkpoint_seconds"}
 
 
 @dataclass(frozen=True)
@@ -55,11 +74,17 @@ class TrainingResult:
         On the held-out rows, of the best weights.
     heldout : ndarray of shape (m,)
         Indices of the rows that were never trained on.
+    heldout_rows : ndarray of shape (m, ...)
+        These rows.
+    engine : Engine
+        How steps were computed.
     """
 
     history: tuple[EpochRecord, ...]
     evaluation: Evaluation
     heldout: NDArray[np.int64]
+    heldout_rows: NDArray[Any]
+    engine: Engine
 
 
 class Trainer:
@@ -69,8 +94,8 @@ class Trainer:
     ----------
     vae : VAE
         Trained in place; on return it holds the weights with the best held-out objective.
-    rows : ndarray of shape (n, ...)
-        uint8 or float32, n of at least 2; indexed by the minibatch, so a memory map works.
+    rows : ndarray of shape (n, ...) or RowStream
+        uint8 or float32, n of at least 2; an array is indexed by the minibatch, so a memory map works.
     config : TrainConfig
     checkpoint : Path, optional
         Where the state is kept. Without it nothing is written, and a signal interrupts at once.
@@ -89,7 +114,7 @@ class Trainer:
     def __init__(
         self,
         vae: VAE,
-        rows: NDArray[Any],
+        rows: NDArray[Any] | RowStream,
         config: TrainConfig,
         *,
         checkpoint: Path | None = None,
@@ -101,28 +126,42 @@ class Trainer:
         refuse_pair(vae.config, config)
         self.config = config
         self.device = resolve_device(config.device)
+        self.world = World.current()
         self.vae = vae.to(self.device)
-        self.vae.network_dtype = getattr(torch, config.precision)
         self.objective = OBJECTIVES[config.objective](config)
-        self.rows = rows
-        self.train, self.heldout = split_heldout(len(rows), config.heldout, config.seed)
-        self.batch_size = min(config.batch_size, len(self.train))
-        self.steps_per_epoch = math.ceil(len(self.train) / self.batch_size)
+        self.feed = make_feed(
+            rows,
+            heldout=config.heldout,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            device=self.device,
+            world=self.world,
+        )
+        self.batch_size, self.steps_per_epoch = self.feed.batch_size, self.feed.steps_per_epoch
         self.total_steps = config.max_epochs * self.steps_per_epoch
-        self.optimizers = make_optimizers(vae, config)
+        self.take_step = TrainingStep(
+            vae, self.objective, config, n_train=self.feed.n_train, world=self.world, full=self.feed.batch_size
+        )
         self.checkpoint = checkpoint
-        self.observers = observers
+        self.observers = observers if self.world.leads else ()
         self.identity = {"train": _binding(config), **(identity or {})}
-        self._take = row_taker(rows, self.device)
-        self.threads = config.threads or threads_for(self.vae, self.batch_size, config.n_samples)
+        self.threads = config.threads or threads_for(
+            self.vae,
+            self.batch_size // self.world.size,
+            config.n_samples,
+            sharing=self.world.neighbours(self.device),
+        )
+        self.readings = Readings()
+        self._settled, self._saved_at, self._read_at = False, time.perf_counter(), 0.0
         # The state of the run, all of which goes into a checkpoint.
         self.epoch = 0
         self.step = 0
-        self.sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(3, dtype=torch.float64)
         self.history: list[EpochRecord] = []
         self.best_epoch = 0
         self.best_weights = self._weights()
         self.stopped_early = False
+        self.engine: Engine | None = None
         self.has_checkpoint = False
 
     def run(self, *, resume: bool = False) -> TrainingResult:
@@ -141,16 +180,23 @@ class Trainer:
             SIGINT or SIGTERM arrived; the state is in the checkpoint.
         CheckpointError
             A checkpoint cannot be written, or belongs to another run.
+        OutOfMemoryError
+            A minibatch does not fit; the last checkpoint is kept.
+        CompileError
+            ``compile=True``, and the step cannot be compiled.
         """
-        with fixed_noise(self.config.seed, self.device), using_threads(self.threads):
+        with fixed_noise(self.world.seed(self.config.seed), self.device), using_threads(self.threads):
             if resume and self.checkpoint and self.checkpoint.is_file():
                 self._load(self.checkpoint)
+            self.world.refuse_disagreement(repr((self.identity, self.epoch, self.step)), self.device)
             with self._observed():
                 self._run_epochs()
             self.vae.load_state_dict(self.best_weights)
             evaluation = self._evaluate()
         self.vae.eval()
-        return TrainingResult(tuple(self.history), evaluation, self.heldout)
+        return TrainingResult(
+            tuple(self.history), evaluation, self.feed.heldout, self.feed.heldout_rows, self.engine or Engine()
+        )
 
     @contextmanager
     def _observed(self) -> Iterator[None]:
@@ -179,73 +225,105 @@ class Trainer:
         return self.stopped_early or self.epoch == self.config.max_epochs
 
     def _run_epoch(self, stop: StopRequest) -> None:
-        started = time.perf_counter()
-        order = np.random.default_rng([self.config.seed, self.epoch]).permutation(self.train)
-        first = self.step
         self.vae.train()
-        while self.step < self.steps_per_epoch:
-            self._run_steps(order, stop)
-            if stop and self.checkpoint:
-                self._save(self.checkpoint)
-                raise TrainingInterrupted(
-                    f"stopped by {stop} in epoch {self.epoch + 1} after batch {self.step} of {self.steps_per_epoch}; "
-                    "nothing is lost: continue with resume=True"
-                )
-        trained = time.perf_counter() - started
-        n_rows = min(len(order), (self.step - first) * self.batch_size)
-        self._close_epoch(n_rows / trained, started)
+        with closing(self.feed.epoch(self.epoch, self.step)) as feed:
+            minibatches: Iterator[Tensor] = feed
+            # A run that was stopped after the last step of an epoch has only to close it.
+            if not self._settled and self.step < self.steps_per_epoch:
+                rows = next(feed)
+                self._settle_engine(rows)
+                minibatches = chain([rows], feed)
+            first, started = self.step, time.perf_counter()
+            while self.step < self.steps_per_epoch:
+                self._run_steps(minibatches, stop, started)
+                stopping = self.world.any(bool(stop), self.device)
+                due = time.perf_counter() - self._saved_at > self.config.checkpoint_seconds
+                if self.checkpoint and (stopping or self.world.any(due, self.device)):
+                    self._read(started, wait=True)
+                    self._save(self.checkpoint)
+                if self.checkpoint and stopping:
+                    raise TrainingInterrupted(
+                        f"stopped by {stop} in epoch {self.epoch + 1} after batch {self.step} of "
+                        f"{self.steps_per_epoch}; nothing is lost: continue with resume=True"
+                    )
+            self._read(started, wait=True)
+        n_rows = sum(self.feed.rows_in(step) for step in range(first, self.step))
+        self._close_epoch(n_rows / (time.perf_counter() - started), started)
 
-    def _run_steps(self, order: NDArray[np.int64], stop: StopRequest) -> None:
+    def _run_steps(self, minibatches: Iterator[Tensor], stop: StopRequest, started: float) -> None:
         """Take steps up to the next reading of the losses, or up to a request to stop."""
-        started = time.perf_counter()
-        first, terms = self.step, []
-        while self.step < min(first + _STEPS_PER_READING, self.steps_per_epoch) and not stop:
-            rows = self._take(order[self.step * self.batch_size : (self.step + 1) * self.batch_size])
-            terms.append(self._take_step(rows))
+        first, figures = self.step, []
+        # Workers stop together, after as many steps.
+        while self.step < min(first + _STEPS_PER_READING, self.steps_per_epoch) and not (stop and self.world.size == 1):
+            rows = next(minibatches)
+            n_rows = self.feed.rows_in(self.step)
+            with self._explained_memory(rows, n_rows):
+                figures.append(self.take_step(rows, self._knobs(), n_rows=n_rows))
             self.step += 1
-        if not terms:
-            return
-        # Each row one step: summed terms, the norm of the gradient, the number of rows.
-        read = torch.stack(terms).cpu()
-        self._refuse_non_finite(read[:, :4], first)
-        _, log_likelihood, kl, _, n_rows = read.sum(dim=0).tolist()
-        self.sums += read[:, :3].sum(dim=0).to(self.sums)
-        for observer in self.observers:
-            observer.on_steps(
-                epoch=self.epoch + 1,
-                step=self.step,
-                elbo=(log_likelihood - kl) / n_rows,
-                log_likelihood=log_likelihood / n_rows,
-                kl=kl / n_rows,
-                rows_per_s=n_rows / (time.perf_counter() - started),
-            )
+        if figures:
+            # Each row one step: summed terms, the norm of the gradient, the number of rows.
+            summed = torch.stack(figures)
+            self.world.add([summed])
+            self.readings.send(first, summed)
+        self._read(started)
 
-    def _take_step(self, rows: Tensor) -> Tensor:
+    def _read(self, started: float, *, wait: bool = False) -> None:
+        """Take note of the figures that have arrived."""
+        for first, figures in self.readings.arrived(wait=wait):
+            self._refuse_non_finite(figures[:, :4], first)
+            _, log_likelihood, kl, _, n_rows = figures.sum(dim=0).tolist()
+            self.sums += figures[:, :3].sum(dim=0)
+            elapsed, self._read_at = time.perf_counter() - max(started, self._read_at), time.perf_counter()
+            for observer in self.observers:
+                observer.on_steps(
+                    epoch=self.epoch + 1,
+                    step=first + len(figures),
+                    elbo=(log_likelihood - kl) / n_rows,
+                    log_likelihood=log_likelihood / n_rows,
+                    kl=kl / n_rows,
+                    rows_per_s=n_rows / elapsed,
+                )
+
+    def _settle_engine(self, rows: Tensor) -> None:
+        """Choose how steps are computed, or take up what the run before chose."""
+        n_rows = self.feed.rows_in(self.step)
+        steps_left = self.total_steps - self.epoch * self.steps_per_epoch - self.step
+        with self._explained_memory(rows, n_rows):
+            if self.engine is None and self.world.leads:
+                self.engine = choose_engine(
+                    self.take_step, rows, self.config, n_rows=n_rows, n_steps=steps_left, threads=self.threads
+                )
+                self._agreed(self.engine)
+            else:
+                engine = self.engine or self._agreed(Engine())
+                self.engine = take_up(self.take_step, rows, engine, n_rows=n_rows)
+        self._settled = True
+        for observer in self.observers:
+            for note in self.engine.notes:
+                observer.on_note(note)
+
+    def _agreed(self, engine: Engine) -> Engine:
+        """Give all workers what the first one chose."""
+        chosen = torch.tensor([float(engine.precision == "bfloat16"), float(engine.compiled)], device=self.device)
+        half, compiled = self.world.agree(chosen).tolist()
+        return Engine("bfloat16" if half else "float32", bool(compiled))
+
+    def _explained_memory(self, rows: Tensor, n_rows: int) -> AbstractContextManager[None]:
+        return explaining_memory(
+            lambda n: self.take_step.gradients(rows[:n], n_rows=n_rows),
+            n_rows=len(rows),
+            n_workers=self.world.size,
+            device=self.device,
+            kept=f" The last checkpoint, {self.checkpoint}, is kept." if self.has_checkpoint else "",
+        )
+
+    def _knobs(self) -> Knobs:
         step = self.epoch * self.steps_per_epoch + self.step
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self._learning_rate(step)
-            optimizer.zero_grad(set_to_none=True)
-        self.vae.posterior.anneal(step / self.total_steps, self.config)
-        terms = self.objective(self.vae, rows, kl_weight=self._kl_weight(step))
-        (-self._with_weight_prior(terms.objective.mean())).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.vae.parameters(), self.config.gradient_clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-        sums = [term.detach().sum(dtype=torch.float64) for term in terms]
-        # The norm tells of weights that have just been spoiled, a step before any loss does.
-        return torch.stack([*sums, norm.to(sums[0]), sums[0].new_tensor(len(rows))])
+        return Knobs(self._learning_rate(step), self._kl_weight(step), step / self.total_steps)
 
     def _learning_rate(self, step: int) -> float:
         factor = learning_rate_factor(step, self.total_steps, self.config.lr_warmup, self.config.lr_schedule)
         return self.config.learning_rate * factor
-
-    def _with_weight_prior(self, objective: Tensor) -> Tensor:
-        if self.config.weight_prior_std is None:
-            return objective
-        # The objective is per row: of the whole set's posterior, each row carries its share of the prior.
-        prior = log_weight_prior(self.vae.parameters(), self.config.weight_prior_std)
-        return objective + prior / len(self.train)
 
     def _kl_weight(self, step: int) -> float:
         return self.config.kl_weight * kl_warmup_factor(step, self.total_steps, self.config.kl_warmup)
@@ -265,7 +343,7 @@ class Trainer:
         )
 
     def _close_epoch(self, rows_per_s: float, started: float) -> None:
-        _, log_likelihood, kl = (self.sums / len(self.train)).tolist()
+        _, log_likelihood, kl = (self.sums / self.feed.n_train).tolist()
         evaluation = self._evaluate()
         last_step = self.epoch * self.steps_per_epoch + self.step - 1
         self.epoch, self.step = self.epoch + 1, 0
@@ -307,95 +385,67 @@ class Trainer:
             self.stopped_early = self.epoch - max(self.best_epoch, warm_epoch) >= self.config.patience
 
     def _evaluate(self) -> Evaluation:
-        return evaluate(
-            self.vae,
-            self.objective,
-            self.rows[self.heldout],
-            kl_weight=self.config.kl_weight,
-            batch_size=max(self.batch_size, 512),
-            seed=self.config.seed,
-        )
+        """Measure on the held-out rows: the first worker does, and tells the others."""
+        if self.world.leads:
+            evaluation = evaluate(
+                self.vae,
+                self.objective,
+                self.feed.heldout_rows,
+                kl_weight=self.config.kl_weight,
+                batch_size=max(self.batch_size, 512),
+                seed=self.config.seed,
+            )
+        if self.world.size == 1:
+            return evaluation
+        latent_dim = self.vae.config.latent_dim
+        told = torch.zeros(4 + latent_dim, dtype=torch.float64, device=self.device)
+        if self.world.leads:
+            told[:4] = told.new_tensor([getattr(evaluation, name) for name in _EVALUATED])
+            told[[4 + unit for unit in evaluation.active]] = 1
+        figures = self.world.agree(told).tolist()
+        active = tuple(unit for unit in range(latent_dim) if figures[4 + unit])
+        return Evaluation(**dict(zip(_EVALUATED, figures, strict=False)), active=active)
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.vae.state_dict().items()}
 
     def _save(self, path: Path) -> None:
+        """Write the checkpoint; all workers call this, the first one writes."""
         tensors = {f"model.{name}": tensor for name, tensor in self.vae.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
-        for number, optimizer in enumerate(self.optimizers):
-            for index, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"optimizer.{number}.{index}.{name}": value for name, value in state.items()}
-        tensors |= {"sums": self.sums, "random.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors |= optimizer_tensors(self.take_step.optimizers)
+        tensors |= noise_tensors(self.device, self.world)
+        tensors["sums"] = self.sums
         meta = {
             "identity": self.identity,
             "epoch": self.epoch,
             "step": self.step,
             "best_epoch": self.best_epoch,
             "stopped_early": self.stopped_early,
+            "workers": self.world.size,
+            "engine": None if self.engine is None else asdict(self.engine),
             "history": [asdict(record) for record in self.history],
         }
-        write_checkpoint(path, tensors, meta)
-        self.has_checkpoint = True
+        if self.world.leads:
+            write_checkpoint(path, tensors, meta)
+        self.has_checkpoint, self._saved_at = True, time.perf_counter()
 
     def _load(self, path: Path) -> None:
         tensors, meta = read_checkpoint(path)
         self.has_checkpoint = True
-        _refuse_other_run(path, meta["identity"], self.identity)
-        self.vae.load_state_dict(_under("model.", tensors))
-        self.best_weights = {name: value.to(self.device) for name, value in _under("best.", tensors).items()}
-        for number, optimizer in enumerate(self.optimizers):
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, value in _under(f"optimizer.{number}.", tensors).items():
-                index, _, key = name.partition(".")
-                state.setdefault(int(index), {})[key] = value
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.sums = tensors["sums"].to(self.device)
-        torch.set_rng_state(tensors["random.cpu"])
-        if self.device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        refuse_other_run(path, meta["identity"], self.identity)
+        self.vae.load_state_dict(under("model.", tensors))
+        self.best_weights = {name: value.to(self.device) for name, value in under("best.", tensors).items()}
+        restore_optimizers(self.take_step.optimizers, tensors)
+        self.sums = tensors["sums"]
+        place = [self.config.seed, meta["epoch"], meta["step"]]
+        restore_noise(tensors, self.device, self.world, n_workers=meta["workers"], place=place)
         self.epoch, self.step, self.best_epoch = meta["epoch"], meta["step"], meta["best_epoch"]
         self.stopped_early = meta["stopped_early"]
         self.history = [EpochRecord(**record) for record in meta["history"]]
-
-
-def split_heldout(n_rows: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Choose the rows that are trained on and those that measure: at least one of each, at most 10,000 that measure.
-
-    Returns
-    -------
-    train, heldout : ndarray of int64, sorted
-    """
-    if n_rows < 2:
-        raise InputError(f"got {n_rows} row to train on, wanted at least 2: one to train on and one to measure")
-    n_heldout = min(max(1, round(share * n_rows)), n_rows - 1, _MAX_HELDOUT_ROWS)
-    order = np.random.default_rng(seed).permutation(n_rows)
-    return np.sort(order[n_heldout:]), np.sort(order[:n_heldout])
+        if meta["engine"] is not None:
+            self.engine = Engine(meta["engine"]["precision"], meta["engine"]["compiled"])
 
 
 def _binding(config: TrainConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in _FREE_SETTINGS}
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _refuse_other_run(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    differing = [
-        f"{group}.{key}: {_nested(theirs, group, key)!r} there, {_nested(ours, group, key)!r} here"
-        for group in sorted(theirs.keys() | ours.keys())
-        for key in sorted({*theirs.get(group, {}), *ours.get(group, {})})
-        if _nested(theirs, group, key) != _nested(ours, group, key)
-    ]
-    if differing:
-        raise CheckpointError(
-            f"got the checkpoint {path} of another run ({'; '.join(differing)}); continue with the settings and rows "
-            "it was made with, or start over with resume=False"
-        )
-
-
-def _nested(values: dict[str, Any], group: str, key: str) -> Any:
-    return values.get(group, {}).get(key)

@@ -24,7 +24,7 @@ from vaefeat.export import (
     measure_parity,
 )
 from vaefeat.model.vae import VAE
-from vaefeat.training import split_heldout
+from vaefeat.feeds import split_heldout
 from vaefeat.weights import restore_vae, weights_of
 
 SMALL = ModelConfig(latent_dim=3, hidden_dims=(16,), channels=(8,))

@@ -68,7 +68,7 @@ def test_method_learns_from_real_rows(name: str, mnist_rows: NDArray[np.uint8]) 
     before = evaluate(
         vae,
         OBJECTIVES[train.objective](train),
-        rows[trainer.heldout],
+        rows[trainer.feed.heldout],
         kl_weight=train.kl_weight,
         batch_size=512,
         seed=train.seed,

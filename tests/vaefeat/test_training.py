@@ -32,7 +32,8 @@ from vaefeat.observers import EpochRecord, Observer
 from vaefeat.placement import threads_for
 from vaefeat.processors import available_cpus
 from vaefeat.schedules import kl_warmup_factor, learning_rate_factor
-from vaefeat.training import Trainer, split_heldout
+from vaefeat.feeds import split_heldout
+from vaefeat.training import Trainer
 
 MODEL = ModelConfig(latent_dim=4, hidden_dims=(32,), network="mlp")
 

@@ -51,7 +51,7 @@ class OneHot(Distribution):
     ----------
     logits : Tensor
         (..., V, C), normalised or not.
-    temperature : float
+    temperature : float or scalar Tensor
     straight_through : bool
     """
 
@@ -59,7 +59,7 @@ class OneHot(Distribution):
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(self, logits: Tensor, *, temperature: float = 1.0, straight_through: bool = True) -> None:
+    def __init__(self, logits: Tensor, *, temperature: float | Tensor = 1.0, straight_through: bool = True) -> None:
         self.log_probabilities = torch.log_softmax(logits, dim=-1)
         self.temperature = temperature
         self.straight_through = straight_through

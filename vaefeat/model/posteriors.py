@@ -261,12 +261,15 @@ class CategoricalPosterior(Posterior):
     Jang et al. 2017, arXiv:1611.01144. What is exported is the probabilities, and as log-variance that of p (1 - p).
     """
 
+    temperature: Tensor
+
     def __init__(self, config: ModelConfig, hidden_dim: int) -> None:
         super().__init__(config, hidden_dim)
         self.n_categories = config.n_categories
         self.n_variables = config.latent_dim // config.n_categories
         self.logits = nn.Linear(hidden_dim, self.n_variables * self.n_categories)
-        self.temperature = 1.0
+        # A buffer and no number, which a compiled graph would take for a constant; no part of the trained model.
+        self.register_buffer("temperature", torch.ones(()), persistent=False)
         self.straight_through = True
 
     def forward(self, h_BF: Tensor) -> OneHot:
@@ -296,7 +299,7 @@ class CategoricalPosterior(Posterior):
     def anneal(self, progress: float, config: TrainConfig) -> None:
         """Lower the temperature, exponentially in the share of steps done."""
         ratio = config.temperature_end / config.temperature_start
-        self.temperature = config.temperature_start * ratio**progress
+        self.temperature.fill_(config.temperature_start * ratio**progress)
         self.straight_through = config.straight_through
 
 

@@ -302,7 +302,7 @@ def test_temperature_falls_exponentially_from_start_to_end(name: str) -> None:
     temperatures = []
     for progress in (0.0, 0.5, 1.0):
         posterior.anneal(progress, config)
-        temperatures.append(inner.temperature)
+        temperatures.append(float(inner.temperature))
     assert temperatures == pytest.approx([2.0, 1.0, 0.5])
 
 
