@@ -16,11 +16,11 @@ from benchmarks.likelihood_runs import Trained
 from benchmarks.surroundings import surroundings
 from vaefeat.atomic import replace_file
 from vaefeat.errors import InputError
+from vaefeat.feeds import split_heldout
 from vaefeat.latent_plots import learning_curves
 from vaefeat.model.networks import count_multiply_adds
 from vaefeat.model.vae import VAE
 from vaefeat.plots import png
-from vaefeat.feeds import split_heldout
 
 __all__ = ["described", "listed", "merge", "report", "results_table", "write_curves"]
 

@@ -33,6 +33,7 @@ from vaefeat.cli import run_command_line
 from vaefeat.data import Rows, load_rows
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.errors import InputError
+from vaefeat.feeds import split_heldout
 from vaefeat.generation import interpolate, manifold, sample, sample_around, sweep
 from vaefeat.inference import anomaly_scores, denoise, impute
 from vaefeat.model.diagnostics import diagnose, rate_distortion
@@ -45,7 +46,6 @@ from vaefeat.model.marginal_likelihood import (
 from vaefeat.observers import Observer
 from vaefeat.placement import using_threads
 from vaefeat.settings import unknown_name
-from vaefeat.feeds import split_heldout
 from vaefeat.weights import restore_vae
 
 __all__ = ["METHODS", "USES", "Method", "main", "measure", "quoting", "shrink"]

@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 from vaefeat.errors import requiring
 
 if TYPE_CHECKING:
+    from vaefeat.blocks import open_blocks
     from vaefeat.bundle import Bundle, load_bundle
     from vaefeat.config import ModelConfig, TrainConfig
     from vaefeat.encoder import OnnxEncoder
     from vaefeat.errors import VaefeatError
     from vaefeat.features import VAEFeatures, VAETransformer
+    from vaefeat.grid import GridRun, pretrain_grid
     from vaefeat.pretraining import pretrain
     from vaefeat.remote import RemoteEncoder
 
 __all__ = [
     "Bundle",
+    "GridRun",
     "ModelConfig",
     "OnnxEncoder",
     "RemoteEncoder",
@@ -31,7 +34,9 @@ __all__ = [
     "VAETransformer",
     "VaefeatError",
     "load_bundle",
+    "open_blocks",
     "pretrain",
+    "pretrain_grid",
 ]
 
 try:
@@ -41,6 +46,7 @@ except PackageNotFoundError:  # a checkout that is on the path without being ins
 
 _ROOMS = {
     "Bundle": "vaefeat.bundle",
+    "GridRun": "vaefeat.grid",
     "ModelConfig": "vaefeat.config",
     "OnnxEncoder": "vaefeat.encoder",
     "RemoteEncoder": "vaefeat.remote",
@@ -49,7 +55,9 @@ _ROOMS = {
     "VAETransformer": "vaefeat.features",
     "VaefeatError": "vaefeat.errors",
     "load_bundle": "vaefeat.bundle",
+    "open_blocks": "vaefeat.blocks",
     "pretrain": "vaefeat.pretraining",
+    "pretrain_grid": "vaefeat.grid",
 }
 
 

@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike
 from vaefeat.arrays import as_rows
 from vaefeat.blocks_arrays import BLOCK_BYTES, ArrayBlocks, Blocks, FileBlocks, open_idx, open_npy
 from vaefeat.blocks_images import ImageBlocks
-from vaefeat.blocks_parquet import PARQUET_BLOCK_BYTES, ParquetBlocks
-from vaefeat.data import Split, _as_names, _as_positive, _as_size, _one_of, _Request, _split_folder
+from vaefeat.blocks_parquet import ParquetBlocks
+from vaefeat.data import Request, Split, as_names, as_positive, as_size, one_of, split_folder
 from vaefeat.errors import InputError
 from vaefeat.idx import find_idx, is_idx
 from vaefeat.images import SUFFIXES as IMAGE_SUFFIXES
@@ -47,8 +47,8 @@ def open_blocks(
     split, image_size, columns, label_column, image_column
         As in :func:`vaefeat.data.load_rows`. Labels are not read.
     block_bytes : int, optional
-        What a block takes in memory, at most, unless a single row takes more. By default 1 MiB, and 8 MiB for Parquet.
-        Small blocks are shuffled better, large ones are read faster from slow disks.
+        What a block takes in memory, at most, unless a single row takes more. By default 1 MiB; for Parquet 8 MiB of
+        numbers or 2 MiB of images. Small blocks are shuffled better, large ones are read faster from slow disks.
 
     Returns
     -------
@@ -70,16 +70,16 @@ def open_blocks(
     >>> blocks.sizes.tolist(), blocks.read(0).shape
     ([125, 125, 125, 125, 125, 125, 125, 125], (125, 784))
     """
-    request = _Request(
-        split=_one_of("split", split, get_args(Split)),
-        image_size=_as_size(image_size),
-        columns=_as_names(columns),
+    request = Request(
+        split=one_of("split", split, get_args(Split)),
+        image_size=as_size(image_size),
+        columns=as_names(columns),
         label_column=label_column,
         image_column=image_column,
         on_error="raise",
         max_rows=None,
     )
-    size = None if block_bytes is None else _as_positive("block_bytes", block_bytes)
+    size = None if block_bytes is None else as_positive("block_bytes", block_bytes)
     if not isinstance(source, str | os.PathLike):
         request.refuse("an array", image_size=True, columns=True, split=True)
         array: Any = source if isinstance(source, np.ndarray) else as_rows(source, what="array")
@@ -92,7 +92,7 @@ def open_blocks(
     raise InputError(f"got {path}, which does not exist; wanted a folder or a file, see vaefeat.blocks.open_blocks")
 
 
-def _open_file(path: Path, request: _Request, block_bytes: int | None) -> Blocks:
+def _open_file(path: Path, request: Request, block_bytes: int | None) -> Blocks:
     suffix = path.suffix.lower()
     request.refuse(str(path), split=True)
     if suffix in PARQUET_SUFFIXES:
@@ -111,12 +111,12 @@ def _open_file(path: Path, request: _Request, block_bytes: int | None) -> Blocks
     raise InputError(f"got {path}, wanted a .npy, .parquet or uncompressed IDX file, or a folder; {hint}")
 
 
-def _open_folder(folder: Path, request: _Request, block_bytes: int | None) -> Blocks:
+def _open_folder(folder: Path, request: Request, block_bytes: int | None) -> Blocks:
     """Try the formats in the order of :func:`vaefeat.data.load_rows`."""
     if idx := find_idx(folder, request.split):
         request.refuse(str(folder), image_size=True, columns=True)
         return open_idx(idx[0], block_bytes=block_bytes or BLOCK_BYTES)
-    inner = _split_folder(folder, request.split)
+    inner = split_folder(folder, request.split)
     files, has_splits = find_parquet(inner, request.split)
     images = [] if files else find_images(inner)
     if not files and not images:
@@ -131,13 +131,13 @@ def _open_folder(folder: Path, request: _Request, block_bytes: int | None) -> Bl
     return ImageBlocks(inner, images, image_size=request.image_size, block_bytes=block_bytes or BLOCK_BYTES)
 
 
-def _open_parquet(source: Path, files: Sequence[Path], request: _Request, block_bytes: int | None) -> ParquetBlocks:
+def _open_parquet(source: Path, files: Sequence[Path], request: Request, block_bytes: int | None) -> ParquetBlocks:
     return ParquetBlocks(
         files,
         columns=request.columns,
         image_column=request.image_column,
         label_column=request.label_column,
         image_size=request.image_size,
-        block_bytes=block_bytes or PARQUET_BLOCK_BYTES,
+        block_bytes=block_bytes,
         source=str(source),
     )

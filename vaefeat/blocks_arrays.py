@@ -81,7 +81,7 @@ class Blocks(ABC):
         """
 
     def take(self, block: int, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """Read only some rows of a block; `rows` counts from its first one."""
+        """Read only some rows of a block: their numbers counted from its first one, ascending."""
         return self.read(block)[rows]
 
     def fingerprint(self) -> str:

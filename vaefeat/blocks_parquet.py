@@ -12,6 +12,7 @@ files of any size so (``max_rows_per_file`` keeps groups from being gathered in 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,12 +38,15 @@ from vaefeat.parquet import (
     open_parts,
 )
 
-__all__ = ["PARQUET_BLOCK_BYTES", "ParquetBlocks"]
+__all__ = ["ParquetBlocks"]
 
-#: Larger than elsewhere, because every block of a row group costs its decoding from the start.
-PARQUET_BLOCK_BYTES = 8 << 20
-#: Row groups beyond this many blocks would be decoded more than thirty times an epoch: rewriting them is faster.
-_MAX_BLOCKS_PER_GROUP = 64
+#: Larger than elsewhere, because every block of a row group costs its decoding from the start. Encoded images are only
+#: skipped on the way there; smaller blocks of them let more threads decode.
+_NUMBERS_BLOCK_BYTES = 8 << 20
+_IMAGES_BLOCK_BYTES = 2 << 20
+#: Row groups of more blocks would be read so many times an epoch that rewriting them is faster.
+_MAX_NUMBERS_BLOCKS = 64
+_MAX_IMAGES_BLOCKS = 256
 #: What pyarrow keeps of a column while it reads on: a page of 1 MiB, as it came and as it was decompressed.
 _PAGE_BYTES = 2 << 20
 _VALUE_BYTES = 8
@@ -71,14 +75,14 @@ class ParquetBlocks(Blocks):
         At least one, all of the same columns.
     columns, image_column, label_column, image_size
         As in :func:`vaefeat.parquet.read_parquet`. No labels are read; their column is no feature.
-    block_bytes : int
-        Larger row groups are cut into several blocks.
-    source : str
+    block_bytes : int, optional
+        Larger row groups are cut into several blocks. By default 8 MiB, and 2 MiB (decoded) for images.
+    source : str, optional
 
     Raises
     ------
     InputError
-        As :func:`vaefeat.parquet.read_parquet`; or row groups of more than 64 blocks.
+        As :func:`vaefeat.parquet.read_parquet`; or row groups of more than 64 blocks, 256 of images.
     MissingExtraError
         pyarrow is not installed.
     """
@@ -91,14 +95,13 @@ class ParquetBlocks(Blocks):
         image_column: str = DEFAULT_IMAGE_COLUMN,
         label_column: str | None = DEFAULT_LABEL_COLUMN,
         image_size: tuple[int, int] | None = None,
-        block_bytes: int = PARQUET_BLOCK_BYTES,
+        block_bytes: int | None = None,
         source: str | None = None,
     ) -> None:
         self._stamps = tuple(Stamp.of(path.stat()) for path in files)
         parts = open_parts(files)
         self._files = tuple(files)
         self.source = source or str(files[0])
-        self._block_bytes = block_bytes
         self._metadata = tuple(map(_metadata, files))
         self._image_size = image_size
         if label_column is not None and label_column != DEFAULT_LABEL_COLUMN:
@@ -116,43 +119,52 @@ class ParquetBlocks(Blocks):
             self._columns = numeric_columns(parts, columns, label_column)
             self.dtype = numeric_dtype(parts, self._columns)
             self.row_shape = (len(self._columns),)
-        self._places = self._cut(block_bytes)
+        self._block_bytes = block_bytes or (_IMAGES_BLOCK_BYTES if self._images else _NUMBERS_BLOCK_BYTES)
+        self._places = self._cut()
         self.sizes = np.array([place.stop - place.start for place in self._places], np.int64)
 
     def read(self, block: int) -> NDArray[Any]:
         """Decode one block; of a row group that was cut, everything before it, too."""
-        place = self._places[block]
-        path = self._files[place.file]
+        return self._checked(self._places[block], None)
+
+    def take(self, block: int, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Decode only some images of a block."""
+        return self._checked(self._places[block], rows) if self._images else super().take(block, rows)
+
+    def _checked(self, place: _Place, rows: NDArray[np.int64] | None) -> NDArray[Any]:
+        start = place.first_row_of_group + place.start
+        what = f"{self._files[place.file]}[{start}:{start + place.stop - place.start}]"
         try:
-            rows = self._read_images(place) if self._images else self._read_numbers(place)
+            content = self._read_images(place, rows) if self._images else self._read_numbers(place)
         except InputError as error:
             self._refuse_changed(place, error)
             raise
         self._refuse_changed(place, None)
-        start = place.first_row_of_group + place.start
-        return as_rows(
-            rows, what=f"{path}[{start}:{start + len(rows)}]", columns=None if self._images else self._columns
-        )
+        return as_rows(content, what=what, columns=None if self._images else self._columns)
 
-    def _cut(self, block_bytes: int) -> list[_Place]:
+    def _cut(self) -> list[_Place]:
         places = []
         for file, metadata in enumerate(self._metadata):
             first = 0
             for group in range(metadata.num_row_groups):
                 n_rows = metadata.row_group(group).num_rows
-                sizes = even_sizes(n_rows, block_bytes, row_bytes=self.row_bytes) if n_rows else np.zeros(0, np.int64)
+                sizes = self._sizes(n_rows)
                 self._refuse_large(file, n_rows, len(sizes))
                 stops = np.cumsum(sizes).tolist()
                 places += [_Place(file, group, first, a, b) for a, b in zip([0, *stops[:-1]], stops, strict=False)]
                 first += n_rows
         return places
 
+    def _sizes(self, n_rows: int) -> NDArray[np.int64]:
+        return even_sizes(n_rows, self._block_bytes, row_bytes=self.row_bytes) if n_rows else np.zeros(0, np.int64)
+
     def _refuse_large(self, file: int, n_rows: int, n_blocks: int) -> None:
-        if n_blocks > _MAX_BLOCKS_PER_GROUP:
+        limit = _MAX_IMAGES_BLOCKS if self._images else _MAX_NUMBERS_BLOCKS
+        if n_blocks > limit:
             advised = max(1, self._block_bytes // self.row_bytes)
             raise InputError(
                 f"got {self._files[file]} with a row group of {n_rows:,} rows ({n_rows * self.row_bytes / 2**20:,.0f} "
-                f"MiB), wanted at most {_MAX_BLOCKS_PER_GROUP * advised:,}: row groups are read from their start, so "
+                f"MiB), wanted at most {limit * advised:,}: row groups are read from their start, so "
                 "every block would cost a good part of the group; rewrite the file once with pyarrow.dataset."
                 f"write_dataset(..., max_rows_per_group={advised})"
             )
@@ -206,16 +218,17 @@ class ParquetBlocks(Blocks):
                 )
         return rows
 
-    def _read_images(self, place: _Place) -> NDArray[Any]:
-        path = self._files[place.file]
+    def _read_images(self, place: _Place, rows: NDArray[np.int64] | None) -> NDArray[Any]:
+        path, n_rows = self._files[place.file], place.stop - place.start
+        wanted = np.ones(n_rows, bool) if rows is None else np.isin(np.arange(n_rows), rows)
         cells = (
             cell
-            for position, batch in self._batches(place, self._columns, IMAGE_BATCH)
+            for position, batch in self._batches(place, self._columns, min(n_rows, IMAGE_BATCH))
             for cell in encoded_cells(batch.column(self._columns[0]), path, place.first_row_of_group + position)
         )
         return decode_images(
-            cells,
-            count=place.stop - place.start,
+            compress(cells, wanted),
+            count=int(wanted.sum()),
             image_size=self._image_size,
             reference=self._reference,
             n_threads=1,

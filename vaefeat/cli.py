@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from vaefeat import cli_inference
+from vaefeat import cli_grid, cli_inference
 from vaefeat.cli_files import BUNDLE, DATA, IMAGE_SIZE, SPLIT, parts, require_suffix, write_array
 from vaefeat.errors import InputError, TrainingInterrupted, VaefeatError, requiring
 from vaefeat.observers import shown_activity
@@ -33,6 +33,7 @@ app = typer.Typer(
     help="Pretrain a variational auto-encoder on unlabelled rows and use its posterior mean as features.",
 )
 app.add_typer(cli_inference.app)
+app.add_typer(cli_grid.app)
 
 
 @app.command()

@@ -25,7 +25,19 @@ from vaefeat.images import OnError, class_folders, decode_images, find_images
 from vaefeat.parquet import DEFAULT_IMAGE_COLUMN, DEFAULT_LABEL_COLUMN, find_parquet, read_parquet
 from vaefeat.parquet import SUFFIXES as PARQUET_SUFFIXES
 
-__all__ = ["Rows", "Split", "batches", "fingerprint", "load_rows"]
+__all__ = [
+    "Request",
+    "Rows",
+    "Split",
+    "as_names",
+    "as_positive",
+    "as_size",
+    "batches",
+    "fingerprint",
+    "load_rows",
+    "one_of",
+    "split_folder",
+]
 
 Split = Literal["train", "test"]
 
@@ -74,7 +86,7 @@ class Rows:
         return fingerprint(self.array)
 
 
-class _Request(NamedTuple):
+class Request(NamedTuple):
     """The arguments of :func:`load_rows`, checked."""
 
     split: Split
@@ -157,14 +169,14 @@ def load_rows(
     MissingExtraError
         Parquet without pyarrow.
     """
-    request = _Request(
-        split=_one_of("split", split, get_args(Split)),
-        image_size=_as_size(image_size),
-        columns=_as_names(columns),
+    request = Request(
+        split=one_of("split", split, get_args(Split)),
+        image_size=as_size(image_size),
+        columns=as_names(columns),
         label_column=label_column,
         image_column=image_column,
-        on_error=_one_of("on_error", on_error, get_args(OnError)),
-        max_rows=None if max_rows is None else _as_positive("max_rows", max_rows),
+        on_error=one_of("on_error", on_error, get_args(OnError)),
+        max_rows=None if max_rows is None else as_positive("max_rows", max_rows),
     )
     found = _find(source, request)
     array = as_rows(found.array, what=found.source, max_rows=request.max_rows, columns=found.columns)
@@ -210,11 +222,12 @@ def batches(array: NDArray[Any], batch_size: int) -> Iterator[NDArray[Any]]:
     InputError
         `batch_size` is not a positive integer.
     """
-    size = _as_positive("batch_size", batch_size)
+    size = as_positive("batch_size", batch_size)
     return (array[start : start + size] for start in range(0, len(array), size))
 
 
-def _as_positive(name: str, value: int) -> int:
+def as_positive(name: str, value: int) -> int:
+    """Give a positive integer, or refuse it by its name."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -224,28 +237,31 @@ def _as_positive(name: str, value: int) -> int:
     return number
 
 
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    """Give a value that is allowed, or refuse it by its name."""
     if value not in allowed:
         raise InputError(f"got {name}={value!r}, wanted {' or '.join(map(repr, allowed))}")
     return value
 
 
-def _as_size(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+def as_size(image_size: int | Sequence[int] | None) -> tuple[int, int] | None:
+    """Give height and width of a size, which may be one number."""
     if image_size is None:
         return None
     sides = image_size if isinstance(image_size, Sequence) else (image_size, image_size)
     if len(sides) != 2:
         raise InputError(f"got image_size={image_size!r}, wanted (height, width), or one number for a square")
-    return _as_positive("image_size", sides[0]), _as_positive("image_size", sides[1])
+    return as_positive("image_size", sides[0]), as_positive("image_size", sides[1])
 
 
-def _as_names(columns: Sequence[str] | None) -> tuple[str, ...] | None:
+def as_names(columns: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Give names of columns, and refuse a single text."""
     if isinstance(columns, str):
         raise InputError(f"got columns={columns!r}, wanted a list of names; pass columns=[{columns!r}]")
     return None if columns is None else tuple(columns)
 
 
-def _find(source: Any, request: _Request) -> _Found:
+def _find(source: Any, request: Request) -> _Found:
     if not isinstance(source, str | os.PathLike):
         request.refuse("an array", image_size=True, columns=True, split=True)
         # A DataFrame's column names make an error message easier to act on.
@@ -259,7 +275,7 @@ def _find(source: Any, request: _Request) -> _Found:
     raise InputError(f"got {path}, which does not exist; wanted a folder or a file, see vaefeat.data.load_rows")
 
 
-def _read_file(path: Path, request: _Request) -> _Found:
+def _read_file(path: Path, request: Request) -> _Found:
     suffix = path.suffix.lower()
     request.refuse(str(path), split=True)
     if suffix in PARQUET_SUFFIXES:
@@ -276,12 +292,12 @@ def _read_file(path: Path, request: _Request) -> _Found:
     raise InputError(f"got {path}, wanted a .npy, .npz, .parquet or IDX file, or a folder; {hint}")
 
 
-def _read_folder(folder: Path, request: _Request) -> _Found:
+def _read_folder(folder: Path, request: Request) -> _Found:
     """Try the formats in the order of :func:`load_rows`."""
     if idx := find_idx(folder, request.split):
         request.refuse(str(folder), image_size=True, columns=True)
         return _read_idx(*idx, request)
-    inner = _split_folder(folder, request.split)
+    inner = split_folder(folder, request.split)
     files, has_splits = find_parquet(inner, request.split)
     images = [] if files else find_images(inner)
     if not files and not images:
@@ -296,7 +312,7 @@ def _read_folder(folder: Path, request: _Request) -> _Found:
     return _read_images(inner, images, request, train=None if inner is folder else folder / "train")
 
 
-def _split_folder(folder: Path, split: Split) -> Path:
+def split_folder(folder: Path, split: Split) -> Path:
     """Return the sub-folder of the split, or the folder itself where it has no such sub-folders."""
     present = [name for name in get_args(Split) if (folder / name).is_dir()]
     if present and split not in present:
@@ -306,7 +322,7 @@ def _split_folder(folder: Path, split: Split) -> Path:
     return folder / split if present else folder
 
 
-def _read_idx(images: Path, labels: Path | None, request: _Request) -> _Found:
+def _read_idx(images: Path, labels: Path | None, request: Request) -> _Found:
     rows = read_idx(images, max_rows=request.max_rows)
     if labels is None:
         return _Found(rows, str(images))
@@ -317,7 +333,7 @@ def _read_idx(images: Path, labels: Path | None, request: _Request) -> _Found:
     return _Found(rows, str(images), read_idx(labels, max_rows=request.max_rows))
 
 
-def _read_parquet(source: Path, files: Sequence[Path], request: _Request) -> _Found:
+def _read_parquet(source: Path, files: Sequence[Path], request: Request) -> _Found:
     table = read_parquet(
         files,
         columns=request.columns,
@@ -330,7 +346,7 @@ def _read_parquet(source: Path, files: Sequence[Path], request: _Request) -> _Fo
     return _Found(table.array, str(source), table.labels, columns=table.columns, skipped=table.skipped)
 
 
-def _read_images(folder: Path, files: list[Path], request: _Request, *, train: Path | None) -> _Found:
+def _read_images(folder: Path, files: list[Path], request: Request, *, train: Path | None) -> _Found:
     in_classes = all(len(file.relative_to(folder).parts) > 1 for file in files)
     names = _class_names(folder, train) if in_classes else None
     files = files[: request.max_rows]

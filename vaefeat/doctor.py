@@ -116,9 +116,7 @@ def _look_at_processors(found: Examination) -> None:
     found.facts["C++ compiler"] = compilers[0] if compilers else "none"
     if not compilers:
         found.advice.append("install a C++ compiler (g++): without one torch.compile does not work on processors")
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        if value := os.environ.get(name):
-            found.facts[name] = f"{value} (train.threads overrides it)"
+    found.facts["torch's threads"] = f"{torch.get_num_threads()} (train.threads overrides them)"
     with using_threads(1):
         matrix = torch.randn(512, 512)
         started, used = time.perf_counter(), time.process_time()

@@ -126,8 +126,9 @@ class StreamFeed(Feed):
 
     def __init__(self, stream: RowStream, *, batch_size: int, device: torch.device, world: World) -> None:
         self._stream, self._device, self._world = stream, device, world
-        self.n_train = stream.n_train
-        self.batch_size = min(batch_size, self.n_train)
+        self.batch_size = min(batch_size, stream.n_train)
+        # Several workers leave out what does not fill a minibatch.
+        self.n_train = min(stream.n_train, stream.steps_per_epoch(self.batch_size, world.size) * self.batch_size)
         self.heldout = stream.heldout
 
     @property

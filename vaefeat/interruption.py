@@ -27,7 +27,7 @@ class StopRequest:
         return self.signal is not None
 
     def __str__(self) -> str:
-        return self.signal.name if self.signal else "nobody"
+        return self.signal.name if self.signal else "another worker"
 
 
 _OPEN: set[StopRequest] = set()

@@ -37,7 +37,16 @@ from vaefeat.training import Trainer, TrainingResult
 from vaefeat.weights import weights_of
 from vaefeat.world import World
 
-__all__ = ["CHECKPOINT_FILE", "HISTORY_FILE", "TRAINING_FOLDER", "pretrain"]
+__all__ = [
+    "CHECKPOINT_FILE",
+    "HISTORY_FILE",
+    "ONE_AT_A_TIME",
+    "TRAINING_FOLDER",
+    "make_bundle",
+    "make_folder",
+    "pretrain",
+    "refuse_untrainable",
+]
 
 #: Inside the output folder: what training leaves besides the bundle.
 TRAINING_FOLDER = "training"
@@ -45,7 +54,7 @@ CHECKPOINT_FILE = "checkpoint.safetensors"
 HISTORY_FILE = "history.json"
 #: torch's random generator, its number of threads and its exporter belong to the whole process: two trainings in
 #: threads of it would disturb each other, so the second waits.
-_ONE_AT_A_TIME = threading.RLock()
+ONE_AT_A_TIME = threading.RLock()
 _LOG = logging.getLogger("vaefeat")
 _PARITY_ROWS = 1000
 _DIAGNOSED_ROWS = 256
@@ -130,17 +139,19 @@ def pretrain(
     name = name or (folder.resolve().name if folder else "encoder")
     check_name(name)
     source = _Source.opened(data, train)
-    _refuse_untrainable(source.sample, source.name)
+    refuse_untrainable(source.sample, source.name)
     if resume and folder is None:
         raise InputError("got resume=True without out=, wanted the folder that holds the checkpoint")
 
+    world = World.current()
     watching = [*observers, *([ProgressBar()] if progress else [])]
     checkpoint = None
     if folder is not None:
-        _make_folder(folder / TRAINING_FOLDER)
+        if world.leads:
+            make_folder(folder / TRAINING_FOLDER)
         checkpoint = folder / TRAINING_FOLDER / CHECKPOINT_FILE
         watching.append(EventLog(folder / TRAINING_FOLDER))
-    with _ONE_AT_A_TIME:
+    with ONE_AT_A_TIME:
         with fixed_noise(train.seed, torch.device("cpu")):
             vae = VAE.for_rows(model, source.sample)
         trainer = Trainer(
@@ -152,9 +163,12 @@ def pretrain(
             observers=watching,
         )
         result = trainer.run(resume=resume)
+        if folder is not None and not world.leads:
+            world.wait(trainer.device)
+            return load_bundle(folder)
         if folder is not None:
             _write_history(folder / TRAINING_FOLDER / HISTORY_FILE, result)
-        with shown_activity("export to ONNX, and compare with torch", shown=progress):
+        with shown_activity("export to ONNX, and compare with torch", shown=progress and world.leads):
             bundle = make_bundle(
                 vae,
                 source.sample,
@@ -163,7 +177,11 @@ def pretrain(
                 name=name,
                 data={"fingerprint": source.identity["fingerprint"], "n_rows": source.n_rows},
             )
-    return bundle if folder is None else bundle.save(folder)
+    if folder is None:
+        return bundle
+    saved = bundle.save(folder)
+    world.wait(trainer.device)
+    return saved
 
 
 @dataclass(frozen=True)
@@ -259,7 +277,7 @@ def make_bundle(
     return Bundle.of(manifest, contents)
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
     """Find out before an hour of training whether its result can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -281,7 +299,8 @@ def _write_history(path: Path, result: TrainingResult) -> None:
         ) from error
 
 
-def _refuse_untrainable(rows: NDArray[Any], source: str) -> None:
+def refuse_untrainable(rows: NDArray[Any], source: str) -> None:
+    """Refuse fewer than two rows, and rows that are all the same."""
     if len(rows) < 2:
         raise InputError(
             f"got {len(rows)} row from {source} to train on, wanted at least 2: one to train on and one to measure"

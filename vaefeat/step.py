@@ -110,6 +110,10 @@ class TrainingStep:
         figures, _ = self._fitting(rows)(rows, n_rows)
         return figures
 
+    def attempt(self, rows: Tensor, n_rows: int, n_first: int) -> None:
+        """Compute with the first rows alone, to see whether they fit into memory."""
+        self.gradients(rows[:n_first], n_rows=n_rows)
+
     def compile(self, rows: Tensor, *, n_rows: int) -> None:
         """Compile for minibatches of the shape of `rows`; others go on kernel by kernel.
 
@@ -204,7 +208,8 @@ class TrainingStep:
             # The objective is per row: of the whole set's posterior, each row carries its share of the prior.
             prior = log_weight_prior(self._parameters, self.config.weight_prior_std)
             objective = objective + prior * (len(rows) / n_rows / self._n_train)
-        gradients: list[Tensor | None] = list(torch.autograd.grad(-objective, self._parameters, allow_unused=True))
+        found = torch.autograd.grad(-objective, self._parameters, allow_unused=True)
+        gradients = [_laid_like(*pair) for pair in zip(found, self._parameters, strict=True)]
         sums = [term.detach().sum(dtype=torch.float64) for term in terms]
         norm = sums[0].new_zeros(())
         if self._world.size == 1:
@@ -253,7 +258,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _laid_like(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
-    """Give a gradient the strides of its weight: fused optimizers walk through both in the order of memory."""
+    """Give a gradient the strides of its weight, as ``backward`` does: fused optimizers go by the order in memory."""
     if gradient is None or gradient.stride() == parameter.stride():
         return gradient
     return torch.empty_like(parameter).copy_(gradient)

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,19 +48,16 @@ _MAX_WORKERS = 8
 _CHOICE, _BLOCK_ORDER, _ROW_ORDER = range(3)
 
 
-class _Piece(NamedTuple):
-    """Part of the training rows of a block."""
-
-    block: int
-    start: int
-    stop: int
-
-
 class _Load(NamedTuple):
-    """What is read into a buffer."""
+    """What is read into a buffer: parts of the training rows of blocks."""
 
-    pieces: tuple[_Piece, ...]
-    n_rows: int
+    blocks: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    stops: NDArray[np.int64]
+
+    @property
+    def n_rows(self) -> int:
+        return int((self.stops - self.starts).sum())
 
 
 class RowStream:
@@ -256,7 +254,9 @@ class RowStream:
         def read(block: int) -> None:
             places = [slice(bound[block], bound[block + 1]) for bound in bounds]
             numbers = np.concatenate([rows[place] for rows, place in zip(choices, places, strict=True)])
-            content = self._blocks.take(block, numbers - self._starts[block])
+            ascending = np.argsort(numbers)
+            content = np.empty((len(numbers), *self.row_shape), self.dtype)
+            content[ascending] = self._blocks.take(block, numbers[ascending] - self._starts[block])
             for rows, place in zip(picked, places, strict=True):
                 count = place.stop - place.start
                 rows[place], content = content[:count], content[count:]
@@ -277,36 +277,29 @@ class RowStream:
         total, slack = stop - start, int((highs - lows).max())
         n_loads = 1 if total <= self._buffer_rows else math.ceil(total / (self._buffer_rows - slack))
         load_of = (lows - start) * n_loads // total
-        loads = []
-        for load in np.unique(load_of):
-            inside = load_of == load
-            pieces = zip(
-                order[inside].tolist(),
-                (lows - begins)[inside].tolist(),
-                (highs - begins)[inside].tolist(),
-                strict=True,
-            )
-            loads.append(_Load(tuple(_Piece(*piece) for piece in pieces), int((highs - lows)[inside].sum())))
-        return loads
+        bounds = [0, *(np.flatnonzero(np.diff(load_of)) + 1).tolist(), len(order)]
+        # Views: a terabyte has a million blocks.
+        lows, highs = lows - begins, highs - begins
+        return [_Load(order[a:b], lows[a:b], highs[a:b]) for a, b in pairwise(bounds)]
 
     def _minibatches(
         self, loads: Sequence[_Load], seed: Sequence[int], size: int, n_skipped: int
     ) -> Generator[NDArray[Any], None, None]:
         """Hand out the rows of one buffer while the next is filled."""
-        ends = np.cumsum([load.n_rows for load in loads])
+        sizes = np.array([load.n_rows for load in loads])
+        ends = np.cumsum(sizes)
         first = int(np.searchsorted(ends, n_skipped, side="right"))
         if first == len(loads):
             return
-        n_largest = max(load.n_rows for load in loads[first:])
         # Two arrays for the whole epoch: fresh ones would be given to and taken from the system all the time.
-        buffers = [np.empty((n_largest, *self.row_shape), self.dtype) for _ in loads[first : first + 2]]
+        buffers = [np.empty((int(sizes[first:].max()), *self.row_shape), self.dtype) for _ in loads[first : first + 2]]
         with _reading(self._workers) as pool:
             pending = self._fill(pool, buffers[0], loads[first], [*seed, first])
-            position = n_skipped - (int(ends[first]) - loads[first].n_rows)
+            position = n_skipped - int(ends[first] - sizes[first])
             batch = nothing = np.empty((0, *self.row_shape), self.dtype)
             for index in range(first, len(loads)):
                 _wait(pending)
-                buffer = buffers[(index - first) % 2][: loads[index].n_rows]
+                buffer = buffers[(index - first) % 2][: sizes[index]]
                 if index + 1 < len(loads):
                     pending = self._fill(pool, buffers[(index + 1 - first) % 2], loads[index + 1], [*seed, index + 1])
                 while position < len(buffer):
@@ -326,28 +319,27 @@ class RowStream:
     ) -> list[Future[None]]:
         """Begin to read blocks and to put their rows down at random places."""
         places = np.random.default_rng(seed).permutation(load.n_rows)
-        futures, start = [], 0
-        for piece in load.pieces:
-            stop = start + piece.stop - piece.start
-            futures.append(_submit(pool, self._put_down, buffer, places[start:stop], piece))
-            start = stop
+        futures, position = [], 0
+        for block, start, stop in zip(load.blocks.tolist(), load.starts.tolist(), load.stops.tolist(), strict=True):
+            chosen = places[position : position + stop - start]
+            futures.append(_submit(pool, self._put_down, buffer, chosen, block, start))
+            position += len(chosen)
         return futures
 
-    def _put_down(self, buffer: NDArray[Any], places: NDArray[np.int64], piece: _Piece) -> None:
-        rows = self._blocks.read(piece.block)
-        wanted = (int(self._blocks.sizes[piece.block]), *self.row_shape)
+    def _put_down(self, buffer: NDArray[Any], places: NDArray[np.int64], block: int, start: int) -> None:
+        """Read a block, and put training rows of it, from its number `start` on, where they belong in the buffer."""
+        rows = self._blocks.read(block)
+        wanted = (int(self._blocks.sizes[block]), *self.row_shape)
         if rows.shape != wanted or rows.dtype != self.dtype:
             raise InputError(
-                f"got rows of shape {rows.shape} and {rows.dtype} in block {piece.block} of {self.source}, "
+                f"got rows of shape {rows.shape} and {rows.dtype} in block {block} of {self.source}, "
                 f"wanted {wanted} and {self.dtype}; the source was changed while it was read: start again"
             )
-        start, stop = self._starts[piece.block : piece.block + 2]
-        held = self.heldout[slice(*np.searchsorted(self.heldout, (start, stop)))]
+        first, last = self._starts[block : block + 2]
+        held = self.heldout[slice(*np.searchsorted(self.heldout, (first, last)))]
         if len(held):
-            rows = rows[np.delete(np.arange(len(rows)), held - start)[piece.start : piece.stop]]
-        else:
-            rows = rows[piece.start : piece.stop]
-        buffer[places] = rows
+            rows = rows[np.delete(np.arange(len(rows)), held - first)]
+        buffer[places] = rows[start : start + len(places)]
 
 
 @contextmanager

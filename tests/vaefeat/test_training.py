@@ -25,6 +25,7 @@ from vaefeat.errors import (
     NonFiniteLossError,
     TrainingInterrupted,
 )
+from vaefeat.feeds import split_heldout
 from vaefeat.model.evaluation import evaluate
 from vaefeat.model.posteriors import CategoricalPosterior
 from vaefeat.model.vae import VAE
@@ -32,7 +33,6 @@ from vaefeat.observers import EpochRecord, Observer
 from vaefeat.placement import threads_for
 from vaefeat.processors import available_cpus
 from vaefeat.schedules import kl_warmup_factor, learning_rate_factor
-from vaefeat.feeds import split_heldout
 from vaefeat.training import Trainer
 
 MODEL = ModelConfig(latent_dim=4, hidden_dims=(32,), network="mlp")
