@@ -315,8 +315,8 @@ class TrainConfig(Settings):
         if name not in _PRESETS:
             raise unknown_name("preset", name, _PRESETS)
         epochs, steps, own = _PRESETS[name]
-        batch_size = int(changes.get("batch_size", cls.batch_size))
-        steps_per_epoch = max(1, math.ceil(n_rows * (1 - changes.get("heldout", cls.heldout)) / batch_size))
+        given = cls.from_dict({**own, **changes})
+        steps_per_epoch = max(1, math.ceil(n_rows * (1 - given.heldout) / given.batch_size))
         max_epochs = max(epochs, math.ceil(steps / steps_per_epoch))
         patience = {"patience": math.ceil(max_epochs / 5)} if name == "best" else {}
         return cls.from_dict({"max_epochs": max_epochs, **patience, **own, **changes})

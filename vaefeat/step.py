@@ -29,6 +29,8 @@ __all__ = ["Knobs", "TrainingStep"]
 N_FIGURES = 5
 #: Steps that run as usual first, so that libraries have made their handles and workspaces.
 _STEPS_BEFORE_CAPTURE = 3
+#: Kinds of models that one process may compile; torch stops at eight, as a sign that something is wrong.
+_GRAPHS = 256
 #: Optimizers that keep all of their state on the device.
 _CAPTURABLE = {"adamw", "adam", "sgd"}
 
@@ -125,14 +127,17 @@ class TrainingStep:
         config = torch._dynamo.config
         if not hasattr(config, "trace_autograd_ops"):
             raise CompileError("this torch cannot compile the backward pass with the forward pass; a newer one can")
-        # A graph of its own for this model: the limit on recompilations is per function.
+        # Models of one kind share a graph, whose inputs their weights are.
         compiled = torch.compile(self._differentiate, fullgraph=True, dynamic=False)
         try:
             with self.untouched():
                 # Some tables of torch.distributions are filled at first use, which cannot be traced.
                 self._differentiate(rows, n_rows)
-                with config.patch(trace_autograd_ops=True), _quiet():
-                    compiled(rows, n_rows)
+                with config.patch(
+                    trace_autograd_ops=True, recompile_limit=_GRAPHS, accumulated_recompile_limit=_GRAPHS
+                ):
+                    with _quiet():
+                        compiled(rows, n_rows)
         except Exception as error:  # Inductor, its compiler and its cache each have their own
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise CompileError(f"{type(error).__name__}: {reason}") from error

@@ -1,0 +1,98 @@
+"""The command line's ways to train: presets, streams, memory, grids."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from typer.testing import CliRunner
+
+from vaefeat import TrainConfig, cli, load_bundle
+from vaefeat.blocks_arrays import Blocks
+from vaefeat.cli import app
+from vaefeat.errors import ConfigError, InputError
+
+SMALL = ("--set", "model.hidden_dims=[8]", "--set", "model.network=mlp", "--set", "model.latent_dim=2")
+
+
+def run(*arguments: str | Path) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path, digits_rows: NDArray[np.uint8]) -> Path:
+    np.save(tmp_path / "rows.npy", digits_rows[:300])
+    return tmp_path / "rows.npy"
+
+
+@pytest.mark.parametrize(("name", "epochs", "steps"), [("fast", 8, 1000), ("best", 100, 5000)])
+@pytest.mark.parametrize("n_rows", [2, 1000, 60_000, 10_000_000])
+def test_preset_trains_long_enough_for_few_rows_and_no_longer_for_many(
+    name: str, epochs: int, steps: int, n_rows: int
+) -> None:
+    config = TrainConfig.preset(name, n_rows=n_rows)
+    steps_per_epoch = max(1, math.ceil(0.9 * n_rows / config.batch_size))
+    assert config.max_epochs >= epochs
+    assert config.max_epochs * steps_per_epoch >= steps
+    assert config.max_epochs == epochs or (config.max_epochs - 1) * steps_per_epoch < steps
+
+
+def test_preset_takes_other_settings_over_its_own_and_refuses_unknown_ones() -> None:
+    config = TrainConfig.preset("fast", n_rows=1000, learning_rate=1e-3, max_epochs=3)
+    assert (config.learning_rate, config.max_epochs) == (1e-3, 3)
+    with pytest.raises(ConfigError, match="fast"):
+        TrainConfig.preset("fsat", n_rows=1000)
+    with pytest.raises(ConfigError, match="batch_size"):
+        TrainConfig.preset("fast", n_rows=1000, batchsize=3)
+    with pytest.raises(ConfigError, match="batch_size"):
+        TrainConfig.preset("fast", n_rows=1000, batch_size="many")
+
+
+def test_pretrain_with_a_preset_records_its_settings(rows_file: Path, tmp_path: Path) -> None:
+    run("pretrain", rows_file, "--out", tmp_path / "b", "--preset", "fast", "--set", "train.max_epochs=1", *SMALL)
+    assert load_bundle(tmp_path / "b").manifest.train["learning_rate"] == 4e-3
+
+
+def test_pretrain_streams_what_it_is_told_to(rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    choose = cli._rows
+
+    def remembered(*arguments: object, **options: object) -> object:
+        rows = choose(*arguments, **options)  # type: ignore[arg-type]
+        seen.append(isinstance(rows, Blocks))
+        return rows
+
+    monkeypatch.setattr(cli, "_rows", remembered)
+    for option in ((), ("--stream",), ("--in-memory",)):
+        run("pretrain", rows_file, "--out", tmp_path / "b", "--set", "train.max_epochs=1", *SMALL, *option)
+    assert seen == [False, True, False]
+
+
+def test_pretrain_streams_by_itself_what_memory_cannot_hold_and_says_so(
+    rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vaefeat.processors.available_memory", lambda: 1000)
+    output = run("pretrain", rows_file, "--out", tmp_path / "b", "--set", "train.max_epochs=1", *SMALL)
+    assert "read while training" in output.replace("\n", " ")
+    assert load_bundle(tmp_path / "b").manifest.data["n_rows"] == 300
+
+
+def test_streaming_what_cannot_be_read_in_pieces_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "rows.npz", X=np.zeros((3, 2)))
+    with pytest.raises(InputError, match=r"\.npz"):
+        run("pretrain", tmp_path / "rows.npz", "--out", tmp_path / "b", "--stream")
+
+
+def test_grid_trains_and_writes_a_bundle_for_each_combination(rows_file: Path, tmp_path: Path) -> None:
+    over = ("--over", "model.latent_dim=2,3", "--over", "train.seed=0,1")
+    few = ("--set", "train.max_epochs=1", "--set", "model.hidden_dims=[8]", "--set", "model.network=mlp")
+    run("grid", rows_file, "--out", tmp_path / "grid", *over, *few)
+    table = json.loads((tmp_path / "grid" / "grid.json").read_text())
+    assert len(list((tmp_path / "grid").glob("*/bundle.json"))) == 4
+    assert "latent_dim-3-seed-1" in json.dumps(table)
