@@ -40,5 +40,30 @@ def run(
     run_job(loaded, console=Console(), resume=resume)
 
 
+@app.command()
+def pretrain(
+    config: Annotated[Path, typer.Argument(help="A TOML file, such as pipelines/configs/digits.toml.")],
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="table.key=value, over the file's; may be repeated.")
+    ] = None,
+    workers: Annotated[
+        str | None, typer.Option(help="Train in N processes of Ray, or in MIN:MAX, as many as there is room for.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
+) -> None:
+    """Pretrain on the configuration's rows, in one process or in many, and write the bundle.
+
+    Also under torchrun: torchrun --nproc-per-node 2 -m pipelines pretrain CONFIG
+    """
+    from pipelines.config import load_config, with_workers
+    from pipelines.group import leads_group
+
+    loaded = with_workers(load_config(config, override or ()), workers)
+    with shown_activity("load torch and the rest", shown=leads_group()), requiring("jobs", what="This job"):
+        from pipelines.pretrain import pretrain as pretrain_job
+
+    pretrain_job(loaded, console=Console(), resume=resume)
+
+
 if __name__ == "__main__":
     run_command_line(app)

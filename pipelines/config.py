@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.errors import ConfigError
-from vaefeat.settings import Settings, unknown_name, with_overrides
+from vaefeat.settings import Settings, check_choice, check_int, check_number, check_text, unknown_name, with_overrides
 
-__all__ = ["DataConfig", "ProbeConfig", "RunConfig", "ServeConfig", "load_config"]
+__all__ = ["DataConfig", "ProbeConfig", "RunConfig", "ServeConfig", "WorkersConfig", "load_config", "with_workers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,68 @@ class ProbeConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WorkersConfig(Settings):
+    """The processes that ``python -m pipelines pretrain`` trains in; ``run`` trains in its own.
+
+    Parameters
+    ----------
+    count : int or str
+        0 trains in the job's own process, a number in as many workers of Ray, and a text such as ``"1:4"`` in as many
+        as there is room for, within these bounds, at any time.
+    cpus : int
+        Processors that Ray reserves for each worker. On a cluster this is what spreads workers over machines.
+    rows : {"load", "share", "stream"}
+        ``load``: each worker reads the data, whose path all machines must see. ``share``: the job reads them and puts
+        them into Ray's object store, of which the workers of a machine share one copy. ``stream``: each worker reads
+        only its part, block by block, while it trains.
+    max_failures : int
+        Workers that may be lost before the job gives up.
+    address : str
+        ``local`` starts a Ray of the job's own, on this machine and its loopback address; anything else is the address
+        of a cluster, ``auto`` the one that this machine belongs to.
+    timeout_s : float
+        Seconds without a sign of life of any worker after which the job gives up.
+    """
+
+    count: int | str = 0
+    cpus: int = 1
+    rows: str = "load"
+    max_failures: int = 3
+    address: str = "local"
+    timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        least, most = self.bounds
+        if not 0 <= least <= most or (least == 0 and isinstance(self.count, str)):
+            raise _impossible_count(self.count)
+        check_int("workers.cpus", self.cpus, at_least=1)
+        check_choice("workers.rows", self.rows, ("load", "share", "stream"))
+        check_int("workers.max_failures", self.max_failures, at_least=0)
+        check_text("workers.address", self.address)
+        check_number("workers.timeout_s", self.timeout_s, above=0)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The least and the greatest number of workers."""
+        if isinstance(self.count, int) and not isinstance(self.count, bool):
+            return self.count, self.count
+        try:
+            least, colon, most = str(self.count).partition(":")
+            return int(least), int(most if colon else least)
+        except ValueError:
+            raise _impossible_count(self.count) from None
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the number may change while training."""
+        return self.bounds[0] < self.bounds[1]
+
+
+def _impossible_count(count: object) -> ConfigError:
+    return ConfigError(f"got {count!r} workers, wanted a number such as 2, or bounds such as '1:4'")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything about a run.
 
@@ -96,7 +158,7 @@ class RunConfig:
         Of the encoder.
     out : str
         Folder of the run, which is also the bundle's.
-    data, model, train, serve, probe
+    data, model, train, serve, probe, workers
         One TOML table each.
     """
 
@@ -107,6 +169,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -118,6 +181,7 @@ class RunConfig:
             "train": TrainConfig,
             "serve": ServeConfig,
             "probe": ProbeConfig,
+            "workers": WorkersConfig,
         }
         made: dict[str, Any] = {}
         for key, value in values.items():
@@ -157,3 +221,10 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"got {path}, which is not TOML: {error}") from error
     return RunConfig.from_dict(with_overrides(values, overrides))
+
+
+def with_workers(config: RunConfig, count: str | None) -> RunConfig:
+    """Set the number of workers, as ``--workers`` on a command line gives it; None leaves the file's."""
+    if count is None:
+        return config
+    return replace(config, workers=replace(config.workers, count=int(count) if count.isdecimal() else count))

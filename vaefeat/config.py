@@ -318,5 +318,6 @@ class TrainConfig(Settings):
         given = cls.from_dict({**own, **changes})
         steps_per_epoch = max(1, math.ceil(n_rows * (1 - given.heldout) / given.batch_size))
         max_epochs = max(epochs, math.ceil(steps / steps_per_epoch))
+        max_epochs = changes.get("max_epochs", max_epochs)
         patience = {"patience": math.ceil(max_epochs / 5)} if name == "best" else {}
         return cls.from_dict({"max_epochs": max_epochs, **patience, **own, **changes})

@@ -1,0 +1,46 @@
+"""Environment variables that Ray reads: when it is imported, and in every process that it starts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pipelines.config import WorkersConfig
+
+__all__ = ["CHECKOUT", "prepare_environment"]
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def prepare_environment(config: WorkersConfig) -> None:
+    """Set this process's environment for Ray; must run before Ray is imported."""
+    os.environ.update(
+        {
+            # Workers must find this package, from wherever the job was started.
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # It prints a stack trace for the SIGTERM that is an ordinary way to stop.
+            "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
+            "RAY_TRAIN_V2_ENABLED": "1",
+            "RAY_TRAIN_METRICS_ENABLED": "0",
+            # After which Ray Train counts anew what there is: it learns late of machines that are gone.
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{config.timeout_s / 4:g}",
+            # How soon a lost worker is noticed.
+            "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        }
+    )
+    if config.address != "local":
+        return
+    # A Ray of the job's own, on one machine, whatever cluster the person works with otherwise.
+    for variable in ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_REDIS_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        os.environ.pop(variable, None)
+    os.environ.update(
+        {
+            # Named for other systems, but it decides on Linux too whether Ray takes the loopback address for its own
+            # and binds its servers to it; Ray replaces an address of 127.0.0.1 that it is given.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            # Fixed ports by default, which a second job on this machine would not get.
+            "AUTOSCALER_METRIC_PORT": "0",
+            "DASHBOARD_METRIC_PORT": "0",
+        }
+    )
