@@ -1,255 +1,193 @@
-"""How fast training is, against others and against the machine: ``python -m benchmarks.train --data FOLDER``.
+"""How fast training is, against others and against the machine.
 
-Contenders run in processes of their own, one after another and in rounds (A B C, A B C, ...), with the same network,
-minibatches, threads and rows: pythae's trainer, the loop of PyTorch's example, and ours (see
-:mod:`benchmarks.train_contenders`). Rates are of training alone, after a warm-up; the time to a held-out bound is of
-everything. The last line is JSON.
+``python -m benchmarks.train --data PATH`` runs pythae's trainer, the loop of PyTorch's example and ours in processes of
+their own, one after another and in rounds (A B C, A B C, ...), with the same network, minibatches, threads and rows;
+see :mod:`benchmarks.train_contenders` for each and :mod:`benchmarks.train_tasks` for what they are given. Rates are
+those of training after its warm-up, the time to a held-out bound is that of everything. The last line is JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import torch
+import typer
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.surroundings import surroundings
-from benchmarks.train_contenders import Task
-from vaefeat.processors import available_cpus, available_memory
+from benchmarks.train_report import described, shown
+from benchmarks.train_tasks import DATA_SETS, Entry, Part, gpu_parts, parts
+from vaefeat.atomic import replace_file
+from vaefeat.cli import run_command_line
+from vaefeat.data import load_rows
+from vaefeat.errors import InputError, TrainingError
+from vaefeat.processors import available_cpus
+from vaefeat.settings import unknown_name
 
-__all__ = ["main"]
+__all__ = ["main", "measure"]
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 _ROOT = Path(__file__).parents[1]
-_GIB = 2**30
-#: What 10 million rows of 784 bytes take, and what must be free for it.
-_SCALES = (10_000, 1_000_000, 10_000_000)
-_ROW_BYTES = 784
-#: Our own settings for the way to a held-out bound: another learning rate and schedule, same minibatches and network.
-_OURS = {"learning_rate": 4e-3, "kl_warmup": 0.1, "precision": "bfloat16", "compile": False}
+_ROUNDS, _QUICK_ROUNDS = 5, 3
+#: A quick run begins nothing later, nor measures again what would end later.
+_QUICK_S = 240.0
+#: A contender that takes longer hangs.
+_LONGEST_S = 900.0
+_SAID_LINES = 3
+_VERSIONS = ("torchvision", "numpy", "pythae")
 
 
-class _UnusableError(Exception):
-    """What cannot be measured here, for people."""
+@app.command()
+def main(
+    data: Annotated[Path, typer.Option(help="Folder with MNIST's IDX files in MNIST/ and CIFAR-10 in CIFAR10/.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Short rounds, as many as fit: within five minutes.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Also on a CUDA device, where there is one.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of every contender; all processors by default.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A part; may be repeated. All when not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A JSON file for everything that was measured.")] = None,
+) -> None:
+    """Measure, print tables and one line of JSON."""
+    began = time.perf_counter()
+    n_threads = threads or available_cpus()
+    available = list(parts(data.resolve(), threads=n_threads, quick=quick))
+    gpu_rows = "not asked for; --gpu measures it"
+    if gpu:
+        gpu_rows = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device found: not measured"
+        if torch.cuda.is_available():
+            available += gpu_parts(data.resolve(), threads=n_threads, quick=quick)
+    names = [part.name for part in available]
+    for name in only or ():
+        if name not in names:
+            raise unknown_name("part", name, names)
+    chosen = [part for part in available if not only or part.name in only]
+    _refuse_unusable(data, chosen)
+    # Of the code as it was loaded, whatever is written meanwhile.
+    where = surroundings()
+    where["versions"] |= {name: version(name) for name in _VERSIONS if importlib.util.find_spec(name)}
+    found = measure(chosen, rounds=_QUICK_ROUNDS if quick else _ROUNDS, until_s=_QUICK_S if quick else None)
+    results = {
+        **where,
+        "threads": n_threads,
+        "quick": quick,
+        "seconds": round(time.perf_counter() - began),
+        "gpu_rows": gpu_rows,
+        **described(found, chosen),
+    }
+    Console(width=120).print(shown(results), highlight=False)
+    if out is not None:
+        replace_file(out, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
+    said = ("ratios", "commit", "date", "processor", "gpu", "gpu_rows", "versions", "threads", "quick", "seconds")
+    print(json.dumps({name: results[name] for name in said}))
 
 
-class _Runner:
-    """Runs tasks in processes, and keeps what they say."""
+def measure(
+    chosen: Sequence[Part], *, rounds: int, until_s: float | None = None
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Run all entries of all parts in turns, and then again.
 
-    def __init__(self, data: Path, threads: int, console: Console) -> None:
-        self._data, self._threads, self._console = data, threads, console
+    Parameters
+    ----------
+    chosen : sequence of Part
+    rounds : int
+        At most; some parts are measured once.
+    until_s : float, optional
+        Seconds after which nothing begins, nor may end that was measured before.
 
-    def __call__(self, contender: str, **settings: Any) -> dict[str, Any]:
-        task = Task(contender=contender, data=str(self._data), **{"threads": self._threads, **settings})
-        with self._console.status(f"{contender} {task.network}, minibatches of {task.batch_size}"):
-            done = subprocess.run(  # noqa: S603 - our own module
-                [sys.executable, "-m", "benchmarks.train_contenders", json.dumps(asdict(task))],
-                cwd=_ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": str(task.threads), "MKL_NUM_THREADS": str(task.threads)},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        if done.returncode:
-            raise _UnusableError(f"{contender} failed: {done.stderr.strip().splitlines()[-1:]}")
-        return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    Returns
+    -------
+    dict
+        What the contenders gave: by part, by entry, one for each round; none where there was no time.
 
-
-def rates(run: _Runner, *, quick: bool, device: str = "cpu") -> Iterator[dict[str, Any]]:
-    """Measure rows/s of every contender, in rounds."""
-    rounds, seconds = (2, 3.0) if quick else (5, 6.0)
-    cases: list[tuple[str, int, tuple[str, ...]]] = [
-        ("mlp", 128, ("pythae", "dataloader", "vaefeat")),
-        ("mlp", 512, ("pythae", "dataloader", "vaefeat")),
-        ("mlp", 1024, ("vaefeat",)),
-        ("conv28", 128, ("pythae", "vaefeat")),
-        ("conv32", 128, ("pythae", "vaefeat")),
-    ]
-    if device == "cuda":
-        both = ("pythae", "vaefeat")
-        cases = [*(("mlp", size, both) for size in (128, 512, 4096)), ("conv28", 512, both)]
-    for network, batch_size, contenders in cases:
-        measured: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-        for _ in range(rounds):
-            for name in contenders:
-                n_rows = 20_000 if network == "mlp" else 4000
-                # The compiler's kernels for convolutions are slower on processors: `auto` tries them and drops them,
-                # which takes it longer than a quick run lasts.
-                ours = {"compile": False} if quick and network != "mlp" and device == "cpu" else {}
-                measured[name].append(
-                    run(
-                        name,
-                        network=network,
-                        batch_size=batch_size,
-                        seconds=seconds,
-                        n_rows=n_rows,
-                        device=device,
-                        train=ours if name == "vaefeat" else {},
-                    )
-                )
-        for name, all_of_it in measured.items():
-            yield {
-                "contender": name,
-                "network": network,
-                "batch_size": batch_size,
-                "device": device,
-                "rows_per_s": statistics.median(one["rows_per_s"] for one in all_of_it),
-                "rounds": [round(one["rows_per_s"]) for one in all_of_it],
-                "peak_mib": max(one["peak_mib"] for one in all_of_it),
-                **{key: all_of_it[-1][key] for key in ("precision", "compiled", "notes") if key in all_of_it[-1]},
-            }
-
-
-def time_to_bound(run: _Runner, *, quick: bool) -> dict[str, Any]:
-    """Measure the seconds to the held-out bound that pythae has after some epochs."""
-    epochs, ours_epochs, rounds = (4, 3, 1) if quick else (10, 5, 3)
-    ratios, last = [], {}
-    for _ in range(rounds):
-        theirs = run("pythae", n_rows=55_000, epochs=epochs)["history"]
-        seconds, level = max(theirs, key=lambda point: point[1])
-        ours = run("vaefeat", n_rows=55_000, epochs=ours_epochs, level=level, train=_OURS)["history"]
-        reached = next((point for point in ours if point[1] >= level), None)
-        ratios.append(seconds / reached[0] if reached else 0.0)
-        last = {"level": level, "pythae": theirs, "vaefeat": ours}
-    return {"ratio": statistics.median(ratios), "ratios": ratios, "epochs": epochs, "settings": _OURS, **last}
-
-
-def scaling(run: _Runner, *, quick: bool) -> list[dict[str, Any]]:
-    """Measure the cost of a row in sets of very different sizes."""
-    found: list[dict[str, Any]] = []
-    for n_rows in _SCALES:
-        free = available_memory()
-        if free is not None and free < 2 * n_rows * _ROW_BYTES + _GIB:
-            found.append({"n_rows": n_rows, "not_measured": f"{free / _GIB:.1f} GiB of memory are free"})
-            continue
-        # Compiling would be the same for all, and takes longer than the measurement.
-        settings = {"precision": "bfloat16", "compile": False}
-        done = [run("vaefeat", n_rows=n_rows, seconds=3.0, train=settings) for _ in range(1 if quick else 3)]
-        rate = statistics.median(one["rows_per_s"] for one in done)
-        peak = max(one["peak_mib"] for one in done)
-        found.append({"n_rows": n_rows, "us_per_row": 1e6 / rate, "peak_mib": peak})
+    Raises
+    ------
+    TrainingError
+        A contender failed.
+    """
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {
+        part.name: {entry.key: [] for entry in part.entries} for part in chosen
+    }
+    costs: dict[str, float] = {}
+    began = time.perf_counter()
+    # Compiled kernels are kept for the rounds to come, but none are there at first.
+    with tempfile.TemporaryDirectory() as kernels:
+        for number in range(rounds):
+            for part in chosen:
+                started = time.perf_counter()
+                if number and (part.once or part.name not in costs):
+                    continue
+                if until_s and started - began + costs.get(part.name, 0.0) > until_s:
+                    continue
+                for entry in part.entries:
+                    print(f"round {number + 1}: {part.name}, {entry.key}", file=sys.stderr, end="", flush=True)
+                    one = _run(part.name, entry, Path(kernels))
+                    print(f": {_said(one)}", file=sys.stderr, flush=True)
+                    found[part.name][entry.key].append(one)
+                costs[part.name] = time.perf_counter() - started
     return found
 
 
-def ratios_of(rows: Sequence[dict[str, Any]], bound: dict[str, Any] | None, limit: dict[str, Any]) -> dict[str, Any]:
-    """Compute what the last line says; None where something was not measured."""
-    rate = {(row["contender"], row["network"], row["batch_size"]): row for row in rows if row["device"] == "cpu"}
-
-    def ratio(network: str, batch_size: int, other: str) -> float | None:
-        ours, theirs = rate.get(("vaefeat", network, batch_size)), rate.get((other, network, batch_size))
-        return ours["rows_per_s"] / theirs["rows_per_s"] if ours and theirs else None
-
-    ours = rate.get(("vaefeat", "mlp", 512))
-    return {
-        "mlp_b128_vs_dataloader": ratio("mlp", 128, "dataloader"),
-        "mlp_b512_vs_dataloader": ratio("mlp", 512, "dataloader"),
-        "mlp_b128_vs_pythae": ratio("mlp", 128, "pythae"),
-        "conv_vs_pythae": ratio("conv28", 128, "pythae"),
-        "conv32_vs_pythae": ratio("conv32", 128, "pythae"),
-        "time_to_elbo_vs_pythae": bound["ratio"] if bound else None,
-        "mfu": limit["seconds"][ours["precision"]] * ours["rows_per_s"] / 512 if ours else None,
-    }
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print a table, and one line of JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with MNIST/ and CIFAR10/")
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds: at most five minutes")
-    parser.add_argument("--gpu", action="store_true", help="also on a CUDA device, where there is one")
-    parser.add_argument("--threads", type=int, default=available_cpus(), help="of every contender")
-    parser.add_argument("--out", type=Path, help="a JSON file for everything that was measured")
-    options = parser.parse_args(arguments)
-    console = Console(stderr=True)
+def _run(part: str, entry: Entry, kernels: Path) -> dict[str, Any]:
+    threads = str(entry.task.threads)
+    name = f"{entry.contender} in {part}"
     try:
-        results = _measure(options, console)
-    except _UnusableError as error:
-        raise SystemExit(f"error: {error}") from None
-    _print(results)
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(json.dumps({"ratios": results["ratios"], **{k: results[k] for k in ("commit", "date", "processor")}}))
-
-
-def _measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    for name in ("MNIST", "CIFAR10"):
-        if not (options.data / name).is_dir():
-            raise _UnusableError(f"got --data {options.data}, in which there is no folder {name}")
-    if importlib.util.find_spec("pythae") is None:
-        raise _UnusableError("pythae is not installed; `make lint` or any other target of make installs it")
-    if options.threads < 1:
-        raise _UnusableError(f"got --threads {options.threads}, wanted at least 1")
-    run = _Runner(options.data.resolve(), options.threads, console)
-    started = time.perf_counter()
-    found = list(rates(run, quick=options.quick))
-    limit = run("matmul", batch_size=512, seconds=2.0)
-    bound = time_to_bound(run, quick=options.quick)
-    grid = run("grid", threads=1)
-    sizes = scaling(run, quick=options.quick)
-    gpu = "not asked for (--gpu)"
-    if options.gpu:
-        import torch
-
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device found: not measured"
-        if torch.cuda.is_available():
-            found += rates(run, quick=options.quick, device="cuda")
-    return {
-        **surroundings(),
-        "threads": options.threads,
-        "quick": options.quick,
-        "seconds": round(time.perf_counter() - started),
-        "rates": found,
-        "matmul": limit,
-        "time_to_elbo": bound,
-        "grid": {**grid, "speed_up": grid["alone_s"] / grid["together_s"]},
-        "scaling": sizes,
-        "gpu": gpu,
-        "ratios": ratios_of(found, bound, limit),
-    }
-
-
-def _print(results: dict[str, Any]) -> None:
-    console = Console(width=110)
-    table = Table("network", "batch", "contender", "rows/s", "against ours", "peak MiB", "how", box=None)
-    for row in results["rates"]:
-        same = ("network", "batch_size", "device")
-        ours = next(
-            one for one in results["rates"] if one["contender"] == "vaefeat" and all(one[k] == row[k] for k in same)
+        done = subprocess.run(  # noqa: S603 - our own module
+            [sys.executable, "-m", "benchmarks.train_contenders", entry.contender, json.dumps(asdict(entry.task))],
+            cwd=_ROOT,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": threads,
+                "MKL_NUM_THREADS": threads,
+                "TORCHINDUCTOR_CACHE_DIR": str(kernels),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_LONGEST_S,
         )
-        how = f"{row['precision']}, {'compiled' if row['compiled'] else 'kernels'}" if "precision" in row else ""
-        table.add_row(
-            f"{row['network']} {row['device']}",
-            str(row["batch_size"]),
-            row["contender"],
-            f"{row['rows_per_s']:,.0f}",
-            f"{row['rows_per_s'] / ours['rows_per_s']:.2f}",
-            f"{row['peak_mib']:,.0f}",
-            how,
+    except subprocess.TimeoutExpired:
+        raise TrainingError(f"{name} did not end within {_LONGEST_S:.0f} s") from None
+    if done.returncode:
+        last = " / ".join(done.stderr.strip().splitlines()[-_SAID_LINES:])
+        raise TrainingError(f"{name} failed with status {done.returncode}: {last}")
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def _said(one: dict[str, Any]) -> str:
+    if "rows_per_s" in one:
+        return f"{one['rows_per_s']:,.0f} rows/s"
+    if "history" in one:
+        seconds, elbo = one["history"][-1]
+        return f"{elbo:.2f} nats after {seconds:.1f} s"
+    return "done"
+
+
+def _refuse_unusable(data: Path, chosen: Sequence[Part]) -> None:
+    """Refuse what would fail in the middle of it."""
+    entries = [entry for part in chosen for entry in part.entries]
+    if any(entry.contender == "pythae" for entry in entries) and importlib.util.find_spec("pythae") is None:
+        raise InputError(
+            "got no package pythae to measure against; `make test` installs it, or `pip install --no-deps pythae "
+            "imageio tqdm` (its list of requirements cannot be installed as it is)"
         )
-    console.print(table)
-    bound, grid = results["time_to_elbo"], results["grid"]
-    console.print(
-        f"time to {bound['level']:.2f} nats held out, where pythae is after {bound['epochs']} epochs: "
-        f"{bound['ratio']:.1f} times sooner\n"
-        f"{grid['models']} small models as one batch: {grid['speed_up']:.1f} times as fast as one after another\n"
-        f"share of the limit that matrix products set (MLP, 512): {results['ratios']['mfu']:.2f}\n"
-        f"GPU: {results['gpu']}",
-        highlight=False,
-    )
-    for size in results["scaling"]:
-        cost = f"{size['us_per_row']:.1f} µs" if "us_per_row" in size else f"not measured: {size['not_measured']}"
-        console.print(f"cost of a row among {size['n_rows']:>10,}: {cost}", highlight=False)
+    for folder, shape in {
+        DATA_SETS[entry.task.network] for entry in entries if entry.contender not in {"limit", "grid"}
+    }:
+        rows = load_rows(data / folder, max_rows=2)
+        if rows.row_shape != shape:
+            raise InputError(f"got rows of shape {rows.row_shape} in {data / folder}, wanted {shape}")
 
 
 if __name__ == "__main__":
-    main()
+    run_command_line(app)

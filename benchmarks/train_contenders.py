@@ -1,21 +1,24 @@
-"""One contender of :mod:`benchmarks.train`, in a process of its own: ``python -m benchmarks.train_contenders '{...}'``.
+"""One contender of :mod:`benchmarks.train`, in a process of its own.
 
-Prints one line of JSON. All contenders train the same network, in the same minibatches, on the same rows and threads,
-with Adam at 1e-3 where they do not say otherwise; it is built by the library and handed to pythae's trainer as it is.
+``python -m benchmarks.train_contenders NAME '{"data": PATH, ...}'`` prints one line of JSON. Whoever trains does so
+with the same network, minibatches, rows and threads. Rows lie in memory, or in the files that a contender reads, before
+a clock starts.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field
-from io import StringIO
+from contextlib import redirect_stderr, suppress
+from dataclasses import replace
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -25,149 +28,195 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vaefeat import ModelConfig, TrainConfig
-from vaefeat.data import load_rows
+from benchmarks.train_tasks import NETWORKS, Task
+from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.model.evaluation import evaluate, fixed_noise
 from vaefeat.model.objectives import ELBO
+from vaefeat.model.posteriors import DiagonalGaussian
 from vaefeat.model.vae import VAE
 from vaefeat.observers import EpochRecord, Observer
 from vaefeat.training import Trainer
 
-__all__ = ["CONTENDERS", "NETWORKS", "Task", "run"]
+__all__ = ["CONTENDERS", "ExampleVAE", "Stopwatch", "make_pythae", "make_vae", "run", "write_mnist"]
 
-#: The network of PyTorch's example (784-400-20-400-784), and the library's convolutions.
-NETWORKS = {
-    "mlp": ModelConfig(latent_dim=20, network="mlp", hidden_dims=(400,), activation="relu", normalization=False),
-    "conv28": ModelConfig(latent_dim=20, likelihood="bernoulli"),
-    "conv32": ModelConfig(latent_dim=20, likelihood="bernoulli"),
-}
-_FOLDERS = {"mlp": "MNIST", "conv28": "MNIST", "conv32": "CIFAR10"}
-_HELDOUT = 5000
-#: Steps that are not counted: libraries make themselves ready, and compilers compile.
-_WARM_UP_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What a contender is to do.
-
-    Parameters
-    ----------
-    contender : str
-        A name in :data:`CONTENDERS`.
-    data : str
-        Folder with MNIST and CIFAR-10.
-    network : str
-        A name in :data:`NETWORKS`.
-    batch_size, threads : int
-    seconds : float
-        Of training at the steady rate.
-    n_rows : int
-        Rows in the set; real ones are repeated where there are fewer.
-    epochs : int
-        Passes, where a held-out bound is to be reached.
-    level : float or None
-        That bound, in nats per row.
-    device : str
-    train : dict
-        Ours alone: other settings.
-    """
-
-    contender: str
-    data: str
-    network: str = "mlp"
-    batch_size: int = 128
-    threads: int = 1
-    seconds: float = 3.0
-    n_rows: int = 20_000
-    epochs: int = 0
-    level: float | None = None
-    device: str = "cpu"
-    train: dict[str, Any] = field(default_factory=dict)
-
-    def rows(self) -> NDArray[np.uint8]:
-        """Give the training rows, real ones repeated as often as it takes."""
-        real = load_rows(Path(self.data) / _FOLDERS[self.network]).array[_HELDOUT:]
-        repeated = -(-self.n_rows // len(real))
-        return np.tile(real, (repeated, 1, 1, 1))[: self.n_rows] if repeated > 1 else real[: self.n_rows]
-
-    def heldout(self) -> NDArray[np.uint8]:
-        """Give rows that nobody trains on."""
-        return load_rows(Path(self.data) / _FOLDERS[self.network]).array[:_HELDOUT]
-
-    def vae(self, rows: NDArray[Any]) -> VAE:
-        """Give the network, with the same weights for all."""
-        with fixed_noise(0, torch.device("cpu")):
-            return VAE.for_rows(NETWORKS[self.network], rows[:10_000])
+#: What every peer trains with.
+_LEARNING_RATE = 1e-3
+#: Samples of the posterior for each held-out row.
+_BOUND_SAMPLES = 8
+#: Weights (from, to) of the fully connected network.
+_LAYERS = ((784, 400), (400, 20), (400, 20), (20, 400), (400, 784))
+_GRID: dict[str, list[Any]] = {"latent_dim": [4, 8, 16], "kl_weight": [0.5, 1.0], "seed": [0, 1]}
 
 
 class _EnoughError(Exception):
     """Ends a training from inside."""
 
 
-class _Clock:
-    """Rates of pieces of training after a warm-up."""
+class Stopwatch:
+    """Times a training: a rate after its warm-up, or the bound after each epoch.
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds, self._started, self.rates = seconds, time.perf_counter(), list[float]()
-        self._last = self._started
+    Parameters
+    ----------
+    task : Task
+    n_rows : int
+        Rows in an epoch.
 
-    def lap(self, n_rows: int) -> None:
-        now = time.perf_counter()
-        if self._last - self._started >= _WARM_UP_S:
-            self.rates.append(n_rows / (now - self._last))
-        self._last = now
-        if len(self.rates) >= 3 and now - self._started > self._seconds + _WARM_UP_S:
+    Attributes
+    ----------
+    first_s : float
+        Seconds from the start to the end of the first steps: what making ready, measuring and compiling take.
+    history : list of (float, float)
+        After each epoch: seconds since the start, those of measuring left out, and the held-out bound in nats.
+    """
+
+    def __init__(self, task: Task, n_rows: int) -> None:
+        self._task, self._n_rows = task, n_rows
+        self._began = time.perf_counter()
+        self._warm: tuple[float, int] | None = None
+        self._measuring_s = 0.0
+        self._heldout = task.heldout() if task.epochs else None
+        self.first_s = self.rows_per_s = math.nan
+        self.history: list[tuple[float, float]] = []
+        self.start()
+
+    def start(self) -> None:
+        """Begin to count."""
+        self._began = time.perf_counter()
+
+    def took_steps(self, n_steps: int) -> None:
+        """Take note of the number of steps since the start.
+
+        Raises
+        ------
+        _EnoughError
+            The time that was to be measured is over.
+        """
+        since = time.perf_counter() - self._began
+        if math.isnan(self.first_s):
+            self.first_s = since
+        if self._task.epochs:
+            return
+        seen = self._rows_in(n_steps)
+        if self._warm is None:
+            if since - self.first_s >= self._task.warm_up_s:
+                self._warm = since, seen
+            return
+        warm_s, warm_rows = self._warm
+        if since - warm_s >= self._task.seconds:
+            self.rows_per_s = (seen - warm_rows) / (since - warm_s)
             raise _EnoughError
+
+    def finished_epoch(self, vae: VAE) -> None:
+        """Measure the held-out bound, with the clock held."""
+        if self._heldout is None:
+            return
+        stopped = time.perf_counter()
+        elbo = _heldout_elbo(vae, self._heldout)
+        self.history.append((stopped - self._began - self._measuring_s, elbo))
+        self._measuring_s += time.perf_counter() - stopped
+
+    def figures(self) -> dict[str, Any]:
+        """Give what was found."""
+        found = {"history": self.history} if self._task.epochs else {"rows_per_s": self.rows_per_s}
+        return {**found, "first_s": self.first_s}
+
+    def _rows_in(self, n_steps: int) -> int:
+        # The last minibatch of an epoch may be short.
+        epochs, steps = divmod(n_steps, math.ceil(self._n_rows / self._task.batch_size))
+        return epochs * self._n_rows + min(steps * self._task.batch_size, self._n_rows)
+
+
+class ExampleVAE(nn.Module):
+    """The network of PyTorch's example: 784-400-20-400-784, ReLU inside and a sigmoid at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        into_hidden, into_mean, into_logvar, from_latent, into_pixels = (nn.Linear(*widths) for widths in _LAYERS)
+        self.into_hidden, self.into_mean, self.into_logvar = into_hidden, into_mean, into_logvar
+        self.from_latent, self.into_pixels = from_latent, into_pixels
+
+    def forward(self, x_BF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give reconstruction (B, 784), mean and log-variance (B, 20)."""
+        hidden = functional.relu(self.into_hidden(x_BF))
+        mean, logvar = self.into_mean(hidden), self.into_logvar(hidden)
+        z = mean + torch.randn_like(mean) * torch.exp(0.5 * logvar)
+        return torch.sigmoid(self.into_pixels(functional.relu(self.from_latent(z)))), mean, logvar
+
+
+def make_vae(task: Task, rows: NDArray[Any]) -> VAE:
+    """Build the network, with the same weights each time."""
+    with fixed_noise(0, torch.device("cpu")):
+        return VAE.for_rows(NETWORKS[task.network], rows)
+
+
+def make_pythae(vae: VAE) -> Any:
+    """Build pythae's model around our encoder and decoder: the same weights, trained by either."""
+    from pythae.models import VAE as PythaeVAE
+    from pythae.models import VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+
+    assert isinstance(vae.posterior, DiagonalGaussian)
+    mean, logvar = vae.posterior.mean, vae.posterior.logvar
+
+    class Encoder(BaseEncoder):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.network, self.mean, self.logvar = vae.encoder, mean, logvar
+
+        def forward(self, x: Tensor) -> Any:
+            hidden = self.network(x)
+            return ModelOutput(embedding=self.mean(hidden), log_covariance=self.logvar(hidden))
+
+    class Decoder(BaseDecoder):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = vae.decoder
+
+        def forward(self, z: Tensor) -> Any:
+            # Ours has an axis for parameters of the likelihood, here of one.
+            return ModelOutput(reconstruction=torch.sigmoid(self.network(z)).squeeze(1))
+
+    config = VAEConfig(input_dim=vae.row_shape, latent_dim=vae.config.latent_dim, reconstruction_loss="bce")
+    return PythaeVAE(config, Encoder(), Decoder())
 
 
 def with_pythae(task: Task) -> dict[str, Any]:
     """Train with pythae's own trainer (Chadebec et al. 2022, arXiv:2206.08309), its published package."""
     from pythae.data.datasets import BaseDataset
-    from pythae.models import VAE as PythaeVAE
-    from pythae.models import VAEConfig
     from pythae.trainers import BaseTrainer, BaseTrainerConfig
     from pythae.trainers.training_callbacks import TrainingCallback
 
     rows = task.rows()
-    ours = task.vae(rows)
-    scaled = torch.from_numpy(rows).float() / 255
-    model = PythaeVAE(
-        VAEConfig(input_dim=rows.shape[1:], latent_dim=20, reconstruction_loss="bce"), *_wrapped(ours, rows.shape[1:])
-    )
-    clock = _Clock(task.seconds)
-    history: list[tuple[float, float]] = []
-    heldout = task.heldout() if task.epochs else None
+    vae = make_vae(task, rows)
+    model = make_pythae(vae)
+    # In place, and without the rows as they came: the memory that its users need, not ours.
+    data = BaseDataset(torch.from_numpy(rows).float().div_(255), torch.zeros(len(rows)))
+    del rows
+    watch = Stopwatch(task, len(data))
+    steps = count(1)
 
     class Watch(TrainingCallback):  # type: ignore[misc]
-        spent = 0.0
+        def on_train_step_end(self, training_config: Any, **_: Any) -> None:
+            watch.took_steps(next(steps))
 
-        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.started = time.perf_counter()
+        def on_epoch_end(self, training_config: Any, **_: Any) -> None:
+            watch.finished_epoch(vae)
 
-        def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-            if heldout is None:
-                clock.lap(len(rows))
-                return
-            begun = time.perf_counter()
-            elbo = _elbo(ours, heldout)
-            self.spent += time.perf_counter() - begun
-            history.append((time.perf_counter() - self.started - self.spent, elbo))
-
-    with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        settings = BaseTrainerConfig(
+    # Its progress bars are drawn, but nobody sees them.
+    with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
+        config = BaseTrainerConfig(
             output_dir=folder,
-            num_epochs=task.epochs or 10_000,
+            num_epochs=task.epochs or 1_000_000,
             per_device_train_batch_size=task.batch_size,
-            learning_rate=1e-3,
+            learning_rate=_LEARNING_RATE,
             no_cuda=task.device == "cpu",
         )
-        trainer = BaseTrainer(model, BaseDataset(scaled, torch.zeros(len(scaled))), None, settings, [Watch()])
-        try:
+        trainer = BaseTrainer(model, data, training_config=config, callbacks=[Watch()])
+        watch.start()
+        with suppress(_EnoughError):
             trainer.train()
-        except _EnoughError:
-            pass
-    return {"rates": clock.rates, "history": history}
+    return watch.figures()
 
 
 def with_dataloader(task: Task) -> dict[str, Any]:
@@ -176,202 +225,199 @@ def with_dataloader(task: Task) -> dict[str, Any]:
     from torchvision.transforms import ToTensor
 
     rows = task.rows()
-    network = task.vae(rows)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
-    clock = _Clock(task.seconds)
+    device = torch.device(task.device)
+    network = ExampleVAE().to(device).train()
+    optimizer = torch.optim.Adam(network.parameters(), lr=_LEARNING_RATE)
+    watch = Stopwatch(task, len(rows))
+    steps = count(1)
     with tempfile.TemporaryDirectory() as folder:
-        _write_mnist(Path(folder), rows)
-        loader = torch.utils.data.DataLoader(
-            MNIST(folder, train=True, transform=ToTensor()), batch_size=task.batch_size, shuffle=True
-        )
-        try:
+        write_mnist(Path(folder), rows)
+        del rows
+        # As the example does, which has a worker where it has a GPU.
+        on_gpu = {"num_workers": 1, "pin_memory": True} if device.type == "cuda" else {}
+        data = MNIST(folder, train=True, transform=ToTensor())
+        loader = torch.utils.data.DataLoader(data, batch_size=task.batch_size, shuffle=True, **on_gpu)  # type: ignore[arg-type]
+        watch.start()
+        with suppress(_EnoughError):
             while True:
-                total = 0.0
-                for batch, _ in loader:
+                train_loss = 0.0
+                for images, _ in loader:
+                    x_BF = images.to(device).flatten(1)
                     optimizer.zero_grad()
-                    mean, logvar = _encoded(network, batch)
-                    z = mean + torch.randn_like(mean) * torch.exp(0.5 * logvar)
-                    output = torch.sigmoid(network.decoder(z).flatten(1))
-                    loss = functional.binary_cross_entropy(output, batch.flatten(1), reduction="sum")
+                    output, mean, logvar = network(x_BF)
+                    loss = functional.binary_cross_entropy(output, x_BF, reduction="sum")
                     loss = loss - 0.5 * torch.sum(1 + logvar - mean.pow(2) - logvar.exp())
                     loss.backward()
-                    total += loss.item()
+                    train_loss += loss.item()
                     optimizer.step()
-                clock.lap(len(rows))
-        except _EnoughError:
-            pass
-    return {"rates": clock.rates}
+                    watch.took_steps(next(steps))
+    return watch.figures()
 
 
 def with_vaefeat(task: Task) -> dict[str, Any]:
-    """Train with the library, which chooses precision and compilation itself."""
+    """Train with the library, which chooses precision and compilation itself where the task does not."""
     rows = task.rows()
-    if task.level is not None:
-        rows = np.concatenate([rows, task.heldout()])
-    started = time.perf_counter()
-    vae = task.vae(rows)
-    clock = _Clock(task.seconds)
+    settings: dict[str, Any] = {"max_epochs": task.epochs or 1_000_000}
+    if not task.epochs:
+        # A single held-out row: peers hold none out. No warm-up, which would last as long as the million epochs.
+        settings |= {"heldout": 1e-9, "kl_warmup": 0.0, "lr_warmup": 0.0}
+    settings |= {"batch_size": task.batch_size, "threads": task.threads, "device": task.device, **task.train}
+    watch = Stopwatch(task, len(rows) - 1)
     notes: list[str] = []
-    history: list[tuple[float, float]] = []
 
     class Watch(Observer):
+        def on_start(self, *, epochs: int, steps_per_epoch: int, epoch: int) -> None:
+            self._steps_per_epoch = steps_per_epoch
+
         def on_note(self, text: str) -> None:
             notes.append(text)
 
-        def on_steps(self, *, rows_per_s: float, **figures: Any) -> None:
-            # Steps are read fifty at a time.
-            if not task.epochs:
-                clock.lap(0)
-                if clock.rates:
-                    clock.rates[-1] = rows_per_s
+        def on_steps(self, *, epoch: int, step: int, **figures: float) -> None:
+            watch.took_steps((epoch - 1) * self._steps_per_epoch + step)
 
         def on_epoch(self, record: EpochRecord) -> None:
-            if task.epochs:
-                history.append((time.perf_counter() - started, _elbo(vae, task.heldout())))
+            watch.finished_epoch(vae)
 
-    config = TrainConfig.from_dict(
-        {
-            "max_epochs": task.epochs or 100_000,
-            "batch_size": task.batch_size,
-            "threads": task.threads,
-            "learning_rate": 1e-3,
-            "lr_schedule": "cosine" if task.epochs else "constant",
-            "optimizer": "adamw" if task.epochs else "adam",
-            "heldout": 0.01,
-            "device": task.device,
-            **task.train,
-        }
-    )
-    trainer = Trainer(vae, rows, config, observers=[Watch()])
-    try:
+    vae = make_vae(task, rows)
+    watch.start()
+    trainer = Trainer(vae, rows, TrainConfig.from_dict(settings), observers=[Watch()])
+    with suppress(_EnoughError):
         trainer.run()
-    except _EnoughError:
-        pass
-    engine = trainer.engine
-    assert engine is not None
-    return {
-        "rates": clock.rates,
-        "history": history,
-        "notes": notes,
-        "precision": engine.precision,
-        "compiled": engine.compiled,
-    }
+    assert trainer.engine is not None
+    engine = {"precision": trainer.engine.precision, "compiled": trainer.engine.compiled, "notes": notes}
+    return {**watch.figures(), **engine}
 
 
 def with_grid(task: Task) -> dict[str, Any]:
-    """Train twelve small models as one batch, and one after another."""
+    """Train twelve small models on scikit-learn's digits, as one batch and one after another."""
     from sklearn.datasets import load_digits
 
-    from vaefeat import pretrain_grid
+    from vaefeat.grid import pretrain_grid
 
     rows = load_digits().images.astype(np.uint8)[:, None]
     model = ModelConfig(latent_dim=8, network="mlp", hidden_dims=(64,))
+    # Neither side has steps that are worth compiling.
     train = TrainConfig(max_epochs=5, batch_size=32, threads=task.threads, device="cpu", compile=False)
-    grid: dict[str, list[Any]] = {"latent_dim": [4, 8, 16], "kl_weight": [0.5, 1.0], "seed": [0, 1]}
     together, alone = [], []
     for _ in range(3):
-        together.append(_timed(lambda: pretrain_grid(rows, model=model, train=train, grid=grid, progress=False)))
-        alone.append(_timed(lambda: _one_after_another(rows, model, train, grid)))
-    return {"together_s": statistics.median(together), "alone_s": statistics.median(alone), "models": 12}
+        together.append(_timed(lambda: pretrain_grid(rows, model=model, train=train, grid=_GRID, progress=False)))
+        alone.append(_timed(lambda: _one_after_another(rows, model, train)))
+    n_models = math.prod(len(values) for values in _GRID.values())
+    return {"together_s": statistics.median(together), "alone_s": statistics.median(alone), "models": n_models}
 
 
-def matmul_limit(task: Task) -> dict[str, Any]:
-    """Time the matrix products of a step of the fully connected network alone, in both precisions."""
-    seconds = {}
+def measure_limit(task: Task) -> dict[str, Any]:
+    """Time the matrix products of a step of the fully connected network, and nothing else, in both precisions.
+
+    Returns
+    -------
+    dict
+        ``step_s``: median seconds of all products of a step, by precision; ``gflops``: their rate; ``step_gflop``:
+        their operations.
+    """
+    device = torch.device(task.device)
+    operations = 0
+    step_s = {}
     for dtype in (torch.float32, torch.bfloat16):
-        products: list[tuple[Tensor, Tensor]] = []
-        for n_in, n_out in ((784, 400), (400, 20), (400, 20), (20, 400), (400, 784)):
-            x, w = torch.randn(task.batch_size, n_in, dtype=dtype), torch.randn(n_out, n_in, dtype=dtype)
-            g = torch.randn(task.batch_size, n_out, dtype=dtype)
-            products += [(x, w.t()), (g.t(), x)]
-            if n_in != 784:  # the rows themselves need no gradient
-                products.append((g, w))
-        times = []
-        started = time.perf_counter()
-        while time.perf_counter() - started < task.seconds / 2:
-            times.append(_timed(lambda made=products: [a @ b for a, b in made]))  # type: ignore[misc]
-        seconds[str(dtype).removeprefix("torch.")] = statistics.median(times)
-    return {"seconds": seconds}
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for n_in, n_out in _LAYERS:
+            x, w, g = (
+                torch.randn(shape, device=device).to(dtype)
+                for shape in ((task.batch_size, n_in), (n_out, n_in), (task.batch_size, n_out))
+            )
+            # Forward, gradient of the weights, gradient of the input, which the rows themselves need not have.
+            pairs += [(x, w.t()), (g.t(), x), *([(g, w)] if n_in != math.prod((28, 28)) else [])]
+        multiply = _replayed(pairs) if device.type == "cuda" else _multiplier(pairs)
+        operations = sum(2 * a.shape[0] * a.shape[1] * b.shape[1] for a, b in pairs)
+        for _ in range(3):
+            _waited(multiply, device)
+        times: list[float] = []
+        began = time.perf_counter()
+        while len(times) < 5 or time.perf_counter() - began < task.seconds / 2:
+            times.append(_timed(lambda act=multiply: _waited(act, device)))  # type: ignore[misc]
+        step_s[str(dtype).removeprefix("torch.")] = statistics.median(times)
+    gflops = {name: operations / seconds / 1e9 for name, seconds in step_s.items()}
+    return {"step_s": step_s, "gflops": gflops, "step_gflop": operations / 1e9}
 
 
 CONTENDERS: dict[str, Callable[[Task], dict[str, Any]]] = {
     "pythae": with_pythae,
     "dataloader": with_dataloader,
     "vaefeat": with_vaefeat,
+    "limit": measure_limit,
     "grid": with_grid,
-    "matmul": matmul_limit,
 }
 
 
-def run(task: Task) -> dict[str, Any]:
-    """Do a task, and add its memory."""
+def run(contender: str, task: Task) -> dict[str, Any]:
+    """Do a task, and add the most memory that it took."""
     torch.set_num_threads(task.threads)
-    done = CONTENDERS[task.contender](task)
-    if rates := done.pop("rates", None):
-        done["rows_per_s"] = statistics.median(rates)
-    return {**done, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    found = CONTENDERS[contender](task)
+    # Kibibytes on Linux. A new process begins with those of the one that started it, which holds no rows.
+    found["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if task.device == "cuda":
+        found["gpu_peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return found
 
 
-def _wrapped(ours: VAE, shape: tuple[int, ...]) -> tuple[nn.Module, nn.Module]:
-    """Give our encoder and decoder the form that pythae asks for."""
-    from pythae.models.base.base_utils import ModelOutput
-    from pythae.models.nn import BaseDecoder, BaseEncoder
-
-    class Encoder(BaseEncoder):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.network, self.posterior = ours.encoder, ours.posterior
-
-        def forward(self, x: Tensor) -> Any:
-            mean, logvar = self.posterior.statistics(self.network(x))
-            return ModelOutput(embedding=mean, log_covariance=logvar)
-
-    class Decoder(BaseDecoder):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = ours.decoder
-
-        def forward(self, z: Tensor) -> Any:
-            return ModelOutput(reconstruction=torch.sigmoid(self.network(z)).reshape(-1, *shape))
-
-    return Encoder(), Decoder()
+def write_mnist(folder: Path, rows: NDArray[np.uint8]) -> None:
+    """Write rows (n, 1, 28, 28) as the IDX files that torchvision's MNIST looks for, with labels of zero."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, some in (("train", rows), ("t10k", rows[:1])):
+        # IDX: two zeros, the type (8 is uint8), the number of axes, their lengths, the values.
+        shapes = {"images-idx3-ubyte": (len(some), *some.shape[2:]), "labels-idx1-ubyte": (len(some),)}
+        for name, shape in shapes.items():
+            header = bytes((0, 0, 8, len(shape))) + b"".join(length.to_bytes(4, "big") for length in shape)
+            with (raw / f"{part}-{name}").open("wb") as file:
+                file.write(header)
+                file.write(np.ascontiguousarray(some).data if len(shape) > 1 else bytes(len(some)))
 
 
-def _encoded(network: VAE, x: Tensor) -> tuple[Tensor, Tensor]:
-    return network.posterior.statistics(network.encoder(x))
+def _heldout_elbo(vae: VAE, rows: NDArray[np.uint8]) -> float:
+    """Measure everybody's bound with the same estimator and noise."""
+    objective = ELBO(TrainConfig(n_samples=_BOUND_SAMPLES))
+    return evaluate(vae, objective, rows, kl_weight=1.0, batch_size=500, seed=0).elbo
 
 
-def _elbo(vae: VAE, rows: NDArray[np.uint8]) -> float:
-    """Measure everybody's held-out bound with the same estimator and noise."""
-    return evaluate(vae, ELBO(TrainConfig()), rows, kl_weight=1.0, batch_size=1000, seed=0).elbo
-
-
-def _one_after_another(rows: NDArray[Any], model: ModelConfig, train: TrainConfig, grid: dict[str, list[Any]]) -> None:
-    from dataclasses import replace
-    from itertools import product
-
-    for latent_dim, kl_weight, seed in product(grid["latent_dim"], grid["kl_weight"], grid["seed"]):
+def _one_after_another(rows: NDArray[Any], model: ModelConfig, train: TrainConfig) -> None:
+    for latent_dim, kl_weight, seed in product(*(_GRID[key] for key in ("latent_dim", "kl_weight", "seed"))):
         with fixed_noise(seed, torch.device("cpu")):
             vae = VAE.for_rows(replace(model, latent_dim=latent_dim), rows)
         Trainer(vae, rows, replace(train, kl_weight=kl_weight, seed=seed)).run()
 
 
-def _timed(act: Callable[[], object]) -> float:
-    started = time.perf_counter()
+def _multiplier(pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    outputs = [a @ b for a, b in pairs]
+
+    def multiply() -> None:
+        for (a, b), output in zip(pairs, outputs, strict=True):
+            torch.mm(a, b, out=output)
+
+    return multiply
+
+
+def _replayed(pairs: list[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    """Capture the products as a CUDA graph: launching them one by one would be the limit otherwise."""
+    multiply = _multiplier(pairs)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        multiply()
+    return graph.replay
+
+
+def _waited(act: Callable[[], None], device: torch.device) -> None:
     act()
-    return time.perf_counter() - started
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
-def _write_mnist(folder: Path, rows: NDArray[np.uint8]) -> None:
-    """Write rows in the files that torchvision's MNIST reads."""
-    raw = folder / "MNIST" / "raw"
-    raw.mkdir(parents=True)
-    for part in ("train", "t10k"):
-        header = b"".join(n.to_bytes(4, "big") for n in (2051, len(rows), 28, 28))
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + rows.tobytes())
-        header = b"".join(n.to_bytes(4, "big") for n in (2049, len(rows)))
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + bytes(len(rows)))
+def _timed(act: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    act()
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(Task(**json.loads(sys.argv[1])))))
+    print(json.dumps(run(sys.argv[1], Task(**json.loads(sys.argv[2])))))
