@@ -73,8 +73,8 @@ def main(
             raise unknown_name("part", name, names)
     chosen = [part for part in available if not only or part.name in only]
     _refuse_unusable(data, chosen)
-    # Of the code as it was loaded, whatever is written meanwhile.
-    where = surroundings()
+    # Of the code as it was loaded, whatever is written meanwhile; and of the machine before we load it.
+    where = {**surroundings(), "load_average": os.getloadavg()[0]}
     where["versions"] |= {name: version(name) for name in _VERSIONS if importlib.util.find_spec(name)}
     found = measure(chosen, rounds=_QUICK_ROUNDS if quick else _ROUNDS, until_s=_QUICK_S if quick else None)
     results = {
@@ -88,7 +88,7 @@ def main(
     Console(width=120).print(shown(results), highlight=False)
     if out is not None:
         replace_file(out, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
-    said = ("ratios", "commit", "date", "processor", "gpu", "gpu_rows", "versions", "threads", "quick", "seconds")
+    said = ("ratios", "commit", "date", "processor", "gpu", "gpu_rows", "versions", "threads", "load_average", "quick")
     print(json.dumps({name: results[name] for name in said}))
 
 

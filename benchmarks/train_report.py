@@ -46,7 +46,7 @@ def described(found: Found, parts: Iterable[Part]) -> dict[str, Any]:
         else:
             report["rates"] += _rates(part, measured)
             report["limits"] += [
-                {"part": part.name, "step_gflop": rounds[0]["step_gflop"], "gflops": _median_rates(rounds)}
+                {"part": part.name, "step_gflop": rounds[0]["step_gflop"], "gflops": _limit_gflops(rounds)}
                 for key, rounds in measured.items()
                 if key == "limit"
             ]
@@ -158,8 +158,8 @@ def _rates(part: Part, measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> I
             row |= {"how": _how(rounds), "notes": rounds[0]["notes"], "train": task.train}
             if "limit" in measured:
                 row["mfu"] = statistics.median(
-                    limit["step_s"][one["precision"]] * one["rows_per_s"] / task.batch_size
-                    for one, limit in zip(rounds, measured["limit"], strict=True)
+                    _limit_s(measured["limit"], one["precision"]) * one["rows_per_s"] / task.batch_size
+                    for one in rounds
                 )
         yield row
 
@@ -170,8 +170,13 @@ def _how(rounds: Sequence[Mapping[str, Any]]) -> str:
     return " or ".join(sorted(ways))
 
 
-def _median_rates(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    return {name: statistics.median(one["gflops"][name] for one in rounds) for name in rounds[0]["gflops"]}
+def _limit_s(rounds: Sequence[Mapping[str, Any]], precision: str) -> float:
+    """Give the least seconds that the products of a step took in any round."""
+    return min(one["step_s"][precision] for one in rounds)
+
+
+def _limit_gflops(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {name: rounds[0]["step_gflop"] / _limit_s(rounds, name) for name in rounds[0]["step_s"]}
 
 
 def _time_to_elbo(part: Part, measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class StopRequest:
         return self.signal is not None
 
     def __str__(self) -> str:
-        return self.signal.name if self.signal else "another worker"
+        return self.signal.name if self.signal else "request"
 
 
 _OPEN: set[StopRequest] = set()

@@ -206,9 +206,7 @@ def ours(value: float) -> dict[str, Any]:
 
 def test_ratios_are_of_medians_over_rounds() -> None:
     chosen = [part for part in parts(Path(), threads=1, quick=True) if part.name in {"mlp_b512", "conv28"}]
-    limits = [
-        {"step_s": {"bfloat16": seconds}, "gflops": {"bfloat16": 1.0}, "step_gflop": 1.0} for seconds in (1, 2, 4)
-    ]
+    limits = [{"step_s": {"bfloat16": seconds}, "step_gflop": 1.0} for seconds in (1, 2, 4)]
     found = {
         "mlp_b512": {
             "pythae": [rate(100.0), rate(300.0), rate(200.0)],
@@ -222,7 +220,7 @@ def test_ratios_are_of_medians_over_rounds() -> None:
     ratios = report["ratios"]
     assert ratios["mlp_b512_vs_pythae"] == 256 / 200
     assert ratios["mlp_b512_vs_dataloader"] == 256 / 50
-    assert ratios["mfu"] == 1.0, "the median of 1, 0.5 and 2"
+    assert ratios["mfu"] == 0.5, "of the best round of the limit: the median of 1, 0.25 and 0.5"
     assert ratios["conv_vs_pythae"] == ratios["conv28_vs_pythae"] == 2.5
     assert ratios["mlp_b128_vs_pythae"] is ratios["time_to_elbo_vs_pythae"] is None
     assert ratios.keys() >= RATIOS
@@ -325,9 +323,9 @@ def test_benchmark_prints_a_table_and_one_json_line_last(
     assert line["ratios"]["mlp_b128_vs_dataloader"] > 0
     assert line["gpu_rows"] == "no CUDA device found: not measured"
     assert "GPU: no CUDA device found: not measured" in done.stdout
-    assert {"commit", "date", "processor", "versions", "threads"} <= line.keys()
+    assert {"commit", "date", "processor", "versions", "threads", "load_average"} <= line.keys()
     assert {row["contender"] for row in results["rates"]} == {"dataloader", "vaefeat"}
-    assert 0 < next(row["mfu"] for row in results["rates"] if row["contender"] == "vaefeat") < 2
+    assert 0 < next(row["mfu"] for row in results["rates"] if row["contender"] == "vaefeat") <= 1
 
 
 def test_benchmark_refuses_missing_data_in_one_line_with_status_2(tmp_path: Path) -> None:
