@@ -172,7 +172,7 @@ def _how(rounds: Sequence[Mapping[str, Any]]) -> str:
 
 def _limit_s(rounds: Sequence[Mapping[str, Any]], precision: str) -> float:
     """Give the least seconds that the products of a step took in any round."""
-    return min(one["step_s"][precision] for one in rounds)
+    return float(min(one["step_s"][precision] for one in rounds))
 
 
 def _limit_gflops(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:
