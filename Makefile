@@ -28,11 +28,14 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY) ## the main job on scikit-learn's digits: pretrain, serve, embed, classify, report
 	$(PYTHON) -m pipelines run pipelines/configs/digits.toml
 
+# Two files of tests at a time, each on one thread: more would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses=2 --dist=loadfile --data-dir=$(DATA)
+
 test: $(READY) ## the tests, without those marked slow, gpu or serve
-	$(PYTHON) -m pytest -m "not slow and not gpu and not serve" --data-dir=$(DATA)
+	$(PYTEST) -m "not slow and not gpu and not serve"
 
 test-all: $(READY) ## all tests; those marked gpu need a CUDA device
-	$(PYTHON) -m pytest --data-dir=$(DATA)
+	$(PYTEST)
 
 lint: $(READY) ## ruff, mypy --strict, import-linter
 	$(VENV)/bin/ruff check
