@@ -9,6 +9,8 @@ import pickle
 import socket
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from rich.console import Console
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from pipelines.config import DataConfig, RunConfig, WorkersConfig, load_config, with_workers
 from pipelines.datasets import load_dataset
 from pipelines.desk import Desk, Display, Teller
-from pipelines.group import in_group, launch_of_group, leads_group
+from pipelines.group import in_group, launch_of_group, leads_group, meet
 from pipelines.pretrain import open_rows, pretrain, train_worker
 from vaefeat import ModelConfig, TrainConfig, load_bundle
 from vaefeat.blocks import Blocks
@@ -177,6 +180,28 @@ def test_group_is_known_by_its_environment(monkeypatch: pytest.MonkeyPatch) -> N
     assert launch_of_group() == "job7"
     with pytest.raises(InputError, match="leave one of them out"):
         pretrain(replace(SMALL, workers=WorkersConfig(count=2)), console=Console())
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_processes_meet_under_a_new_name_whatever_earlier_ones_left_in_the_store(first: int) -> None:
+    store, size, told = HashStore(), 3, []
+    for _ in range(3):
+        names: dict[int, str] = {}
+
+        def join(rank: int, names: dict[int, str] = names) -> None:
+            names[rank] = meet(store, rank, size)
+
+        threads = [threading.Thread(target=join, args=(rank,)) for rank in range(size)]
+        threads[first].start()
+        time.sleep(0.1)  # the others are late: what the first finds is from before
+        for thread in threads[:first] + threads[first + 1 :]:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert len(names) == size
+        assert len(set(names.values())) == 1
+        told.append(names[0])
+    assert len(set(told)) == 3
 
 
 def test_group_leaves_no_thread_that_could_abort_the_process_at_its_end(tmp_path: Path) -> None:
