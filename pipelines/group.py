@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaefeat.errors import DeviceError, WorkerLostError
@@ -39,7 +40,14 @@ def launch_of_group() -> str:
     """Name what somebody started once, however often torchrun starts its processes again."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     # Groups of a fixed number of machines have no name of their own, but the first machine's torchrun stays the same.
-    return run_id if run_id != "none" else f"{platform.node()} {os.getppid()}"
+    return run_id if run_id != "none" else f"{platform.node()} {os.getppid()} {_started(os.getppid())}"
+
+
+def _started(process: int) -> str:
+    """Tell when a process was started: containers give torchrun the same number each time."""
+    stat = Path(f"/proc/{process}/stat")
+    # The 22nd field; the second one, a name in parentheses, may hold anything.
+    return stat.read_text().rpartition(")")[2].split()[19] if stat.is_file() else ""
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def train_worker(
         train=config.train,
         out=config.out,
         name=config.name,
-        resume=True,
+        resume=(Path(config.out) / TRAINING_FOLDER / CHECKPOINT_FILE).is_file(),
         progress=progress,
         observers=observers,
     )

@@ -65,6 +65,9 @@ def pretrain(
     if unknown := sorted(settings.keys() - {"model", "train"}):
         raise unknown_name("--set table", unknown[0], ("model", "train"))
     model, train = ModelConfig.from_dict(settings["model"]), TrainConfig.from_dict(settings["train"])
+    if resume and stream is None:
+        # Not by the memory that is free today: rows that are streamed come in another order.
+        stream = _was_streamed(out)
     rows = _rows(data, image_size=image_size, stream=stream)
     if preset is not None:
         train = TrainConfig.preset(preset, n_rows=len(rows), **settings["train"])
@@ -188,6 +191,15 @@ def _rows(data: Path, *, image_size: int | None, stream: bool | None) -> Rows | 
                 )
                 return blocks
     return load_rows(data, image_size=image_size)
+
+
+def _was_streamed(out: Path) -> bool | None:
+    """Tell from a checkpoint how the run before got its rows; None where there is none."""
+    with requiring("train", what="Training"):
+        from vaefeat.checkpoint import read_checkpoint
+        from vaefeat.pretraining import CHECKPOINT_FILE, TRAINING_FOLDER
+    path = out / TRAINING_FOLDER / CHECKPOINT_FILE
+    return "order" in read_checkpoint(path)[1]["identity"].get("data", {}) if path.is_file() else None
 
 
 def _encoder(address: str, *, device: str, model: str | None) -> OnnxEncoder | RemoteEncoder:

@@ -12,7 +12,7 @@ from vaefeat.errors import ConfigError
 if TYPE_CHECKING:
     from vaefeat.config import ModelConfig, TrainConfig
 
-__all__ = ["refuse_model", "refuse_pair", "refuse_training"]
+__all__ = ["refuse_model", "refuse_pair", "refuse_training", "refuse_workers"]
 
 _CATEGORICAL = {"categorical", "joint"}
 _FLOWS = {"planar", "iaf"}
@@ -128,6 +128,25 @@ def refuse_pair(model: ModelConfig, train: TrainConfig) -> None:
         raise ConfigError(
             f"got objective={train.objective!r} with prior={model.prior!r}, which nothing would train: the objective "
             "asks the prior for samples at most; take prior='standard', or objective='infovae'"
+        )
+
+
+def refuse_workers(model: ModelConfig, train: TrainConfig) -> None:
+    """Refuse what cannot be computed from a worker's part of a minibatch.
+
+    Raises
+    ------
+    ConfigError
+    """
+    if model.gaussian_std == "optimal":
+        raise ConfigError(
+            "got gaussian_std='optimal' with several workers, each of which would find another one in its part of a "
+            "minibatch; take gaussian_std='learned', or one worker"
+        )
+    if train.objective in {"mmd", "infovae", "sliced_wasserstein"}:
+        raise ConfigError(
+            f"got objective={train.objective!r} with several workers: it compares the whole minibatch's latents with "
+            "the prior's, and each worker has a part; take another objective, or one worker"
         )
 
 

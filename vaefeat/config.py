@@ -208,7 +208,8 @@ class TrainConfig(Settings):
         ``auto`` takes CUDA where there is a device.
     threads : int or None
         Processor threads within an operation. None takes one where a step is so small that threads would wait for each
-        other longer than they work (which on a busy machine costs far more than they bring), else all processors.
+        other longer than they work (which on a busy machine costs far more than they bring), else all processors, or as
+        many as OMP_NUM_THREADS allows.
     precision : {"auto", "float32", "bfloat16"}
         Of the networks' arithmetic in training; weights, likelihood, KL and log-sum-exp are float32 in any case.
         ``auto`` takes bfloat16 where a short measurement finds it faster, and float32 in runs of a few seconds.
@@ -314,6 +315,7 @@ class TrainConfig(Settings):
         """
         if name not in _PRESETS:
             raise unknown_name("preset", name, _PRESETS)
+        check_int("n_rows", n_rows, at_least=1)
         epochs, steps, own = _PRESETS[name]
         given = cls.from_dict({**own, **changes})
         steps_per_epoch = max(1, math.ceil(n_rows * (1 - given.heldout) / given.batch_size))

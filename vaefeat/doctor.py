@@ -180,7 +180,7 @@ def _measure_compiled(
     started = time.perf_counter()
     with using_threads(available_cpus()):
         try:
-            step.compile(rows, n_rows=len(rows))
+            step.compile(rows)
         except CompileError as error:
             found.facts["torch.compile"] = f"does not work: {error}"
             return
@@ -205,6 +205,8 @@ def _taker(step: TrainingStep, rows: Tensor) -> Callable[[], Tensor]:
 def _rate(step: TrainingStep, take: Callable[[], Tensor], precision: str, for_s: float) -> float:
     """Give rows/s over about so many seconds, the median of pieces."""
     step.vae.network_dtype = getattr(torch, precision)
+    # A captured graph would go on in the precision of before.
+    step.forget_captured()
     for _ in range(4):
         take().tolist()
     rates: list[float] = []

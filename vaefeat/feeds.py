@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator
 from contextlib import closing
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ class Feed(ABC):
         Rows in an epoch, of all workers.
     batch_size : int
         Rows in a minibatch, of all workers.
+    order_of_workers : bool
+        Whether another number of workers takes other rows in a minibatch.
     heldout : ndarray of shape (m,), int64
         Numbers of the rows that are never trained on.
     heldout_rows : ndarray of shape (m, ...)
@@ -44,6 +46,7 @@ class Feed(ABC):
 
     n_train: int
     batch_size: int
+    order_of_workers: ClassVar[bool] = False
     heldout: NDArray[np.int64]
 
     @property
@@ -90,10 +93,13 @@ class ArrayFeed(Feed):
 
     def epoch(self, epoch: int, first_step: int = 0) -> Generator[Tensor]:
         """Index the array."""
-        order = np.random.default_rng([self._seed, epoch]).permutation(self.train)
+        order = self._order(epoch)
         for step in range(first_step, self.steps_per_epoch):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size][self._world.share(self.rows_in(step))]
             yield self._taken(chosen)
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self._seed, epoch]).permutation(self.train)
 
     def _taken(self, chosen: NDArray[np.int64]) -> Tensor:
         rows = torch.from_numpy(self._rows[chosen])
@@ -104,18 +110,19 @@ class ArrayFeed(Feed):
 
 
 class DeviceFeed(ArrayFeed):
-    """Rows that are kept on a GPU in the form they came, and an order that is drawn there: nothing crosses the bus."""
+    """Rows that are kept on a GPU in the form they came; of an epoch only its order crosses the bus.
+
+    The order is that of :class:`ArrayFeed`: a run that goes on where more or less memory is free, or on another device,
+    must neither see a row twice nor miss one.
+    """
 
     def __init__(self, rows: NDArray[Any], **settings: Any) -> None:
         super().__init__(rows, **settings)
         self._resident = torch.from_numpy(np.ascontiguousarray(rows)).to(self._device)
-        self._train = torch.from_numpy(self.train).to(self._device)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Generator[Tensor]:
-        """Draw the order on the device, and index there."""
-        seed = int(np.random.SeedSequence([self._seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
-        generator = torch.Generator(self._device).manual_seed(seed)
-        order = self._train[torch.randperm(self.n_train, generator=generator, device=self._device)]
+        """Index on the device."""
+        order = torch.from_numpy(self._order(epoch)).to(self._device)
         for step in range(first_step, self.steps_per_epoch):
             chosen = order[step * self.batch_size : (step + 1) * self.batch_size][self._world.share(self.rows_in(step))]
             yield self._resident[chosen]
@@ -123,6 +130,8 @@ class DeviceFeed(ArrayFeed):
 
 class StreamFeed(Feed):
     """Rows that are read as they are needed, block by block."""
+
+    order_of_workers = True
 
     def __init__(self, stream: RowStream, *, batch_size: int, device: torch.device, world: World) -> None:
         self._stream, self._device, self._world = stream, device, world

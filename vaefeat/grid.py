@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from pathlib import Path
@@ -21,7 +22,8 @@ from vaefeat.combinations import refuse_pair
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.data import Rows, fingerprint, load_rows
 from vaefeat.ensemble import OWN_SETTINGS, Ensemble, bytes_of, refuse_alone
-from vaefeat.errors import BundleError, ConfigError, InputError, NonFiniteLossError
+from vaefeat.errors import BundleError, ConfigError, InputError, NonFiniteLossError, OutOfMemoryError
+from vaefeat.memory import ran_out_of_memory
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.preprocessing import Preprocessing
 from vaefeat.model.vae import VAE
@@ -232,7 +234,8 @@ def pretrain_grid(
             watching = [ProgressBar()] if progress else []
             for bar in watching if at_once < len(models) else ():
                 bar.on_note(f"models {first + 1} to {chosen.stop} of {len(models)}")
-            outcomes = Ensemble(vaes, rows, [trains[number] for number in chosen], observers=watching).run()
+            with _explained_memory(len(chosen)):
+                outcomes = Ensemble(vaes, rows, [trains[number] for number in chosen], observers=watching).run()
             for number, vae, outcome in zip(chosen, vaes, outcomes, strict=True):
                 failed = str(outcome) if isinstance(outcome, NonFiniteLossError) else None
                 if failed:
@@ -253,6 +256,20 @@ def pretrain_grid(
                 whole = chosen.stop == len(models)
                 _write(folder, runs, bundles if whole or bundles == "all" else "none", shown=progress)
     return runs
+
+
+@contextmanager
+def _explained_memory(n_models: int) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        fewer = f"models_at_once={n_models // 2}" if n_models > 1 else "a smaller batch_size"
+        raise OutOfMemoryError(
+            f"{n_models} models side by side do not fit into memory ({str(error).splitlines()[0]}); set {fewer}. "
+            "What was written before is kept"
+        ) from error
 
 
 def best_run(runs: Sequence[GridRun]) -> GridRun:

@@ -36,12 +36,12 @@ def resolve_device(device: str) -> torch.device:
 def threads_for(vae: VAE, batch_size: int, n_samples: int = 1, *, sharing: int = 1) -> int:
     """Choose threads by the work in a step: one where it is small, else a process's part of all processors.
 
-    `sharing` is the number of processes that train on this machine. The choice depends on the model alone, not on a
-    measurement, so that a seed gives the same weights every time.
+    No more than torch was given (``OMP_NUM_THREADS``). `sharing` is the number of processes that train on this machine.
+    The choice depends on the model alone, not on a measurement, so that a seed gives the same weights every time.
     """
     if multiply_adds(vae, n_samples=n_samples) * batch_size < _THREADED_STEP:
         return 1
-    return max(1, available_cpus() // sharing)
+    return max(1, min(available_cpus(), torch.get_num_threads()) // sharing)
 
 
 def multiply_adds(vae: VAE, *, n_samples: int = 1) -> int:

@@ -22,10 +22,11 @@ from vaefeat.bundle import Bundle, Manifest, check_name, load_bundle
 from vaefeat.combinations import refuse_pair
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.data import Rows, fingerprint, load_rows
-from vaefeat.errors import BundleError, InputError, TrainingError
+from vaefeat.errors import BundleError, InputError, OutOfMemoryError, TrainingError
 from vaefeat.export import export_decoder, export_encoder, measure_parity
 from vaefeat.inference import denoise
 from vaefeat.input_spec import InputSpec
+from vaefeat.memory import ran_out_of_memory
 from vaefeat.model.diagnostics import diagnose
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.networks import network_name
@@ -146,6 +147,8 @@ def pretrain(
     world = World.current()
     watching = [*observers, *([ProgressBar()] if progress else [])]
     checkpoint = None
+    if folder is not None and world.leads:
+        _warn_of_checkpoint(folder, resume=resume)
     if folder is not None:
         if world.leads:
             make_folder(folder / TRAINING_FOLDER)
@@ -153,7 +156,7 @@ def pretrain(
         watching.append(EventLog(folder / TRAINING_FOLDER))
     with ONE_AT_A_TIME:
         with fixed_noise(train.seed, torch.device("cpu")):
-            vae = VAE.for_rows(model, source.sample)
+            vae = _built(model, source.sample)
         trainer = Trainer(
             vae,
             source.rows,
@@ -182,6 +185,31 @@ def pretrain(
     saved = bundle.save(folder)
     world.wait(trainer.device)
     return saved
+
+
+def _built(model: ModelConfig, rows: NDArray[Any]) -> VAE:
+    try:
+        return VAE.for_rows(model, rows)
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"a model of latent_dim={model.latent_dim}, hidden_dims={model.hidden_dims} and "
+            f"channels={model.channels} does not fit into memory; make it smaller"
+        ) from error
+
+
+def _warn_of_checkpoint(folder: Path, *, resume: bool) -> None:
+    """Say what `resume` would have done, or had nothing to do."""
+    found = (folder / TRAINING_FOLDER / CHECKPOINT_FILE).is_file()
+    if resume and not found:
+        _LOG.warning("%s holds no checkpoint to resume from: training begins at the start", folder)
+    if found and not resume and not (folder / "bundle.json").is_file():
+        _LOG.warning(
+            "%s holds the checkpoint of a run that was interrupted; the first checkpoint of this one replaces it "
+            "(resume=True would go on from there)",
+            folder,
+        )
 
 
 @dataclass(frozen=True)

@@ -22,5 +22,8 @@ def available_memory() -> int | None:
     free = int(fields["MemAvailable"].split()[0]) << 10
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and used.is_file() and (most := limit.read_text().strip()) != "max":
-        free = min(free, int(most) - int(used.read_text()))
+        # What was read from files and may be dropped is counted as used.
+        stat = Path("/sys/fs/cgroup/memory.stat")
+        counted = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
+        free = min(free, int(most) - int(used.read_text()) + int(counted.get("inactive_file", 0)))
     return max(0, free)

@@ -7,6 +7,7 @@ is differentiated, workers add their gradients, the norm is clipped, the optimiz
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from vaefeat.world import World
 
 __all__ = ["Knobs", "TrainingStep"]
 
+_LOG = logging.getLogger("vaefeat")
 #: What a step returns: sums of the objective, log-likelihood and KL, the norm of the gradient, the number of rows.
 N_FIGURES = 5
 #: Steps that run as usual first, so that libraries have made their handles and workspaces.
@@ -78,9 +80,10 @@ class TrainingStep:
         # Scalars that change are tensors: a compiled graph takes a Python number for a constant.
         self._kl_weight = torch.ones((), device=self._device)
         self._compiled: Callable[..., Any] | None = None
+        self._share = world.share(full)
         self._compiled_shape: torch.Size | None = None
         self._graph: _CapturedStep | None = None
-        self._eager_steps = 0
+        self._eager_steps: float = 0
 
     def __call__(self, rows: Tensor, knobs: Knobs, *, n_rows: int) -> Tensor:
         """Take a step.
@@ -102,22 +105,33 @@ class TrainingStep:
         if self._graph is not None and self._graph.fits(rows):
             return self._graph(rows)
         if self._may_be_captured(rows, n_rows):
-            self._graph = _CapturedStep(lambda static: self._step(static, n_rows), rows)
-            return self._graph(rows)
+            try:
+                self._graph = _CapturedStep(lambda static: self._step(static, n_rows), rows)
+            except RuntimeError as error:
+                # Capturing computes nothing: weights and optimizer are as they were.
+                _LOG.warning("steps are not captured as a CUDA graph: %s", str(error).splitlines()[0])
+                self._eager_steps = -math.inf
+            else:
+                return self._graph(rows)
         self._eager_steps += 1
         return self._step(rows, n_rows)
 
     def gradients(self, rows: Tensor, *, n_rows: int) -> Tensor:
         """Compute what a step computes, and change no weight: for measuring."""
-        figures, _ = self._fitting(rows)(rows, n_rows)
+        figures, _ = self._fitting(rows, n_rows)(rows, n_rows)
         return figures
 
     def attempt(self, rows: Tensor, n_rows: int, n_first: int) -> None:
         """Compute with the first rows alone, to see whether they fit into memory."""
         self.gradients(rows[:n_first], n_rows=n_rows)
 
-    def compile(self, rows: Tensor, *, n_rows: int) -> None:
-        """Compile for minibatches of the shape of `rows`; others go on kernel by kernel.
+    def compile(self, rows: Tensor) -> None:
+        """Compile for full minibatches; the short one at the end of an epoch goes on kernel by kernel.
+
+        Parameters
+        ----------
+        rows : Tensor of shape (b, ...)
+            Some of this worker's rows, of any minibatch.
 
         Raises
         ------
@@ -127,21 +141,25 @@ class TrainingStep:
         config = torch._dynamo.config
         if not hasattr(config, "trace_autograd_ops"):
             raise CompileError("this torch cannot compile the backward pass with the forward pass; a newer one can")
+        # Whatever minibatch a run that is continued comes upon first: the full ones are what is compiled.
+        full = rows.new_zeros((self._share.stop - self._share.start, *rows.shape[1:]))
+        full[: len(rows)] = rows
         # Models of one kind share a graph, whose inputs their weights are.
         compiled = torch.compile(self._differentiate, fullgraph=True, dynamic=False)
         try:
             with self.untouched():
                 # Some tables of torch.distributions are filled at first use, which cannot be traced.
-                self._differentiate(rows, n_rows)
+                self._differentiate(full, self._full)
                 with config.patch(
                     trace_autograd_ops=True, recompile_limit=_GRAPHS, accumulated_recompile_limit=_GRAPHS
                 ):
                     with _quiet():
-                        compiled(rows, n_rows)
+                        compiled(full, self._full)
         except Exception as error:  # Inductor, its compiler and its cache each have their own
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise CompileError(f"{type(error).__name__}: {reason}") from error
-        self._compiled, self._compiled_shape = compiled, rows.shape
+        self._compiled, self._compiled_shape = compiled, full.shape
+        self.forget_captured()
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
@@ -157,6 +175,11 @@ class TrainingStep:
     def forget_compiled(self) -> None:
         """Go back to kernel by kernel."""
         self._compiled = self._compiled_shape = None
+        self.forget_captured()
+
+    def forget_captured(self) -> None:
+        """Capture anew: what is computed has changed."""
+        self._graph = None
 
     def _may_be_captured(self, rows: Tensor, n_rows: int) -> bool:
         return (
@@ -179,13 +202,16 @@ class TrainingStep:
                 else:
                     group["lr"] = knobs.learning_rate
 
-    def _fitting(self, rows: Tensor) -> Callable[..., tuple[Tensor, list[Tensor | None]]]:
-        if self._compiled is not None and rows.shape == self._compiled_shape:
-            return self._compiled
+    def _fitting(self, rows: Tensor, n_rows: int) -> Callable[..., tuple[Tensor, list[Tensor | None]]]:
+        # A worker's share of a short minibatch may be as large as of a full one; the graph holds the number of all.
+        if self._compiled is not None and rows.shape == self._compiled_shape and n_rows == self._full:
+            compiled = self._compiled
+            # A graph holds the strides, too, and those of an axis of one channel are whatever NumPy left there.
+            return lambda rows, n_rows: compiled(rows.reshape(-1).view(rows.shape), n_rows)
         return self._differentiate
 
     def _step(self, rows: Tensor, n_rows: int) -> Tensor:
-        figures, gradients = self._fitting(rows)(rows, n_rows) if len(rows) else self._nothing(rows, n_rows)
+        figures, gradients = self._fitting(rows, n_rows)(rows, n_rows) if len(rows) else self._nothing(rows, n_rows)
         if self._world.size > 1:
             pairs = zip(gradients, self._parameters, strict=True)
             # A weight that one worker has no gradient of has none anywhere, but messages must be of one length.

@@ -35,13 +35,14 @@ from vaefeat.checkpoint import (
     under,
     write_checkpoint,
 )
-from vaefeat.combinations import refuse_pair
+from vaefeat.combinations import refuse_pair, refuse_workers
 from vaefeat.config import TrainConfig
-from vaefeat.errors import NonFiniteLossError, TrainingInterrupted
+from vaefeat.errors import CompileError, NonFiniteLossError, TrainingInterrupted
 from vaefeat.feeds import make_feed
+from vaefeat.heldout import HeldOut
 from vaefeat.interruption import StopRequest, stop_on_signals
 from vaefeat.memory import explaining_memory
-from vaefeat.model.evaluation import Evaluation, evaluate, fixed_noise
+from vaefeat.model.evaluation import Evaluation, fixed_noise
 from vaefeat.model.objectives import OBJECTIVES
 from vaefeat.model.vae import VAE
 from vaefeat.observers import EpochRecord, Observer
@@ -58,7 +59,6 @@ __all__ = ["Trainer", "TrainingResult"]
 
 #: Reading a figure from a GPU waits for it: losses are collected on the device and read this often.
 _STEPS_PER_READING = 50
-_EVALUATED = ("objective", "elbo", "log_likelihood", "kl")
 _TERMS = ("objective", "log-likelihood", "KL divergence", "gradient")
 #: What may differ between a run and its continuation without changing the result.
 _FREE_SETTINGS = {"device", "threads", "checkpoint_every", "checkpoint_seconds"}
@@ -128,6 +128,8 @@ class Trainer:
         self.config = config
         self.device = resolve_device(config.device)
         self.world = World.current()
+        if self.world.size > 1:
+            refuse_workers(vae.config, config)
         self.vae = vae.to(self.device)
         self.objective = OBJECTIVES[config.objective](config)
         self.feed = make_feed(
@@ -143,6 +145,9 @@ class Trainer:
         self.take_step = TrainingStep(
             vae, self.objective, config, n_train=self.feed.n_train, world=self.world, full=self.feed.batch_size
         )
+        self.judge = HeldOut(
+            vae, self.objective, config, batch_size=self.batch_size, world=self.world, device=self.device
+        )
         self.checkpoint = checkpoint
         self.observers = observers if self.world.leads else ()
         self.identity = {"train": _binding(config), **(identity or {})}
@@ -153,6 +158,7 @@ class Trainer:
             sharing=self.world.neighbours(self.device),
         )
         self.readings = Readings()
+        self.notes: list[str] = []
         self._settled, self._saved_at, self._read_at = False, time.perf_counter(), 0.0
         # The state of the run, all of which goes into a checkpoint.
         self.epoch = 0
@@ -232,7 +238,7 @@ class Trainer:
             # A run that was stopped after the last step of an epoch has only to close it.
             if not self._settled and self.step < self.steps_per_epoch:
                 rows = next(feed)
-                self._settle_engine(rows)
+                self._settle_engine(rows, stop)
                 minibatches = chain([rows], feed)
             first, started = self.step, time.perf_counter()
             while self.step < self.steps_per_epoch:
@@ -261,8 +267,7 @@ class Trainer:
             with self._explained_memory(rows, n_rows):
                 figures.append(self.take_step(rows, self._knobs(), n_rows=n_rows))
             self.step += 1
-        if figures:
-            # Each row one step: summed terms, the norm of the gradient, the number of rows.
+        if figures:  # each row one step: summed terms, the norm of the gradient, the number of rows
             summed = torch.stack(figures)
             self.world.add([summed])
             self.readings.send(first, summed)
@@ -285,8 +290,22 @@ class Trainer:
                     rows_per_s=n_rows / elapsed,
                 )
 
-    def _settle_engine(self, rows: Tensor) -> None:
+    def _settle_engine(self, rows: Tensor, stop: StopRequest) -> None:
         """Choose how steps are computed, or take up what the run before chose."""
+        try:
+            self._choose_or_take_up(rows)
+        except CompileError:
+            if not stop or self.world.size > 1:
+                raise
+        if stop:
+            # Ctrl-C reaches the compiler, too: its failure says nothing of what it can do.
+            self.engine = None
+        self._settled = True
+        for note in (*self.notes, *(self.engine.notes if self.engine else ())):
+            for observer in self.observers:
+                observer.on_note(note)
+
+    def _choose_or_take_up(self, rows: Tensor) -> None:
         n_rows = self.feed.rows_in(self.step)
         steps_left = self.total_steps - self.epoch * self.steps_per_epoch - self.step
         with self._explained_memory(rows, n_rows):
@@ -297,11 +316,10 @@ class Trainer:
                 self._agreed(self.engine)
             else:
                 engine = self.engine or self._agreed(Engine())
-                self.engine = take_up(self.take_step, rows, engine, n_rows=n_rows)
-        self._settled = True
-        for observer in self.observers:
-            for note in self.engine.notes:
-                observer.on_note(note)
+                self.engine = take_up(self.take_step, rows, engine, self.config)
+        if self.world.any(not self.engine.compiled, self.device) and self.engine.compiled:
+            self.take_step.forget_compiled()
+            self.engine = Engine(self.engine.precision, notes=("not compiled: another worker cannot",))
 
     def _agreed(self, engine: Engine) -> Engine:
         """Give all workers what the first one chose."""
@@ -330,7 +348,7 @@ class Trainer:
         if finite.all():
             return
         step, term = (int(index) for index in torch.nonzero(~finite)[0])
-        # The objective holds the other two: name the one that spoiled it.
+        # The objective holds the other two.
         term = next((i for i in (1, 2) if not finite[step, i]), term)
         kept = f"; the last good checkpoint is {self.checkpoint}" if self.has_checkpoint else ""
         raise NonFiniteLossError(
@@ -382,26 +400,7 @@ class Trainer:
             self.stopped_early = self.epoch - max(self.best_epoch, warm_epoch) >= self.config.patience
 
     def _evaluate(self) -> Evaluation:
-        """Measure on the held-out rows: the first worker does, and tells the others."""
-        if self.world.leads:
-            evaluation = evaluate(
-                self.vae,
-                self.objective,
-                self.feed.heldout_rows,
-                kl_weight=self.config.kl_weight,
-                batch_size=max(self.batch_size, 512),
-                seed=self.config.seed,
-            )
-        if self.world.size == 1:
-            return evaluation
-        latent_dim = self.vae.config.latent_dim
-        told = torch.zeros(4 + latent_dim, dtype=torch.float64, device=self.device)
-        if self.world.leads:
-            told[:4] = told.new_tensor([getattr(evaluation, name) for name in _EVALUATED])
-            told[[4 + unit for unit in evaluation.active]] = 1
-        figures = self.world.agree(told).tolist()
-        active = tuple(unit for unit in range(latent_dim) if figures[4 + unit])
-        return Evaluation(**dict(zip(_EVALUATED, figures, strict=False)), active=active)
+        return self.judge.evaluate(self.feed.heldout_rows)
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.vae.state_dict().items()}
@@ -438,6 +437,10 @@ class Trainer:
         place = [self.config.seed, meta["epoch"], meta["step"]]
         restore_noise(tensors, self.device, self.world, n_workers=meta["workers"], place=place)
         self.epoch, self.step, self.best_epoch = meta["epoch"], meta["step"], meta["best_epoch"]
+        if self.feed.order_of_workers and meta["workers"] != self.world.size and self.step:
+            # The rows that are left of the epoch are not those that these workers would take.
+            self.notes.append(f"{self.world.size} workers, not {meta['workers']}: epoch {self.epoch + 1} begins anew")
+            self.step, self.sums = 0, torch.zeros_like(self.sums)
         self.stopped_early = meta["stopped_early"]
         self.history = [EpochRecord(**record) for record in meta["history"]]
         if meta["engine"] is not None:

@@ -94,14 +94,22 @@ def choose_engine(
     return Engine(precision, compiled, tuple(notes))
 
 
-def take_up(step: TrainingStep, rows: Tensor, engine: Engine, *, n_rows: int) -> Engine:
-    """Bring a step into the state that was chosen before, by a run that is continued or by the first worker."""
+def take_up(step: TrainingStep, rows: Tensor, engine: Engine, config: TrainConfig) -> Engine:
+    """Bring a step into the state that was chosen before, by a run that is continued or by the first worker.
+
+    Raises
+    ------
+    CompileError
+        ``compile=True`` and it cannot be compiled.
+    """
     step.vae.network_dtype = getattr(torch, engine.precision)
     if not engine.compiled:
         return engine
     try:
-        step.compile(rows, n_rows=n_rows)
+        step.compile(rows)
     except CompileError as error:
+        if config.compile is True:
+            raise
         # Only on another machine, or after an upgrade: the run goes on, with other roundings.
         return Engine(engine.precision, compiled=False, notes=(f"no longer compiled: {error}",))
     return engine
@@ -142,7 +150,7 @@ def _compile(
     if config.compile is False or (config.compile == "auto" and step_s is None):
         return False
     if config.compile is True:
-        step.compile(rows, n_rows=n_rows)
+        step.compile(rows)
         return True
     assert step_s is not None
     if _COMPILE_SHARE * n_steps * step_s < _COMPILE_S:
@@ -154,7 +162,7 @@ def _compile(
         return False
     started = time.perf_counter()
     try:
-        step.compile(rows, n_rows=n_rows)
+        step.compile(rows)
     except CompileError as error:
         notes.append(f"not compiled: {error}")
         _MEASURED[key] = 0.0

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vaefeat.errors import InputError, WorkerLostError
+from vaefeat.memory import ran_out_of_memory
 
 __all__ = ["World"]
 
@@ -124,7 +125,10 @@ class World:
         try:
             yield
         except RuntimeError as error:
+            if ran_out_of_memory(error):
+                raise
             raise WorkerLostError(
                 f"worker {self.rank} of {self.size} lost contact with another one, which was killed or stopped with an "
-                "error of its own; the last checkpoint is kept: continue with resume=True"
+                "error of its own; a checkpoint that was written is kept: what starts the workers again goes on from it, and so "
+                "does resume=True"
             ) from error

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vaefeat import ModelConfig, TrainConfig, load_bundle, pretrain
 from vaefeat.blocks import open_blocks
+from vaefeat.checkpoint import read_checkpoint, write_checkpoint
 from vaefeat.errors import CheckpointError, InputError, TrainingInterrupted
 from vaefeat.feeds import ArrayFeed, Feed, StreamFeed, make_feed
 from vaefeat.model.evaluation import fixed_noise
@@ -109,6 +110,44 @@ def test_streamed_run_that_was_stopped_in_mid_epoch_goes_on_to_the_same_bundle(
     assert load_bundle(tmp_path / "run").digest == whole.digest
     with pytest.raises(CheckpointError, match="order"):
         pretrain(open_blocks(digits_file, block_bytes=2048), **settings, out=tmp_path / "run", resume=True)
+
+
+def test_streamed_epoch_begins_anew_for_another_number_of_workers(
+    digits_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers take other rows in a minibatch than one does: what is left of the epoch is not what one leaves."""
+
+    class Stop(Observer):
+        def on_steps(self, *, epoch: int, step: int, **figures: Any) -> None:
+            if (epoch, step) == (2, 100):
+                raise TrainingInterrupted("enough")
+
+    class Starts(Observer):
+        def on_start(self, *, epochs: int, steps_per_epoch: int, epoch: int) -> None:
+            self.trainer_at = trainer.epoch, trainer.step
+
+        def on_note(self, text: str) -> None:
+            self.note = text
+
+    train = TrainConfig(max_epochs=3, batch_size=16, device="cpu", checkpoint_seconds=1e-9)
+    checkpoint, starts = tmp_path / "checkpoint.safetensors", Starts()
+
+    def make(*observers: Observer) -> Trainer:
+        stream = RowStream(open_blocks(digits_file, block_bytes=1024), heldout=0.1, seed=0)
+        with fixed_noise(0, CPU):
+            vae = VAE.for_rows(MODEL, stream.sample)
+        return Trainer(vae, stream, train, checkpoint=checkpoint, observers=observers)
+
+    with pytest.raises(TrainingInterrupted):
+        make(Stop()).run()
+    tensors, meta = read_checkpoint(checkpoint)
+    assert (meta["epoch"], meta["step"]) == (1, 50)
+    write_checkpoint(checkpoint, tensors, {**meta, "workers": 2})
+    trainer = make(starts)
+    result = trainer.run(resume=True)
+    assert starts.trainer_at == (1, 0)
+    assert starts.note == "1 workers, not 2: epoch 2 begins anew"
+    assert [record.epoch for record in result.history] == [1, 2, 3]
 
 
 def test_file_that_shrinks_while_it_is_trained_on_is_one_clear_error_and_keeps_the_checkpoint(

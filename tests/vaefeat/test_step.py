@@ -63,7 +63,7 @@ def test_compiled_steps_equal_steps_kernel_by_kernel(
     plain, compiled = make_step(digits_rows[:96], model, **train), make_step(digits_rows[:96], model, **train)
     # The compiler's own random numbers are others; for the comparison it is to call torch's.
     with torch._inductor.config.patch(fallback_random=True):
-        compiled.compile(rows, n_rows=len(rows))
+        compiled.compile(rows)
         figures, weights = after_steps(compiled, rows)
     wanted_figures, wanted = after_steps(plain, rows)
     torch.testing.assert_close(figures, wanted_figures, rtol=1e-4, atol=1e-3)
@@ -78,7 +78,7 @@ def test_compiled_step_draws_new_noise_at_each_call_and_the_same_from_the_same_s
 ) -> None:
     rows = torch.from_numpy(digits_rows[:64])
     step = make_step(digits_rows[:64])
-    step.compile(rows, n_rows=64)
+    step.compile(rows)
     with fixed_noise(3, CPU):
         first, second = step.gradients(rows, n_rows=64), step.gradients(rows, n_rows=64)
     with fixed_noise(3, CPU):
@@ -89,9 +89,32 @@ def test_compiled_step_draws_new_noise_at_each_call_and_the_same_from_the_same_s
 
 def test_compiled_step_takes_the_short_minibatch_at_the_end_kernel_by_kernel(digits_rows: NDArray[np.uint8]) -> None:
     step = make_step(digits_rows[:64])
-    step.compile(torch.from_numpy(digits_rows[:64]), n_rows=64)
+    step.compile(torch.from_numpy(digits_rows[:64]))
     figures = step(torch.from_numpy(digits_rows[:5]), Knobs(1e-3, 1.0, 0.0), n_rows=5)
     assert figures[4] == 5
+
+
+def test_step_is_compiled_for_full_minibatches_whichever_comes_first(digits_rows: NDArray[np.uint8]) -> None:
+    """A run that is continued may begin with the short one."""
+    step = make_step(digits_rows[:64])
+    step.compile(torch.from_numpy(digits_rows[:5]))
+    rows = torch.from_numpy(digits_rows[:64])
+    with torch._dynamo.config.patch(error_on_recompile=True), fixed_noise(0, CPU):
+        figures = step.gradients(rows, n_rows=64)
+    assert figures[4] == 64
+    assert step._fitting(rows, 64) != step._differentiate
+
+
+def test_share_of_a_short_minibatch_that_is_as_large_as_of_a_full_one_is_taken_kernel_by_kernel(
+    digits_rows: NDArray[np.uint8],
+) -> None:
+    """Of two workers the first has 16 rows of a minibatch of 32 and of one of 31; the graph holds the 32."""
+    alone = make_step(digits_rows[:64])
+    step = TrainingStep(alone.vae, alone.objective, alone.config, n_train=63, full=32, world=World(0, 2))
+    rows = torch.from_numpy(digits_rows[:16])
+    step.compile(rows)
+    full, short = step.gradients(rows, n_rows=32), step.gradients(rows, n_rows=31)
+    assert full[4] == short[4] == 16
 
 
 def test_failing_compiler_is_an_error_that_gives_its_reason_and_leaves_the_step_as_it_was(
@@ -107,7 +130,7 @@ def test_failing_compiler_is_an_error_that_gives_its_reason_and_leaves_the_step_
         torch._inductor.config.patch(fx_graph_cache=False, force_disable_caches=True),
         pytest.raises(CompileError, match=r"no-such-compiler|[Cc]ompiler"),
     ):
-        step.compile(rows, n_rows=32)
+        step.compile(rows)
     assert all(torch.equal(before[name], value) for name, value in step.vae.state_dict().items())
     assert step(rows, Knobs(1e-3, 1.0, 0.0), n_rows=32)[4] == 32
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from vaefeat import ModelConfig, TrainConfig, tuning
 from vaefeat.checkpoint import read_checkpoint
 from vaefeat.errors import CompileError, ConfigError, TrainingInterrupted
 from vaefeat.model.evaluation import fixed_noise
+from vaefeat.model.objectives import OBJECTIVES
 from vaefeat.model.vae import VAE
 from vaefeat.observers import Observer
 from vaefeat.step import TrainingStep
 from vaefeat.training import Trainer
-from vaefeat.tuning import Engine
+from vaefeat.tuning import Engine, take_up
+from vaefeat.world import World
 
 MODEL = ModelConfig(latent_dim=4, hidden_dims=(16,), network="mlp")
 
@@ -103,7 +106,7 @@ def test_failing_compiler_leaves_training_as_it_is_and_says_why(
 ) -> None:
     pretend_runs_are_long(monkeypatch, compiling_s=0.0)
 
-    def fail(self: TrainingStep, rows: torch.Tensor, *, n_rows: int) -> None:
+    def fail(self: TrainingStep, rows: torch.Tensor) -> None:
         raise CompileError("no C++ compiler")
 
     monkeypatch.setattr(TrainingStep, "compile", fail)
@@ -116,7 +119,7 @@ def test_compiling_that_gains_nothing_is_dropped(
     digits_rows: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_runs_are_long(monkeypatch, compiling_s=0.0)
-    monkeypatch.setattr(TrainingStep, "compile", lambda self, rows, n_rows: None)
+    monkeypatch.setattr(TrainingStep, "compile", lambda self, rows: None)
     monkeypatch.setattr(tuning, "_time", lambda step, rows, n_rows, names: dict.fromkeys(names, 1.0))
     result, notes, _ = train(digits_rows)
     assert not result.engine.compiled
@@ -177,6 +180,37 @@ def test_resume_of_a_compiled_run_equals_one_that_was_never_stopped(
     _, _, resumed = train(digits_rows, **settings, checkpoint=checkpoint)
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_compilation_that_was_asked_for_and_fails_on_resume_is_an_error_too(
+    digits_rows: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(batch_size=64)
+    vae = VAE.for_rows(MODEL, digits_rows).train()
+    step = TrainingStep(vae, OBJECTIVES["elbo"](config), config, n_train=64, full=64, world=World())
+    monkeypatch.delattr("torch._dynamo.config.trace_autograd_ops")
+    rows = torch.from_numpy(digits_rows[:64])
+    with pytest.raises(CompileError, match="newer"):
+        take_up(step, rows, Engine(compiled=True), TrainConfig(compile=True))
+    engine = take_up(step, rows, Engine(compiled=True), TrainConfig())
+    assert not engine.compiled
+    assert "no longer compiled" in engine.notes[0]
+
+
+def test_compiler_that_ctrl_c_stopped_is_not_taken_for_a_broken_one(
+    digits_rows: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal reaches the compiler's processes, too; the run goes on later as one that has not chosen yet."""
+
+    def interrupted(self: TrainingStep, rows: torch.Tensor) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise CompileError("g++ was interrupted")
+
+    monkeypatch.setattr(TrainingStep, "compile", interrupted)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(TrainingInterrupted):
+        train(digits_rows, compile=True, checkpoint=checkpoint)
+    assert read_checkpoint(checkpoint)[1]["engine"] is None
 
 
 def test_impossible_choices_are_refused() -> None:

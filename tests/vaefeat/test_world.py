@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from vaefeat import ModelConfig, TrainConfig
+from vaefeat.combinations import refuse_workers
+from vaefeat.errors import ConfigError
 from vaefeat.model.objectives import OBJECTIVES
 from vaefeat.model.vae import VAE
-from vaefeat.placement import threads_for
+from vaefeat.placement import threads_for, using_threads
 from vaefeat.processors import available_cpus
 from vaefeat.step import Knobs, TrainingStep
 from vaefeat.training import Trainer
@@ -315,8 +317,28 @@ def test_elbo_of_two_is_within_the_spread_of_one(group: Group, digits_rows: NDAr
     assert (differences < spread).all()
 
 
+@pytest.mark.parametrize(
+    ("model", "train"),
+    [
+        ({"gaussian_std": "optimal", "likelihood": "gaussian"}, {}),
+        ({}, {"objective": "mmd"}),
+        ({}, {"objective": "infovae"}),
+        ({"posterior": "deterministic"}, {"objective": "sliced_wasserstein"}),
+    ],
+)
+def test_what_needs_the_whole_minibatch_is_refused_for_several_workers(
+    model: dict[str, Any], train: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match="several workers"):
+        refuse_workers(ModelConfig(**model), TrainConfig(**train))
+    refuse_workers(ModelConfig(), TrainConfig())
+
+
 def test_workers_of_a_machine_share_its_processors() -> None:
     vae = VAE.for_rows(ModelConfig(latent_dim=8, hidden_dims=(2048, 2048)), np.zeros((4, 784), np.uint8))
-    assert threads_for(vae, 256, sharing=1) == available_cpus()
-    assert threads_for(vae, 256, sharing=2) == max(1, available_cpus() // 2)
-    assert threads_for(vae, 256, sharing=1000) == 1
+    with using_threads(64):
+        assert threads_for(vae, 256, sharing=1) == available_cpus()
+        assert threads_for(vae, 256, sharing=2) == max(1, available_cpus() // 2)
+        assert threads_for(vae, 256, sharing=1000) == 1
+    with using_threads(1):  # as OMP_NUM_THREADS=1 leaves torch
+        assert threads_for(vae, 256) == 1

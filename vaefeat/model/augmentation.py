@@ -100,8 +100,8 @@ def _brightness(x_BCHW: Tensor, strength: float) -> Tensor:
 
 def _color(x_BCHW: Tensor, strength: float) -> Tensor:
     """Change each channel's weight and all colours' depth; now and then take them away."""
-    luma = torch.tensor(_LUMA, device=x_BCHW.device).view(1, 3, 1, 1)
-    grey = (x_BCHW * luma).sum(dim=1, keepdim=True)
+    red, green, blue = x_BCHW.split(1, dim=1)
+    grey: Tensor = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
     depth = 1 + _uniform(x_BCHW, -_SATURATION * strength, _SATURATION * strength, 1, 1, 1)
     depth = torch.where(_uniform(x_BCHW, 0, 1, 1, 1, 1) < _GREY * strength, 0.0, depth)
     tint = 1 + _uniform(x_BCHW, -_SATURATION * strength / 2, _SATURATION * strength / 2, 3, 1, 1)
