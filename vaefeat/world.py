@@ -129,6 +129,6 @@ class World:
                 raise
             raise WorkerLostError(
                 f"worker {self.rank} of {self.size} lost contact with another one, which was killed or stopped with an "
-                "error of its own; a checkpoint that was written is kept: what starts the workers again goes on from it, "
-                "and so does resume=True"
+                "error of its own; a checkpoint that was written is kept: what starts the workers again goes on from "
+                "it, and so does resume=True"
             ) from error
