@@ -26,8 +26,8 @@ from vaefeat.model_card import renamed
 __all__ = ["FineTuneClassifier"]
 
 #: What `augmentations="auto"` takes: of images by their channels, of tables by what they hold.
-_AUTO_IMAGE = ("affine", "crop", "brightness", "erasing")
-_AUTO_COLOUR = (*_AUTO_IMAGE, "flip", "color")
+_AUTO_IMAGE = ("affine", "brightness", "erasing")
+_AUTO_COLOUR = (*_AUTO_IMAGE, "crop", "flip", "color")
 _AUTO_TABLE = ("replacement",)
 
 
@@ -54,9 +54,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         See :class:`vaefeat.finetune_config.FineTuneConfig`.
     augmentations : {"auto"} or tuple of str
         Changes that leave a row's class alone, keys of :data:`vaefeat.model.augmentation.IMAGE_AUGMENTATIONS` or, for
-        tables, of :data:`~vaefeat.model.augmentation.TABLE_AUGMENTATIONS`. ``auto`` moves, crops, brightens and erases
-        parts of images; those of three channels also get mirrored and other colours. For tables it takes values from
-        other rows. Name them where mirror images or crops are of another class.
+        tables, of :data:`~vaefeat.model.augmentation.TABLE_AUGMENTATIONS`. ``auto`` moves and brightens images and
+        erases parts of them; those of three channels are also cropped and mirrored and get other colours. For tables it
+        takes values from other rows. Name them where mirror images, say, are of another class.
     strength : float
         Of these changes.
     class_shares : array-like of shape (n_classes,), optional
@@ -106,7 +106,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self,
         bundle: str | PathLike[str] | Bundle,
         *,
-        max_steps: int = 1500,
+        max_steps: int = 3000,
         batch_size: int = 64,
         unlabelled_ratio: float = 4.0,
         learning_rate: float = 2e-3,
@@ -231,7 +231,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise InputError(
                 f"got class_shares={self.class_shares!r}, wanted {n_classes} positive numbers, one for each class"
             )
-        return shares / shares.sum()
+        return np.asarray(shares / shares.sum())
 
     def _config(self, base: Bundle, seed: int) -> FineTuneConfig:
         own = FineTuneConfig.__dataclass_fields__.keys() - {"augmentations", "seed"}

@@ -53,7 +53,7 @@ class FineTuneConfig(Settings):
     seed : int
     """
 
-    max_steps: int = 1500
+    max_steps: int = 3000
     batch_size: int = 64
     unlabelled_ratio: float = 4.0
     learning_rate: float = 2e-3

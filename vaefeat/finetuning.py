@@ -44,7 +44,7 @@ _WATCHED_ROWS = 1000
 #: Rows whose labels are guessed before training; each looks for its neighbours among all.
 _SPREAD_ROWS = 10_000
 #: Answers have settled when, on average, no more than this part of their probability moved between two checks.
-_SETTLED = 0.004
+_SETTLED = 0.002
 _ROWS_AT_A_TIME = 256
 _LARGEST_GRADIENT = 10.0
 
@@ -226,7 +226,8 @@ class FineTuner:
 
     def _pretraining_loss(self, chosen: NDArray[np.int64]) -> Tensor:
         terms = self.objective(self.student.vae, self._batch(chosen), kl_weight=self.objective.config.kl_weight)
-        return -terms.objective.mean() / self.rows[0].size
+        loss: Tensor = -terms.objective.mean() / self.rows[0].size
+        return loss
 
     def _check(self) -> None:
         if self.schedule.cooling or self._any_frozen():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,13 @@ def encode_labels(y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:
     known = ~_unlabelled(values)
     if not known.any():
         raise InputError(f"got {len(values)} rows without a label, wanted at least two labelled classes")
-    check_classification_targets(values[known])
+    given = _natural(values[known])
+    with warnings.catch_warnings():
+        # One label a class is what this is for, and no sign of a regression.
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        check_classification_targets(given)
     try:
-        classes, codes = np.unique(values[known], return_inverse=True)
+        classes, codes = np.unique(given, return_inverse=True)
     except TypeError as error:
         raise InputError(f"got labels of several types, wanted one type: {error}") from error
     if len(classes) < 2:
@@ -90,11 +95,17 @@ def class_shares(codes: NDArray[np.int64], n_classes: int) -> NDArray[np.float64
     return np.asarray((counts + 1) / (counts.sum() + n_classes), dtype=np.float64)
 
 
+def _natural(values: NDArray[Any]) -> NDArray[Any]:
+    """Give numbers that only shared an array with None the type of numbers."""
+    plain = np.array(values.tolist())
+    return plain if values.dtype == object and plain.dtype.kind in "biuf" else values
+
+
 def _unlabelled(values: NDArray[Any]) -> NDArray[np.bool_]:
     if values.dtype == object:
         return np.array([_is_missing(value) for value in values], dtype=bool)
     if values.dtype.kind == "f":
-        return np.isnan(values) | (values == UNLABELLED)
+        return np.asarray(np.isnan(values) | (values == UNLABELLED))
     if values.dtype.kind == "i":
         return np.asarray(values == UNLABELLED)
     return np.zeros(len(values), dtype=bool)

@@ -76,7 +76,7 @@ def test_alignment_of_a_class_that_never_occurs_stays_finite() -> None:
     torch.testing.assert_close(aligned, torch.tensor([[1.0, 0.0]] * 4))
 
 
-def test_thresholds_are_those_of_freematch() -> None:
+def test_thresholds_are_those_of_freematch_with_the_root_of_the_confidence() -> None:
     thresholds = AdaptiveThresholds()
     confidence, mean = None, None
     for seed in range(30):
@@ -86,7 +86,7 @@ def test_thresholds_are_those_of_freematch() -> None:
         batch_confidence, batch_mean = p.max(axis=1).mean(), p.mean(axis=0)
         confidence = batch_confidence if confidence is None else MEMORY * confidence + (1 - MEMORY) * batch_confidence
         mean = batch_mean if mean is None else MEMORY * mean + (1 - MEMORY) * batch_mean
-        wanted = mean / mean.max() * confidence
+        wanted = mean / mean.max() * confidence**0.25
         np.testing.assert_allclose(thresholds.threshold_K, wanted, rtol=1e-5)
         np.testing.assert_array_equal(pseudo.label_B, p.argmax(axis=1))
         np.testing.assert_array_equal(pseudo.trusted_B, p.max(axis=1) >= wanted[p.argmax(axis=1)])

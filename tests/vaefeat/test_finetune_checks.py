@@ -52,7 +52,5 @@ def expected_failures(estimator: object) -> dict[str, str]:
     [AnyWidthClassifier(random_state=0)], expected_failed_checks=expected_failures, xfail_strict=True
 )
 @pytest.mark.filterwarnings("ignore:A column-vector y was passed:UserWarning")
-def test_classifier_passes_the_estimator_check(
-    estimator: AnyWidthClassifier, check: Callable[[Any], None]
-) -> None:
+def test_classifier_passes_the_estimator_check(estimator: AnyWidthClassifier, check: Callable[[Any], None]) -> None:
     check(estimator)

@@ -22,6 +22,7 @@ from vaefeat.labels import class_names, class_shares, encode_labels
         (np.array(["a", None, "b", "a"], dtype=object), ["a", "b"]),
         (np.array(["a", np.nan, "b", "a"], dtype=object), ["a", "b"]),
         (["a", None, "b", "a"], ["a", "b"]),
+        ([3, None, 5, 3], [3, 5]),
         (pd.Series(["a", None, "b", "a"]), ["a", "b"]),
         (pd.Series(["a", pd.NA, "b", "a"], dtype="string"), ["a", "b"]),
         (pd.Series([3, None, 5, 3], dtype="Int64"), [3, 5]),

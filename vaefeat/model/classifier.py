@@ -5,9 +5,12 @@ B batch, F width of the hidden layer, K classes, L latents, N labelled rows.
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
@@ -57,7 +60,11 @@ class Classifier(nn.Module):
         """
         scaler = StandardScaler().fit(h_NF.astype(np.float64))
         probe = LogisticRegression(C=_PROBE_C / len(h_NF), max_iter=_PROBE_ITERATIONS, tol=1e-2)
-        probe.fit(scaler.transform(h_NF), labels_N)
+        with warnings.catch_warnings():
+            # What it starts from need not be the optimum, and one row a class is no sign of a regression.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+            probe.fit(scaler.transform(h_NF), labels_N)
         weight, bias = probe.coef_, probe.intercept_
         if len(weight) == 1:
             # Of two classes scikit-learn has the difference of their logits alone.
