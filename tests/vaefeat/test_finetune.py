@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,30 @@ class TestBundle:
         assert again.bundle_.manifest.classes == ("even", "odd")
         assert again.bundle_.manifest.outputs["probability"] == 2
         assert again.score(X[N_TRAIN:], np.where(Y[N_TRAIN:] % 2 == 0, "even", "odd")) > 0.85
+
+    def test_bundle_without_classes_keeps_the_form_that_older_readers_know(
+        self, fitted: FineTuneClassifier, digits_bundle: Path, tmp_path: Path
+    ) -> None:
+        manifest = json.loads((digits_bundle / "bundle.json").read_bytes())
+        assert manifest["schema_version"] == 1
+        assert "classes" not in manifest
+        fitted.save_bundle(tmp_path)
+        manifest = json.loads((tmp_path / "bundle.json").read_bytes())
+        assert manifest["schema_version"] == 2
+        assert manifest["classes"] == list(range(10))
+
+    def test_manifest_with_other_classes_than_probabilities_is_refused(self, fitted: FineTuneClassifier) -> None:
+        with pytest.raises(BundleError, match="wanted a name, text or number, for each probability"):
+            replace(fitted.bundle_.manifest, classes=(0, 1))
+
+    def test_bundle_of_a_classifier_that_kept_its_elbo_reconstructs_better(
+        self, digits_bundle: Path, X: NDArray[np.uint8], few: NDArray[np.int64]
+    ) -> None:
+        with_elbo, without = (
+            quick(digits_bundle, elbo_weight=weight).fit(X[:N_TRAIN], few).bundle_.manifest.metrics["elbo"]
+            for weight in (1.0, 0.0)
+        )
+        assert with_elbo > without
 
     def test_bundle_without_a_head_is_no_classifier(self, digits_bundle: Path) -> None:
         with pytest.raises(InputError, match="which is no classifier"):

@@ -34,8 +34,9 @@ class AnyWidthClassifier(FineTuneClassifier):
         super().__init__(bundle, max_steps=max_steps, unfreezing=unfreezing, random_state=random_state, batch_size=32)
 
     def fit(self, X: Any, y: Any) -> Self:
-        given, shape = self.bundle, np.shape(X)
-        self.bundle = tiny_bundle(shape[1] if len(shape) == 2 else 4)
+        given, shape = self.bundle, np.asarray(X).shape
+        # What has no rows, or no columns, is refused whatever the bundle.
+        self.bundle = tiny_bundle(shape[1] if len(shape) == 2 and shape[1] else 4)
         try:
             return super().fit(X, y)
         finally:
