@@ -53,6 +53,8 @@ def encode_labels(y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:
     if not known.any():
         raise InputError(f"got {len(values)} rows without a label, wanted at least two labelled classes")
     given = _natural(values[known])
+    if given.dtype.kind == "f" and not np.isfinite(given).all():
+        raise InputError("got infinite labels, wanted classes; NaN, None or -1 mark a row without one")
     with warnings.catch_warnings():
         # One label a class is what this is for, and no sign of a regression.
         warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)

@@ -23,6 +23,8 @@ __all__ = ["Classifier"]
 #: Of the L2 penalty of the head's first weights, on standardised features: inverse strength, times rows.
 _PROBE_C = 10.0
 _PROBE_ITERATIONS = 500
+#: Of a feature, in units of the hidden layer's root mean square.
+_SMALLEST_SPREAD = 0.01
 
 
 class Classifier(nn.Module):
@@ -59,6 +61,8 @@ class Classifier(nn.Module):
         (Kumar et al. 2022, arXiv:2202.10054, section 3).
         """
         scaler = StandardScaler().fit(h_NF.astype(np.float64))
+        # What hardly varies is mostly rounding, which weights of 1 / its spread would make logits of.
+        scaler.scale_ = np.maximum(scaler.scale_, _SMALLEST_SPREAD * float(np.sqrt(np.mean(h_NF**2)) or 1.0))
         probe = LogisticRegression(C=_PROBE_C / len(h_NF), max_iter=_PROBE_ITERATIONS, tol=1e-2)
         with warnings.catch_warnings():
             # What it starts from need not be the optimum, and one row a class is no sign of a regression.
