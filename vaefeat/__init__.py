@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from vaefeat.encoder import OnnxEncoder
     from vaefeat.errors import VaefeatError
     from vaefeat.features import VAEFeatures, VAETransformer
+    from vaefeat.finetune import FineTuneClassifier
     from vaefeat.grid import GridRun, pretrain_grid
     from vaefeat.pretraining import pretrain
     from vaefeat.remote import RemoteEncoder
 
 __all__ = [
     "Bundle",
+    "FineTuneClassifier",
     "GridRun",
     "ModelConfig",
     "OnnxEncoder",
@@ -46,6 +48,7 @@ except PackageNotFoundError:  # a checkout that is on the path without being ins
 
 _ROOMS = {
     "Bundle": "vaefeat.bundle",
+    "FineTuneClassifier": "vaefeat.finetune",
     "GridRun": "vaefeat.grid",
     "ModelConfig": "vaefeat.config",
     "OnnxEncoder": "vaefeat.encoder",

@@ -3,9 +3,11 @@
 ==========================  =======================================================================================
 ``bundle.json``             the manifest: schema version, name, SHA-256 and size of every other file, the bundle's
                             digest, input, outputs, configuration, data fingerprint, figures, versions, parity
-``encoder.onnx``            rows -> mean, logvar, hidden (float32); preprocessing inside, any batch size
+``encoder.onnx``            rows -> mean, logvar, hidden, of a classifier also probability (float32); preprocessing
+                            inside, any batch size
 ``decoder.onnx``            latents -> rows in the units of the training rows (float32)
 ``weights.safetensors``     the torch weights, to fine-tune
+``head.safetensors``        of a classifier: the weights of its last layer
 ``README.md``, ``*.png``    model card and pictures, written by the code
 ==========================  =======================================================================================
 
@@ -33,7 +35,9 @@ from vaefeat.input_spec import InputSpec
 
 __all__ = ["SCHEMA_VERSION", "Bundle", "Manifest", "load_bundle"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+#: What a bundle without classes still is: readers from before there were any understand it, and its digest stays.
+_WITHOUT_CLASSES = 1
 MANIFEST_FILE = "bundle.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_MANIFEST_BYTES = 16 * 2**20
@@ -50,6 +54,7 @@ _FORMS = {
     "metrics": dict,
     "parity": dict,
     "versions": dict,
+    "classes": list,
 }
 
 
@@ -64,7 +69,7 @@ class Manifest:
     input : InputSpec
         The rows it takes.
     outputs : dict of str to int
-        Width of each output of the encoder: ``mean``, ``logvar``, ``hidden``.
+        Width of each output of the encoder: ``mean``, ``logvar``, ``hidden``, of a classifier also ``probability``.
     latent_dim : int
         Number of latent variables.
     active_units : tuple of int
@@ -81,6 +86,8 @@ class Manifest:
         Largest difference between the ONNX graph and the torch model on real rows, and the latents' scale.
     versions : dict
         Versions of the libraries that trained and exported it.
+    classes : tuple of str, int, float or bool
+        What a classifier tells apart, in the order of its probabilities; empty where it is none.
     """
 
     name: str
@@ -95,6 +102,7 @@ class Manifest:
     metrics: dict[str, Any]
     parity: dict[str, Any]
     versions: dict[str, str]
+    classes: tuple[str | int | float | bool, ...] = ()
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -104,10 +112,23 @@ class Manifest:
                 f"got outputs {self.outputs} and active units {self.active_units} for {self.latent_dim} latent "
                 "variables, wanted a mean of that width and units among them"
             )
+        plain = all(isinstance(name, str | int | float) for name in self.classes)
+        if not plain or self.outputs.get("probability", 0) != len(self.classes):
+            raise BundleError(
+                f"got outputs {self.outputs} and {len(self.classes)} classes, wanted a name, text or number, for each "
+                "probability"
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
-        return {**asdict(self), "input": self.input.to_dict(), "active_units": list(self.active_units)}
+        """Plain values that JSON can hold; classes only where there are some."""
+        values = {**asdict(self), "input": self.input.to_dict(), "active_units": list(self.active_units)}
+        classes = list(values.pop("classes"))
+        return {**values, "classes": classes} if classes else values
+
+    @property
+    def schema_version(self) -> int:
+        """Of the form that it is written in: the oldest that has all it says."""
+        return SCHEMA_VERSION if self.classes else _WITHOUT_CLASSES
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -115,10 +136,10 @@ class Manifest:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise BundleError(f"got a {MANIFEST_FILE} with unknown keys {unknown}, wanted only {sorted(known)}")
-        if missing := sorted(known - values.keys()):
+        if missing := sorted(known - values.keys() - {"classes"}):
             raise BundleError(f"got a {MANIFEST_FILE} without {missing}; export the bundle again")
         for key, form in _FORMS.items():
-            if not isinstance(values[key], form):
+            if key in values and not isinstance(values[key], form):
                 raise BundleError(f"got a {MANIFEST_FILE} with {key} of the wrong form, wanted a {form.__name__}")
         try:
             return cls(
@@ -126,6 +147,7 @@ class Manifest:
                     **values,
                     "input": InputSpec.from_dict(values["input"]),
                     "active_units": tuple(values["active_units"]),
+                    "classes": tuple(values.get("classes", ())),
                 }
             )
         except (TypeError, KeyError, ValueError) as error:
@@ -301,8 +323,10 @@ def _check_schema(version: object, folder: Path) -> None:
             f"got a bundle of schema {version} in {folder}, wanted at most {SCHEMA_VERSION}; "
             "it was written by a newer vaefeat: upgrade with pip install -U vaefeat"
         )
-    if version != SCHEMA_VERSION:
-        raise BundleError(f"got schema {version!r} in {folder / MANIFEST_FILE}, wanted {SCHEMA_VERSION}")
+    if version not in (_WITHOUT_CLASSES, SCHEMA_VERSION):
+        raise BundleError(
+            f"got schema {version!r} in {folder / MANIFEST_FILE}, wanted {_WITHOUT_CLASSES} or {SCHEMA_VERSION}"
+        )
 
 
 def _checked_files(files: Any, folder: Path) -> dict[str, dict[str, Any]]:
@@ -353,11 +377,11 @@ def _changed(path: Path) -> BundleError:
 
 
 def _manifest_bytes(manifest: Manifest, files: Mapping[str, Any], digest: str) -> bytes:
-    values = {"schema_version": SCHEMA_VERSION, "digest": digest, **manifest.to_dict(), "files": files}
+    values = {"schema_version": manifest.schema_version, "digest": digest, **manifest.to_dict(), "files": files}
     return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _digest(manifest: Manifest, files: Mapping[str, Any]) -> str:
-    values = {"schema_version": SCHEMA_VERSION, **manifest.to_dict(), "files": files}
+    values = {"schema_version": manifest.schema_version, **manifest.to_dict(), "files": files}
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":"))
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()

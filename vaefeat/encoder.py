@@ -40,7 +40,9 @@ class OnnxEncoder:
     input : InputSpec
         The rows it takes.
     outputs : dict of str to int
-        Width of each output: ``mean``, ``logvar``, ``hidden``.
+        Width of each output: ``mean``, ``logvar``, ``hidden``, of a classifier also ``probability``.
+    classes : tuple of str, int, float or bool
+        What a classifier tells apart, in the order of its probabilities; empty where it is none.
     latent_dim, active_units : int
         Number of latent variables, and of those that carry something.
     provider : str
@@ -84,6 +86,7 @@ class OnnxEncoder:
         self.digest: str = self._bundle.digest
         self.input: InputSpec = manifest.input
         self.outputs: dict[str, int] = dict(manifest.outputs)
+        self.classes: tuple[str | int | float | bool, ...] = manifest.classes
         self.latent_dim: int = manifest.latent_dim
         self.active_units: int = len(manifest.active_units)
         what = f"encoder.onnx of bundle {self.name!r}"
@@ -101,8 +104,9 @@ class OnnxEncoder:
         ----------
         X : array-like of shape (n, ...) or flat (n, n_features)
             As :meth:`InputSpec.prepare` takes them.
-        output : {"mean", "logvar", "hidden"}
-            The posterior's mean, the logarithm of its variance, or the encoder's last hidden layer.
+        output : {"mean", "logvar", "hidden", "probability"}
+            The posterior's mean, the logarithm of its variance, the encoder's last hidden layer, or, of a classifier,
+            the probability of each class.
 
         Returns
         -------

@@ -19,6 +19,7 @@ from vaefeat.bundle import Bundle
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import BundleError, ExportError
+from vaefeat.model.classifier import Classifier
 from vaefeat.model.vae import VAE
 from vaefeat.runtime import check_graph
 
@@ -36,12 +37,12 @@ OPSET = 20
 PARITY_TOLERANCE = 1e-4
 
 
-def export_encoder(vae: VAE, example: NDArray[Any]) -> bytes:
-    """Export rows -> (mean, logvar, hidden), scaling included.
+def export_encoder(model: VAE | Classifier, example: NDArray[Any]) -> bytes:
+    """Export rows -> (mean, logvar, hidden), and of a classifier probability after them, scaling included.
 
     Parameters
     ----------
-    vae : VAE
+    model : VAE or Classifier
         On the CPU.
     example : ndarray of shape (n, ...)
         Rows of the dtype that the graph will take; n of any size.
@@ -58,7 +59,8 @@ def export_encoder(vae: VAE, example: NDArray[Any]) -> bytes:
     """
     # Two rows: torch.export takes an axis of one row for a constant.
     rows = torch.from_numpy(np.resize(example, (2, *example.shape[1:])))
-    return _export(_Encoder(vae), rows, name="rows", outputs=("mean", "logvar", "hidden"))
+    probability = ("probability",) if isinstance(model, Classifier) else ()
+    return _export(_Encoder(model), rows, name="rows", outputs=("mean", "logvar", "hidden", *probability))
 
 
 def export_decoder(vae: VAE) -> bytes:
@@ -66,12 +68,12 @@ def export_decoder(vae: VAE) -> bytes:
     return _export(_Decoder(vae), torch.zeros(2, vae.config.latent_dim), name="latents", outputs=("rows",))
 
 
-def measure_parity(vae: VAE, bundle: Bundle, rows: NDArray[Any]) -> dict[str, Any]:
+def measure_parity(model: VAE | Classifier, bundle: Bundle, rows: NDArray[Any]) -> dict[str, Any]:
     """Compare ONNX Runtime with torch on real rows.
 
     Parameters
     ----------
-    vae : VAE
+    model : VAE or Classifier
         What `bundle` was exported from, on the CPU.
     bundle : Bundle
     rows : ndarray of shape (n, ...)
@@ -82,7 +84,8 @@ def measure_parity(vae: VAE, bundle: Bundle, rows: NDArray[Any]) -> dict[str, An
         ``n_rows``, ``tolerance``, and per output ``max_abs_difference`` and ``scale``. The scale of the mean is the
         smallest standard deviation among the latents under the aggregate posterior (variance of the mean and mean of
         the variance together); that of the log-variance is 1, since it is a logarithm; that of the hidden layer is its
-        standard deviation; reconstructions are compared in the scale of the network's input, of which 1 is the unit.
+        standard deviation; that of probabilities is 1; reconstructions are compared in the scale of the
+        network's input, of which 1 is the unit.
 
     Raises
     ------
@@ -90,9 +93,10 @@ def measure_parity(vae: VAE, bundle: Bundle, rows: NDArray[Any]) -> dict[str, An
         An output differs by more than `tolerance` of its scale.
     """
     encoder = OnnxEncoder(bundle, device="cpu")
+    vae = model.vae if isinstance(model, Classifier) else model
     with torch.no_grad():
         wanted = dict(
-            zip(encoder.outputs, (t.numpy() for t in vae.features(torch.from_numpy(np.array(rows)))), strict=True)
+            zip(encoder.outputs, (t.numpy() for t in model.features(torch.from_numpy(np.array(rows)))), strict=True)
         )
         wanted["reconstruction"] = vae.reconstruct(torch.from_numpy(wanted["mean"])).numpy()
     got = {name: encoder.embed(rows, output=name) for name in encoder.outputs}
@@ -109,6 +113,7 @@ def measure_parity(vae: VAE, bundle: Bundle, rows: NDArray[Any]) -> dict[str, An
         "mean": float(np.sqrt(latent_variance.min())),
         "logvar": 1.0,
         "hidden": float(wanted["hidden"].std()) or 1.0,
+        "probability": 1.0,
         "reconstruction": 1.0,
     }
     outputs = {
@@ -126,12 +131,12 @@ def measure_parity(vae: VAE, bundle: Bundle, rows: NDArray[Any]) -> dict[str, An
 
 
 class _Encoder(nn.Module):
-    def __init__(self, vae: VAE) -> None:
+    def __init__(self, model: VAE | Classifier) -> None:
         super().__init__()
-        self.vae = vae
+        self.model = model
 
-    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.vae.features(rows)
+    def forward(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return self.model.features(rows)
 
 
 class _Decoder(nn.Module):

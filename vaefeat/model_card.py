@@ -17,6 +17,7 @@ __all__ = ["model_card", "reconstruction_picture", "renamed"]
 _CELL_PIXELS = 56
 _COLUMNS = 12
 _GAP = 4
+_CLASSES_SHOWN = 20
 _VARIATIONAL = "A variational auto-encoder's encoder"
 _KINDS = {"deterministic": "An auto-encoder's encoder"}
 _MEAN = "the mean of the posterior q(z|x)"
@@ -57,7 +58,8 @@ def model_card(manifest: Manifest, *, picture: str | None) -> str:
 | objective | {manifest.objective}, {metrics["epochs"]} epochs |
 {_bound(manifest)}
 | active units | {len(manifest.active_units)} of {manifest.latent_dim} |
-{_collapse(manifest)}| ONNX against torch | mean differs by at most {parity["max_abs_difference"]:.2g} \
+{_collapse(manifest)}{_classes(manifest)}\
+| ONNX against torch | mean differs by at most {parity["max_abs_difference"]:.2g} \
 (scale {parity["scale"]:.2g}) on {manifest.parity["n_rows"]} rows |
 | made with | {versions} |
 
@@ -67,6 +69,7 @@ from vaefeat import OnnxEncoder
 features = OnnxEncoder("this folder").embed(rows)  # (n, {manifest.latent_dim}) float32
 ```
 
+{_probabilities(manifest)}\
 `encoder.onnx` also gives the posterior's log-variance (`logvar`) and the last hidden layer (`hidden`,
 {manifest.outputs["hidden"]} values); `decoder.onnx` turns latents back into rows; `weights.safetensors` holds the torch
 weights. `bundle.json` lists every file with its SHA-256 and the whole configuration.
@@ -75,11 +78,13 @@ weights. `bundle.json` lists every file with its SHA-256 and the whole configura
 
 def _bound(manifest: Manifest) -> str:
     metrics = manifest.metrics
+    # A fine-tuned encoder is measured on rows that it may have seen.
+    rows = "held-out " if metrics["n_heldout"] else ""
     log_likelihood = f"log-likelihood | {metrics['log_likelihood']:.2f} nats per row |"
     if manifest.model["posterior"] == "deterministic":
-        return f"| held-out {log_likelihood}"
+        return f"| {rows}{log_likelihood}"
     return (
-        f"| held-out ELBO | {metrics['elbo']:.2f} nats per row |\n"
+        f"| {rows}ELBO | {metrics['elbo']:.2f} nats per row |\n"
         f"| = {log_likelihood}\n"
         f"| - KL divergence | {metrics['kl']:.2f} nats per row |"
     )
@@ -89,6 +94,27 @@ def _collapse(manifest: Manifest) -> str:
     # Bundles from before this was measured have no such figure.
     advice = manifest.metrics.get("advice")
     return f"| **posterior collapse** | {advice} |\n" if advice else ""
+
+
+def _classes(manifest: Manifest) -> str:
+    if not manifest.classes:
+        return ""
+    run, names = manifest.data["finetuning"], [str(name) for name in manifest.classes]
+    shown = names if len(names) <= _CLASSES_SHOWN else [*names[:_CLASSES_SHOWN], "..."]
+    return (
+        f"| classes | {len(names)}: {', '.join(shown)} |\n"
+        f"| fine-tuned on | {run['n_labelled']:,} labelled and {run['n_unlabelled']:,} unlabelled rows, "
+        f"{run['n_steps']:,} steps |\n"
+    )
+
+
+def _probabilities(manifest: Manifest) -> str:
+    if not manifest.classes:
+        return ""
+    return (
+        'It is a classifier, too: `embed(rows, output="probability")` gives a probability for each class, in the\n'
+        "order of `OnnxEncoder(...).classes`.\n\n"
+    )
 
 
 def renamed(bundle: Bundle, name: str) -> Bundle:

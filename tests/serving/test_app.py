@@ -48,7 +48,12 @@ def logarithm() -> OnnxEncoder:
         latent_dim=2,
         active_units=(0, 1),
         objective="elbo",
-        **{name: {} for name in ("model", "train", "data", "metrics", "parity", "versions")},
+        model={},
+        train={},
+        data={},
+        metrics={},
+        parity={},
+        versions={},
     )
     return OnnxEncoder(Bundle.of(manifest, {"encoder.onnx": model.SerializeToString()}), device="cpu")
 

@@ -1,0 +1,255 @@
+"""A scikit-learn classifier from a pretrained encoder and few labels.
+
+It imports torch only in ``fit``: predictions run on ONNX Runtime, so a fitted classifier, its pickle and its bundle
+give the same numbers where torch is not installed.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
+
+from vaefeat.bundle import Bundle, load_bundle
+from vaefeat.encoder import OnnxEncoder
+from vaefeat.errors import ConfigError, InputError, requiring
+from vaefeat.features import flat_images
+from vaefeat.finetune_config import FineTuneConfig
+from vaefeat.labels import class_names, class_shares, encode_labels
+from vaefeat.model_card import renamed
+
+__all__ = ["FineTuneClassifier"]
+
+#: What `augmentations="auto"` takes: of images by their channels, of tables by what they hold.
+_AUTO_IMAGE = ("affine", "brightness", "erasing")
+_AUTO_COLOUR = (*_AUTO_IMAGE, "crop", "flip", "color")
+_AUTO_TABLE = ("replacement",)
+
+
+class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """Train a pretrained encoder and a linear head together, on few labelled rows and many unlabelled ones.
+
+    A teacher, the moving average of the weights, labels weakly changed views of the unlabelled rows; the classifier
+    learns those labels that are trusted on strongly changed views (FixMatch, Mean Teacher, FreeMatch, with ReMixMatch's
+    alignment of class shares). Without unlabelled rows it is plain fine-tuning. No label is spent on deciding when to
+    stop. ``docs/finetuning.md`` says more.
+
+    Parameters
+    ----------
+    bundle : path-like or Bundle
+        The pretrained encoder, or a classifier to fine-tune further. A constructor argument, so that
+        :func:`sklearn.base.clone` and searches keep it.
+    max_steps : int
+    batch_size : int
+    unlabelled_ratio : float
+    learning_rate, layer_decay, weight_decay : float
+    unfreezing : float
+    unlabelled_weight, elbo_weight : float
+    teacher_decay : float
+        See :class:`vaefeat.finetune_config.FineTuneConfig`.
+    augmentations : {"auto"} or tuple of str
+        Changes that leave a row's class alone, keys of :data:`vaefeat.model.augmentation.IMAGE_AUGMENTATIONS` or, for
+        tables, of :data:`~vaefeat.model.augmentation.TABLE_AUGMENTATIONS`. ``auto`` moves and brightens images and
+        erases parts of them; those of three channels are also cropped and mirrored and get other colours. For tables it
+        takes values from other rows. Name them where mirror images, say, are of another class.
+    strength : float
+        Of these changes.
+    class_shares : array-like of shape (n_classes,), optional
+        Share of each class, sorted, among the unlabelled rows. When None: equal shares, or those among the labelled
+        rows where these are too unlike for chance.
+    patience : int or None
+        Checks, every 50 steps, at which the answers must have stayed the same before training ends early; None never
+        ends it early.
+    random_state : int, RandomState or None
+        The same number, rows and machine give the same classifier.
+    device : {"auto", "cpu", "cuda"}
+        Where it is trained; predictions run on the CPU when that is asked for, else on a GPU where there is one.
+    threads : int, optional
+        Processor threads, in training and in predictions; None takes what suits the work.
+    verbose : int
+        Show a progress bar if not 0.
+
+    Attributes
+    ----------
+    classes_ : ndarray of shape (n_classes,)
+    bundle_ : Bundle
+        The classifier as a bundle, in memory; :meth:`save_bundle` writes it.
+    encoder_ : OnnxEncoder
+    n_iter_ : int
+        Steps taken.
+    n_features_in_ : int
+    feature_names_in_ : ndarray of str
+        Where `X` had column names.
+
+    References
+    ----------
+    Sohn et al. 2020, FixMatch, arXiv:2001.07685. Tarvainen and Valpola 2017, Mean Teacher, arXiv:1703.01780. Wang et
+    al. 2023, FreeMatch, arXiv:2205.07246. Berthelot et al. 2020, ReMixMatch, arXiv:1911.09785. Kumar et al. 2022,
+    arXiv:2202.10054 (the head first). Howard and Ruder 2018, ULMFiT, arXiv:1801.06146 (layers join one by one).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from vaefeat import FineTuneClassifier
+    >>> y = np.where(np.arange(len(X)) < 100, y, -1)  # doctest: +SKIP
+    >>> FineTuneClassifier("runs/digits").fit(X, y).predict(X_new)  # doctest: +SKIP
+    """
+
+    encoder_: OnnxEncoder
+
+    def __init__(
+        self,
+        bundle: str | PathLike[str] | Bundle,
+        *,
+        max_steps: int = 3000,
+        batch_size: int = 64,
+        unlabelled_ratio: float = 4.0,
+        learning_rate: float = 2e-3,
+        layer_decay: float = 0.8,
+        weight_decay: float = 1e-2,
+        unfreezing: float = 0.05,
+        unlabelled_weight: float = 1.0,
+        elbo_weight: float = 0.0,
+        teacher_decay: float = 0.99,
+        augmentations: str | tuple[str, ...] = "auto",
+        strength: float = 1.0,
+        class_shares: ArrayLike | None = None,
+        patience: int | None = 3,
+        random_state: int | np.random.RandomState | None = None,
+        device: str = "auto",
+        threads: int | None = None,
+        verbose: int = 0,
+    ) -> None:
+        self.bundle = bundle
+        self.max_steps = max_steps
+        self.batch_size = batch_size
+        self.unlabelled_ratio = unlabelled_ratio
+        self.learning_rate = learning_rate
+        self.layer_decay = layer_decay
+        self.weight_decay = weight_decay
+        self.unfreezing = unfreezing
+        self.unlabelled_weight = unlabelled_weight
+        self.elbo_weight = elbo_weight
+        self.teacher_decay = teacher_decay
+        self.augmentations = augmentations
+        self.strength = strength
+        self.class_shares = class_shares
+        self.patience = patience
+        self.random_state = random_state
+        self.device = device
+        self.threads = threads
+        self.verbose = verbose
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+        """Train on labelled and unlabelled rows.
+
+        Parameters
+        ----------
+        X : array-like of shape (n, n_features) or (n, C, H, W)
+            Rows as the bundle takes them.
+        y : array-like of shape (n,)
+            -1, None or NaN where a row has no label. With strings, give an array of dtype object:
+            ``np.array(["cat", "dog", -1], dtype=object)``.
+
+        Raises
+        ------
+        InputError
+            Rows that the bundle does not take, fewer than two labelled classes, or impossible settings.
+        BundleError, DeviceError
+            The bundle cannot be loaded, or there is no such device.
+        MissingExtraError
+            torch is not installed.
+        """
+        if y is None:
+            raise InputError("FineTuneClassifier requires y to be passed, but the target y is None; -1 is unlabelled")
+        base = self.bundle if isinstance(self.bundle, Bundle) else load_bundle(self.bundle)
+        rows = self._rows(X, base, reset=True)
+        classes, codes = encode_labels(y)
+        check_consistent_length(rows, codes)
+        names, shares = class_names(classes), self._shares(codes, len(classes))
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        config = self._config(base, seed)
+        with requiring("train", what="FineTuneClassifier"):
+            from vaefeat.finetuned import fine_tune
+        self.bundle_, self.n_iter_ = fine_tune(
+            base, rows, codes, classes=names, shares=shares, config=config, progress=self.verbose != 0
+        )
+        # Not the device of training, which another machine may lack; but who asks for the CPU means all of it.
+        device = "cpu" if self.device == "cpu" else "auto"
+        self.encoder_ = OnnxEncoder(self.bundle_, device=device, threads=config.threads)
+        self.classes_ = classes
+        return self
+
+    def predict_proba(self, X: ArrayLike) -> NDArray[np.float32]:
+        """Give the probability of each class.
+
+        Returns
+        -------
+        ndarray of shape (n, n_classes), float32
+            In the order of ``classes_``; what the bundle gives as ``output="probability"`` wherever it is served.
+        """
+        check_is_fitted(self)
+        return self.encoder_.embed(self._rows(X, self.bundle_, reset=False), output="probability")
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """Give the most probable class of each row, an ndarray of shape (n,)."""
+        probability = self.predict_proba(X)
+        return np.asarray(self.classes_[probability.argmax(axis=1)])
+
+    def save_bundle(self, path: str | PathLike[str], *, name: str | None = None) -> Bundle:
+        """Write the bundle to a folder, for the service and for :class:`vaefeat.VAEFeatures`.
+
+        Parameters
+        ----------
+        path : path-like
+        name : str, optional
+            The model's name in a service; that of the pretrained bundle when None.
+
+        Returns
+        -------
+        Bundle
+            Loaded back and verified.
+        """
+        check_is_fitted(self)
+        return (self.bundle_ if name is None else renamed(self.bundle_, name)).save(path)
+
+    def _rows(self, X: ArrayLike, bundle: Bundle, *, reset: bool) -> NDArray[Any]:
+        spec = bundle.manifest.input
+        flat = validate_data(self, flat_images(X, spec.shape), dtype="numeric", reset=reset)
+        return spec.prepare(flat)
+
+    def _shares(self, codes: NDArray[np.int64], n_classes: int) -> NDArray[np.float64]:
+        if self.class_shares is None:
+            return class_shares(codes, n_classes)
+        shares = np.asarray(self.class_shares, dtype=np.float64)
+        if shares.shape != (n_classes,) or not np.isfinite(shares).all() or not (shares > 0).all():
+            raise InputError(
+                f"got class_shares={self.class_shares!r}, wanted {n_classes} positive numbers, one for each class"
+            )
+        return np.asarray(shares / shares.sum())
+
+    def _config(self, base: Bundle, seed: int) -> FineTuneConfig:
+        own = FineTuneConfig.__dataclass_fields__.keys() - {"augmentations", "seed"}
+        values = {name: _plain(getattr(self, name)) for name in own}
+        return FineTuneConfig(**values, augmentations=self._augmentations(base), seed=seed)
+
+    def _augmentations(self, base: Bundle) -> tuple[str, ...]:
+        image = base.manifest.input.kind == "image"
+        # Ids, unlike pixels, have no values in between.
+        moving = image and base.manifest.model["likelihood"] != "tokens"
+        if isinstance(self.augmentations, str):
+            if self.augmentations != "auto":
+                raise ConfigError(f"got augmentations={self.augmentations!r}, wanted 'auto' or a tuple of names")
+            colour = moving and base.manifest.input.shape[0] == 3
+            return _AUTO_COLOUR if colour else _AUTO_IMAGE if moving else _AUTO_TABLE
+        return tuple(self.augmentations)
+
+
+def _plain(value: Any) -> Any:
+    """Turn NumPy's numbers, as grids have, into Python's."""
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,158 @@
+"""From a pretrained bundle and few labels to a classifier's bundle: train, export, prove, describe."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vaefeat.bundle import Bundle
+from vaefeat.config import TrainConfig
+from vaefeat.export import export_decoder, export_encoder, measure_parity
+from vaefeat.finetune_config import FineTuneConfig
+from vaefeat.finetuning import FineTuned, FineTuner
+from vaefeat.inference import denoise
+from vaefeat.model.evaluation import evaluate, fixed_noise
+from vaefeat.model.objectives import OBJECTIVES
+from vaefeat.model_card import model_card, reconstruction_picture
+from vaefeat.observers import shown_activity
+from vaefeat.pretraining import ONE_AT_A_TIME
+from vaefeat.weights import restore_vae, weights_of
+
+__all__ = ["classifier_bundle", "fine_tune"]
+
+_SHOWN_ROWS = 1000
+_BATCH_SIZE = 256
+_PICTURED = 12
+
+
+def fine_tune(
+    base: Bundle,
+    rows: NDArray[Any],
+    labels: NDArray[np.int64],
+    *,
+    classes: tuple[str | int | float | bool, ...],
+    shares: NDArray[np.float64],
+    config: FineTuneConfig,
+    progress: bool = False,
+) -> tuple[Bundle, int]:
+    """Train a classifier from a pretrained bundle.
+
+    Parameters
+    ----------
+    base : Bundle
+    rows : ndarray of shape (n, ...)
+        As the bundle takes them.
+    labels : ndarray of shape (n,), int64
+        Index into `classes`, -1 for unlabelled rows.
+    classes : tuple
+    shares : ndarray of shape (K,)
+        What the share of each class among the unlabelled rows is taken to be.
+    config : FineTuneConfig
+    progress : bool
+        Show a bar on standard error.
+
+    Returns
+    -------
+    bundle : Bundle
+        In memory.
+    n_steps : int
+
+    Raises
+    ------
+    ConfigError
+        An augmentation that there is none of for such rows.
+    NonFiniteLossError, ExportError
+        See :meth:`vaefeat.finetuning.FineTuner.run` and :func:`classifier_bundle`.
+    """
+    objective = OBJECTIVES[base.manifest.objective](TrainConfig.from_dict(base.manifest.train))
+    # Weights are drawn wherever a network is built, also those that are then loaded over.
+    with ONE_AT_A_TIME, fixed_noise(config.seed, torch.device("cpu")):
+        tuner = FineTuner(restore_vae(base), rows, labels, shares=shares, objective=objective, config=config)
+        found = tuner.run(progress=progress)
+        with shown_activity("export to ONNX, and compare with torch", shown=progress):
+            bundle = classifier_bundle(base, found, tuner, classes=classes)
+    return bundle, found.n_steps
+
+
+def classifier_bundle(
+    base: Bundle, found: FineTuned, tuner: FineTuner, *, classes: tuple[str | int | float | bool, ...]
+) -> Bundle:
+    """Export a fine-tuned classifier and describe it, in memory.
+
+    Parameters
+    ----------
+    base : Bundle
+        What fine-tuning began with. Its name stays, and so does what is known of its pretraining; the held-out figures
+        are measured again, for they are another encoder's now.
+    found : FineTuned
+    tuner : FineTuner
+        Which found it.
+    classes : tuple
+        In the order of the probabilities.
+
+    Returns
+    -------
+    Bundle
+
+    Raises
+    ------
+    ExportError
+        The ONNX graph does not compute what the model computes.
+    """
+    classifier, manifest = found.classifier, base.manifest
+    shown = _sample(tuner)
+    kl_weight = tuner.objective.config.kl_weight
+    measured = evaluate(
+        classifier.vae,
+        tuner.objective,
+        shown,
+        kl_weight=kl_weight,
+        batch_size=_BATCH_SIZE,
+        seed=tuner.config.seed,
+    )
+    contents = {
+        "encoder.onnx": export_encoder(classifier, shown),
+        "decoder.onnx": export_decoder(classifier.vae),
+        "weights.safetensors": weights_of(classifier.vae),
+        "head.safetensors": weights_of(classifier.head),
+    }
+    run = {
+        "base": base.digest,
+        "n_labelled": len(tuner.labelled),
+        "n_unlabelled": len(tuner.unlabelled),
+        "n_steps": found.n_steps,
+        "settled": found.settled,
+        "config": tuner.config.to_dict(),
+    }
+    figures = {"elbo": measured.elbo, "log_likelihood": measured.log_likelihood, "kl": measured.kl}
+    manifest = replace(
+        manifest,
+        outputs={**_without_classes(manifest.outputs), "probability": len(classes)},
+        active_units=measured.active,
+        classes=classes,
+        data={**manifest.data, "finetuning": run},
+        metrics={**manifest.metrics, **figures, "n_heldout": 0},
+        parity={},
+    )
+    manifest = replace(manifest, parity=measure_parity(classifier, Bundle.of(manifest, contents), shown))
+    picture = None
+    if manifest.input.kind == "image":
+        picture = "reconstructions.png"
+        pictured = shown[:_PICTURED]
+        contents[picture] = reconstruction_picture(pictured, denoise(classifier.vae, pictured))
+    contents["README.md"] = model_card(manifest, picture=picture).encode()
+    return Bundle.of(manifest, contents)
+
+
+def _sample(tuner: FineTuner) -> NDArray[Any]:
+    """Spread over the rows, which may be sorted."""
+    step = max(1, len(tuner.rows) // _SHOWN_ROWS)
+    return np.array(tuner.rows[::step][:_SHOWN_ROWS])
+
+
+def _without_classes(outputs: dict[str, int]) -> dict[str, int]:
+    return {name: width for name, width in outputs.items() if name != "probability"}

@@ -1,0 +1,121 @@
+"""Labels of which most are missing: what marks them, and what the others are."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import chisquare
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import column_or_1d
+
+from vaefeat.errors import InputError
+
+__all__ = ["UNLABELLED", "class_names", "class_shares", "encode_labels"]
+
+#: scikit-learn's mark for a row without a label.
+UNLABELLED = -1
+#: How improbable the labelled rows' shares must be under equal ones before they are believed.
+_SURPRISE = 0.01
+
+
+def encode_labels(y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Tell classes and unlabelled rows apart.
+
+    Parameters
+    ----------
+    y : array-like of shape (n,)
+        Labels. -1, None and NaN mark rows without one. Strings go with them in an array of dtype object:
+        ``np.array(["cat", -1, "dog"])`` would turn -1 into a text.
+
+    Returns
+    -------
+    classes : ndarray of shape (K,)
+        Sorted.
+    codes : ndarray of shape (n,), int64
+        Index of each row's class, -1 where it has none.
+
+    Raises
+    ------
+    InputError
+        No labels, or only one class, or labels that cannot be told apart.
+    """
+    values = column_or_1d(y, warn=True)
+    if values.dtype.kind in "US" and np.isin(values, ["-1", b"-1"][values.dtype.kind == "S"]).any():
+        raise InputError(
+            "got the text '-1' among labels, wanted the number -1 for unlabelled rows; NumPy turns it into text beside "
+            "strings: give np.array(labels, dtype=object)"
+        )
+    known = ~_unlabelled(values)
+    if not known.any():
+        raise InputError(f"got {len(values)} rows without a label, wanted at least two labelled classes")
+    given = _natural(values[known])
+    if given.dtype.kind == "f" and not np.isfinite(given).all():
+        raise InputError("got infinite labels, wanted classes; NaN, None or -1 mark a row without one")
+    with warnings.catch_warnings():
+        # One label a class is what this is for, and no sign of a regression.
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
+        check_classification_targets(given)
+    try:
+        classes, codes = np.unique(given, return_inverse=True)
+    except TypeError as error:
+        raise InputError(f"got labels of several types, wanted one type: {error}") from error
+    if len(classes) < 2:
+        raise InputError(f"got labels of one class alone ({classes[0]!r}), wanted at least two classes")
+    encoded = np.full(len(values), UNLABELLED, dtype=np.int64)
+    encoded[known] = codes
+    return classes, encoded
+
+
+def class_names(classes: NDArray[Any]) -> tuple[str | int | float | bool, ...]:
+    """Give classes as plain values that JSON can hold.
+
+    Raises
+    ------
+    InputError
+        Others than texts, numbers and truth values.
+    """
+    plain = tuple(value.item() if isinstance(value, np.generic) else value for value in classes.tolist())
+    if odd := [value for value in plain if not isinstance(value, str | int | float | bool)]:
+        raise InputError(f"got the class {odd[0]!r}, wanted texts or numbers, which a bundle can name; convert them")
+    return plain
+
+
+def class_shares(codes: NDArray[np.int64], n_classes: int) -> NDArray[np.float64]:
+    """Guess the share of each class (K,) among all rows from the labelled ones.
+
+    Equal shares, unless the counts would be improbable under them (a chi-squared test at 1 %): a few labels drawn by
+    hand are as many of each class, or as good as.
+    """
+    counts = np.bincount(codes[codes >= 0], minlength=n_classes)
+    if chisquare(counts).pvalue >= _SURPRISE:
+        return np.full(n_classes, 1 / n_classes)
+    # One more of each: a class that is rare is not one that is impossible.
+    return np.asarray((counts + 1) / (counts.sum() + n_classes), dtype=np.float64)
+
+
+def _natural(values: NDArray[Any]) -> NDArray[Any]:
+    """Give numbers that only shared an array with None the type of numbers."""
+    plain = np.array(values.tolist())
+    return plain if values.dtype == object and plain.dtype.kind in "biuf" else values
+
+
+def _unlabelled(values: NDArray[Any]) -> NDArray[np.bool_]:
+    if values.dtype == object:
+        return np.array([_is_missing(value) for value in values], dtype=bool)
+    if values.dtype.kind == "f":
+        return np.asarray(np.isnan(values) | (values == UNLABELLED))
+    if values.dtype.kind == "i":
+        return np.asarray(values == UNLABELLED)
+    return np.zeros(len(values), dtype=bool)
+
+
+def _is_missing(value: object) -> bool:
+    # pandas' mark compares as neither equal nor different.
+    if value is None or type(value).__name__ == "NAType":
+        return True
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return number and (value == UNLABELLED or math.isnan(value))  # type: ignore[arg-type]  # it is a number
