@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vaefeat.grid import GridRun, pretrain_grid
     from vaefeat.pretraining import pretrain
     from vaefeat.remote import RemoteEncoder
+    from vaefeat.vae_classifier import VAEClassifier
 
 __all__ = [
     "Bundle",
@@ -30,6 +31,7 @@ __all__ = [
     "OnnxEncoder",
     "RemoteEncoder",
     "TrainConfig",
+    "VAEClassifier",
     "VAEFeatures",
     "VAETransformer",
     "VaefeatError",
@@ -51,6 +53,7 @@ _ROOMS = {
     "OnnxEncoder": "vaefeat.encoder",
     "RemoteEncoder": "vaefeat.remote",
     "TrainConfig": "vaefeat.config",
+    "VAEClassifier": "vaefeat.vae_classifier",
     "VAEFeatures": "vaefeat.features",
     "VAETransformer": "vaefeat.features",
     "VaefeatError": "vaefeat.errors",

@@ -15,6 +15,7 @@ or objective, write the class and enter its name there. :class:`~vaefeat.model.v
 ``divergences``          what may stand in place of the KL term
 ``corruption``           what is done to rows that are to be cleaned
 ``vae``                  the model
+``labelled``             models of rows and their classes: M2, M1+M2, ADGM, SDGM
 ``evaluation``           held-out figures of a training run
 ``observation``          rows in batches, each with randomness of its own
 ``marginal_likelihood``  log p(x) by importance sampling, annealing, Hamiltonian draws
