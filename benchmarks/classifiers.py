@@ -44,6 +44,7 @@ def main(
     labels: Annotated[int, typer.Option(help="Of all classes together, as many of each.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the labels drawn, and of training.")] = 0,
     consistency: Annotated[float, typer.Option(help="0 is the papers' objective alone.")] = 1.0,
+    threads: Annotated[int, typer.Option(help="Processor threads within an operation.")] = 1,
     split: Annotated[str, typer.Option(help="Who judges: validation or test.")] = "validation",
     picture: Annotated[Path | None, typer.Option(help="Draw the last model's analogies of images that judge.")] = None,
 ) -> None:
@@ -57,7 +58,14 @@ def main(
     measured: dict[str, dict[str, float]] = {}
     for name in model or PUBLISHED:
         started = time.perf_counter()
-        classifier = VAEClassifier(name, max_epochs=epochs, consistency=consistency, random_state=seed, verbose=1)
+        classifier = VAEClassifier(
+            name,
+            max_epochs=epochs,
+            consistency=consistency,
+            train_options={"threads": threads},
+            random_state=seed,
+            verbose=1,
+        )
         classifier.fit(np.array(train.array), partial)
         seconds = time.perf_counter() - started
         error = 100 * (1 - classifier.score(np.array(judges.array), judges.labels))
@@ -73,6 +81,7 @@ def main(
         "labels": labels,
         "seed": seed,
         "consistency": consistency,
+        "threads": threads,
         "split": split,
         "models": measured,
     }
