@@ -21,12 +21,26 @@ from vaefeat.errors import ConfigError, InputError, requiring
 from vaefeat.estimator_inputs import flat_images, plain_settings, training_rows
 from vaefeat.input_spec import InputSpec
 from vaefeat.partial_labels import encode_labels
-from vaefeat.settings import check_int, check_number
+from vaefeat.settings import check_int, check_number, unknown_name
 
 if TYPE_CHECKING:
     from vaefeat.model.labelled import LabelledVAE
 
 __all__ = ["VAEClassifier"]
+
+#: Fields of ModelConfig that have one value here: latents are Gaussian.
+_FIXED = {"posterior", "prior", "initialization"}
+#: Fields of TrainConfig that this training knows; others would change nothing.
+_TRAIN_OPTIONS = (
+    "optimizer",
+    "momentum",
+    "weight_decay",
+    "lr_warmup",
+    "lr_schedule",
+    "gradient_clip",
+    "kl_weight",
+    "threads",
+)
 
 
 class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -58,7 +72,8 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     likelihood : str
         See :class:`vaefeat.config.ModelConfig`.
     model_options : mapping, optional
-        Any other fields of :class:`vaefeat.config.ModelConfig` but posterior and prior, which are Gaussian.
+        Any other fields of :class:`vaefeat.config.ModelConfig` but posterior and prior, which are Gaussian, and
+        initialization.
     classification_weight : float
         Nats of bound that a nat of log q(y|x), averaged over the labels, outweighs.
     consistency : float
@@ -81,8 +96,8 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     device : {"auto", "cpu", "cuda"}
         See :class:`vaefeat.config.TrainConfig`. A model trained on a GPU predicts on any machine.
     train_options : mapping, optional
-        Fields of :class:`vaefeat.config.TrainConfig` that turn optimizer and schedules, such as ``{"optimizer":
-        "adam"}``.
+        Any of these fields of :class:`vaefeat.config.TrainConfig`: optimizer, momentum, weight_decay, lr_warmup,
+        lr_schedule, gradient_clip, kl_weight, threads.
     random_state : int, RandomState or None
         The same number, rows, labels and machine give the same model.
     verbose : int
@@ -333,9 +348,12 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise ConfigError(
                 f"got an encoder for model={self.model!r}, which has none below it; take model='m1m2', or leave it out"
             )
-        for name in ("posterior", "prior"):
-            if name in (self.model_options or {}):
-                raise ConfigError(f"got {name!r} in model_options, which is Gaussian in these models; leave it out")
+        for name in self.model_options or {}:
+            if name in _FIXED:
+                raise ConfigError(f"got {name!r} in model_options, which these models do not leave open; leave it out")
+        for name in self.train_options or {}:
+            if name not in _TRAIN_OPTIONS:
+                raise unknown_name("train_options key", name, _TRAIN_OPTIONS)
 
     def _model_config(self) -> ModelConfig:
         names = ("network", "hidden_dims", "channels", "likelihood")
