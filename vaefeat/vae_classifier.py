@@ -92,7 +92,8 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Rows with a label beside them; labels come round as often as it takes.
     learning_rate : float
     kl_warmup : float
-        Share of all steps in which the weight of the KL term rises.
+        Share of all steps in which the weight of the KL term rises. While it is low the latents learn the class, too, and
+        the decoder need not ask for it.
     device : {"auto", "cpu", "cuda"}
         See :class:`vaefeat.config.TrainConfig`. A model trained on a GPU predicts on any machine.
     train_options : mapping, optional
@@ -145,7 +146,7 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self,
         model: str = "m2",
         *,
-        n_components: int = 32,
+        n_components: int = 16,
         auxiliary_dim: int = 32,
         encoder: str | PathLike[str] | Bundle | None = None,
         image_shape: tuple[int, int, int] | None = None,
@@ -161,7 +162,7 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         batch_size: int = 100,
         labelled_batch_size: int = 32,
         learning_rate: float = 2e-3,
-        kl_warmup: float = 0.2,
+        kl_warmup: float = 0.0,
         device: str = "auto",
         train_options: Mapping[str, Any] | None = None,
         random_state: int | np.random.RandomState | None = None,

@@ -35,6 +35,8 @@ from vaefeat.model.vae import VAE, likelihood_name
 
 __all__ = ["ADGM", "LABELLED_MODELS", "M1M2", "M2", "SDGM", "LabelledVAE", "Look", "Terms"]
 
+#: The place of y among the inputs of whatever is conditional on it.
+_CLASS = 1
 #: Draws of the auxiliary variable over which a prediction is averaged.
 _PREDICTION_SAMPLES = 16
 
@@ -119,7 +121,8 @@ class LabelledVAE(nn.Module, ABC):
         # Fully connected whatever the classifier is: the decoder runs for each row and class, where convolutions take
         # ten times as long, and an encoder need not see more than it can say.
         self.encoder, _ = build_networks(replace(config, network="mlp"), row_shape, n_parameters=1)
-        self.decoded = JoinedLayer(config, (config.latent_dim, self.n_classes, auxiliary_dim * self.decodes_auxiliary))
+        decoded = (config.latent_dim, self.n_classes, auxiliary_dim * self.decodes_auxiliary)
+        self.decoded = JoinedLayer(config, decoded, one_hot=_CLASS)
         self.decoder = build_outputs(config, row_shape, n_parameters=self.likelihood.n_parameters)
         # Of its own: what tells classes apart is not what reconstructs, and few labels are a weak hold.
         self.classifier, _ = build_networks(config, row_shape, n_parameters=1)
@@ -358,12 +361,18 @@ class JoinedLayer(nn.Module):
     config : ModelConfig
     widths : sequence of int
         Of the inputs; those of width 0 are left out.
+    one_hot : int, optional
+        Which of the inputs is a class.
     """
 
-    def __init__(self, config: ModelConfig, widths: Sequence[int]) -> None:
+    def __init__(self, config: ModelConfig, widths: Sequence[int], *, one_hot: int | None = None) -> None:
         super().__init__()
         self.width = config.hidden_dims[-1]
         self.linear = nn.Linear(sum(widths), self.width)
+        if one_hot is not None:
+            # A single 1 beside many values of variance one would hardly be heard, and what the class says be learned by
+            # the latents first: it starts as loud as all of them.
+            nn.init.uniform_(self.linear.weight.detach().split(list(widths), dim=1)[one_hot], -1, 1)
         self.widths = list(widths)
         self.after = hidden_layer(config, self.width)
 
@@ -381,14 +390,14 @@ class ConditionalGaussian(nn.Module):
     ----------
     config : ModelConfig
     widths : sequence of int
-        Of the inputs.
+        Of the inputs, of which the second is a class.
     dim : int
         Of the Gaussian.
     """
 
     def __init__(self, config: ModelConfig, widths: Sequence[int], dim: int) -> None:
         super().__init__()
-        self.joined = JoinedLayer(config, widths)
+        self.joined = JoinedLayer(config, widths, one_hot=_CLASS)
         self.gaussian = DiagonalGaussian(replace(config, latent_dim=dim), self.joined.width)
 
     def forward(self, *inputs: Tensor) -> Distribution:
