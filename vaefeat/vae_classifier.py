@@ -92,8 +92,8 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Rows with a label beside them; labels come round as often as it takes.
     learning_rate : float
     kl_warmup : float
-        Share of all steps in which the weight of the KL term rises. While it is low the latents learn the class, too, and
-        the decoder need not ask for it.
+        Share of all steps in which the weight of the KL term rises. While it is low the latents learn the class, too,
+        and the decoder need not ask for it.
     device : {"auto", "cpu", "cuda"}
         See :class:`vaefeat.config.TrainConfig`. A model trained on a GPU predicts on any machine.
     train_options : mapping, optional
