@@ -19,6 +19,7 @@ CHECKOUT = Path(__file__).parents[1]
         "import vaefeat.encoder, vaefeat.decoder, vaefeat.bundle, vaefeat.remote, vaefeat.data",
         "from vaefeat.features import VAEFeatures, VAETransformer",
         "from vaefeat import FineTuneClassifier",
+        "from vaefeat import VAEClassifier",
         "import vaefeat.cli",
         "import serving.app, serving.codec, serving.local_engine",
     ],

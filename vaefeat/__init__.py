@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vaefeat.grid import GridRun, pretrain_grid
     from vaefeat.pretraining import pretrain
     from vaefeat.remote import RemoteEncoder
+    from vaefeat.vae_classifier import VAEClassifier
 
 __all__ = [
     "Bundle",
@@ -32,6 +33,7 @@ __all__ = [
     "OnnxEncoder",
     "RemoteEncoder",
     "TrainConfig",
+    "VAEClassifier",
     "VAEFeatures",
     "VAETransformer",
     "VaefeatError",
@@ -54,6 +56,7 @@ _ROOMS = {
     "OnnxEncoder": "vaefeat.encoder",
     "RemoteEncoder": "vaefeat.remote",
     "TrainConfig": "vaefeat.config",
+    "VAEClassifier": "vaefeat.vae_classifier",
     "VAEFeatures": "vaefeat.features",
     "VAETransformer": "vaefeat.features",
     "VaefeatError": "vaefeat.errors",

@@ -6,8 +6,6 @@ pickle works where torch is not installed, and gives the numbers that its bundle
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self
@@ -23,6 +21,7 @@ from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import InputError, requiring
+from vaefeat.estimator_inputs import flat_images, plain_settings, training_rows
 from vaefeat.model_card import renamed
 from vaefeat.remote import RemoteEncoder
 
@@ -190,15 +189,7 @@ class VAETransformer(_Features):
         InputError
             Rows that cannot be trained on, or settings that do not fit them.
         """
-        image_shape = _image_shape(X, self.image_shape)
-        rows = validate_data(self, flat_images(X, image_shape), dtype=[np.float32, np.uint8], ensure_min_samples=2)
-        if image_shape is not None:
-            if rows.shape[1] != (n_pixels := math.prod(image_shape)):
-                raise InputError(
-                    f"got rows of {rows.shape[1]} values, wanted {n_pixels} values for image_shape={image_shape}; "
-                    "give the (C, H, W) that the rows have"
-                )
-            rows = rows.reshape(len(rows), *image_shape)
+        rows = training_rows(self, X, self.image_shape)
         with requiring("train", what="Training"):
             from vaefeat.pretraining import pretrain
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
@@ -296,7 +287,7 @@ class VAETransformer(_Features):
     def _model_config(self) -> ModelConfig:
         names = ("network", "hidden_dims", "channels", "posterior", "prior", "likelihood", "gaussian_std")
         own = {"latent_dim": self.n_components, **{name: getattr(self, name) for name in names}}
-        return ModelConfig.from_dict(_plain(own, self.model_options, what="model_options"))
+        return ModelConfig.from_dict(plain_settings(own, self.model_options, what="model_options"))
 
     def _train_config(self, seed: int) -> TrainConfig:
         names = (
@@ -310,7 +301,7 @@ class VAETransformer(_Features):
             "patience",
         )
         own = {"device": self.device, "seed": seed, **{name: getattr(self, name) for name in names}}
-        return TrainConfig.from_dict(_plain(own, self.train_options, what="train_options"))
+        return TrainConfig.from_dict(plain_settings(own, self.train_options, what="train_options"))
 
 
 class VAEFeatures(_Features):
@@ -397,48 +388,3 @@ class VAEFeatures(_Features):
         if self.model is not None:
             raise InputError(f"got model={self.model!r} for a bundle, which holds one model; leave it out")
         return OnnxEncoder(self.encoder, device=self.device, threads=self.threads)
-
-
-def flat_images(X: Any, image_shape: tuple[int, ...] | None) -> Any:
-    """Flatten images (n, C, H, W) of the expected shape, so that scikit-learn's two-dimensional checks apply.
-
-    Anything else is handed on as it is, for those checks to judge.
-    """
-    if np.ma.is_masked(X):
-        raise InputError("got rows with masked values, wanted plain ones; fill them first with X.filled(...)")
-    shape = tuple(getattr(X, "shape", ()))
-    if len(shape) == 4 and shape[1:] == image_shape:
-        return np.asarray(X).reshape(shape[0], -1)
-    return X
-
-
-def _image_shape(X: Any, asked: tuple[int, int, int] | None) -> tuple[int, ...] | None:
-    shape = tuple(getattr(X, "shape", ()))
-    if asked is None:
-        return shape[1:] if len(shape) == 4 else None
-    try:
-        wanted = tuple(operator.index(size) for size in asked)
-    except TypeError:
-        wanted = ()
-    if len(wanted) != 3 or min(wanted) < 1:
-        raise InputError(f"got image_shape={asked!r}, wanted (channels, height, width), all at least 1")
-    if len(shape) == 4 and shape[1:] != wanted:
-        raise InputError(
-            f"got rows of shape {shape[1:]}, wanted image_shape={wanted}; give the (C, H, W) that they have"
-        )
-    return wanted
-
-
-def _plain(own: Mapping[str, Any], options: Mapping[str, Any] | None, *, what: str) -> Mapping[str, Any]:
-    """Lay options beside the estimator's own settings, and turn NumPy's numbers, as grids have, into Python's."""
-    if options is not None and not isinstance(options, Mapping):
-        raise InputError(f"got {what}={options!r}, wanted a mapping of field names to values, or None")
-    if both := sorted(own.keys() & (options or {}).keys()):
-        raise InputError(f"got {both[0]!r} in {what}, which the estimator sets itself; give it as its own parameter")
-    return {key: _plain_value(value) for key, value in {**own, **(options or {})}.items()}
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    return tuple(map(_plain_value, value)) if isinstance(value, tuple | list) else value

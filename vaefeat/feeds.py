@@ -178,10 +178,14 @@ def make_feed(
 def split_heldout(n_rows: int, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Choose the rows that are trained on and those that measure: at least one of each, at most 10,000 that measure.
 
+    A share of 0 trains on all, be it one row.
+
     Returns
     -------
     train, heldout : ndarray of int64, sorted
     """
+    if share == 0:
+        return np.arange(n_rows), np.arange(0)
     if n_rows < 2:
         raise InputError(f"got {n_rows} row to train on, wanted at least 2: one to train on and one to measure")
     n_heldout = min(max(1, round(share * n_rows)), n_rows - 1, _MAX_HELDOUT_ROWS)

@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, v
 from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import ConfigError, InputError, requiring
-from vaefeat.features import flat_images
+from vaefeat.estimator_inputs import flat_images
 from vaefeat.finetune_config import FineTuneConfig
 from vaefeat.labels import class_names, class_shares, encode_labels
 from vaefeat.model_card import renamed
@@ -165,11 +165,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         MissingExtraError
             torch is not installed.
         """
-        if y is None:
-            raise InputError("FineTuneClassifier requires y to be passed, but the target y is None; -1 is unlabelled")
         base = self.bundle if isinstance(self.bundle, Bundle) else load_bundle(self.bundle)
         rows = self._rows(X, base, reset=True)
-        classes, codes = encode_labels(y)
+        classes, codes = encode_labels(y, estimator=type(self).__name__)
         check_consistent_length(rows, codes)
         names, shares = class_names(classes), self._shares(codes, len(classes))
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))

@@ -18,18 +18,22 @@ __all__ = ["UNLABELLED", "class_names", "class_shares", "encode_labels"]
 
 #: scikit-learn's mark for a row without a label.
 UNLABELLED = -1
+#: What NumPy makes of -1, None and NaN beside strings.
+_LOST = {"-1", "None", "nan"}
 #: How improbable the labelled rows' shares must be under equal ones before they are believed.
 _SURPRISE = 0.01
 
 
-def encode_labels(y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:
+def encode_labels(y: ArrayLike | None, *, estimator: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Tell classes and unlabelled rows apart.
 
     Parameters
     ----------
     y : array-like of shape (n,)
-        Labels. -1, None and NaN mark rows without one. Strings go with them in an array of dtype object:
+        Labels. -1, None and NaN mark rows without one. Strings go with them in a list or an array of dtype object:
         ``np.array(["cat", -1, "dog"])`` would turn -1 into a text.
+    estimator : str
+        Its name, for error messages.
 
     Returns
     -------
@@ -43,15 +47,24 @@ def encode_labels(y: ArrayLike) -> tuple[NDArray[Any], NDArray[np.int64]]:
     InputError
         No labels, or only one class, or labels that cannot be told apart.
     """
-    values = column_or_1d(y, warn=True)
-    if values.dtype.kind in "US" and np.isin(values, ["-1", b"-1"][values.dtype.kind == "S"]).any():
+    if y is None:
         raise InputError(
-            "got the text '-1' among labels, wanted the number -1 for unlabelled rows; NumPy turns it into text beside "
-            "strings: give np.array(labels, dtype=object)"
+            f"{estimator} requires y to be passed, but the target y is None; give labels, and -1 for rows without one"
+        )
+    if isinstance(y, list | tuple) and any(isinstance(label, str) for label in y):
+        y = np.array(y, dtype=object)
+    values = column_or_1d(y, warn=True)
+    if values.dtype.kind in "US" and (lost := sorted({*values.astype(str).tolist()} & _LOST)):
+        raise InputError(
+            f"got the text {lost[0]!r} among labels, wanted the number -1, None or NaN for unlabelled rows; NumPy "
+            "turns it into text beside strings: give np.array(labels, dtype=object)"
         )
     known = ~_unlabelled(values)
     if not known.any():
-        raise InputError(f"got {len(values)} rows without a label, wanted at least two labelled classes")
+        raise InputError(
+            f"got {len(values)} rows without a label, wanted at least two labelled classes; without any label take "
+            "VAETransformer"
+        )
     given = _natural(values[known])
     if given.dtype.kind == "f" and not np.isfinite(given).all():
         raise InputError("got infinite labels, wanted classes; NaN, None or -1 mark a row without one")

@@ -100,13 +100,18 @@ class ProgressBar(Observer):
         self, *, epoch: int, step: int, elbo: float, log_likelihood: float, kl: float, rows_per_s: float
     ) -> None:
         """Move the bar."""
+        figures = f"ELBO {elbo:.2f} rec {log_likelihood:.2f} KL {kl:.2f} " + f"active {self._active} " * (
+            self._active > 0
+        )
+        self.show(epoch=epoch, step=step, figures=figures + f"{rows_per_s / 1000:.1f}k rows/s")
+
+    def show(self, *, epoch: int, step: int, figures: str) -> None:
+        """Move the bar to a step of an epoch, with other figures than those of an encoder's training."""
         self._progress.update(
             self._task,
             completed=(epoch - 1) * self._steps_per_epoch + step,
             description=f"epoch {epoch}/{self._epochs}",
-            figures=f"ELBO {elbo:.2f} rec {log_likelihood:.2f} KL {kl:.2f} "
-            + f"active {self._active} " * (self._active > 0)
-            + f"{rows_per_s / 1000:.1f}k rows/s",
+            figures=figures,
         )
 
     def on_note(self, text: str) -> None:

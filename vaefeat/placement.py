@@ -12,7 +12,7 @@ from vaefeat.model.networks import count_multiply_adds, parameters_device
 from vaefeat.model.vae import VAE
 from vaefeat.processors import available_cpus
 
-__all__ = ["multiply_adds", "resolve_device", "threads_for", "using_threads"]
+__all__ = ["multiply_adds", "resolve_device", "threads_for", "threads_for_step", "using_threads"]
 
 #: Multiply-adds of a step from which more than one thread pays: about 10 ms of work for one.
 _THREADED_STEP = 500_000_000
@@ -39,9 +39,12 @@ def threads_for(vae: VAE, batch_size: int, n_samples: int = 1, *, sharing: int =
     No more than torch was given (``OMP_NUM_THREADS``). `sharing` is the number of processes that train on this machine.
     The choice depends on the model alone, not on a measurement, so that a seed gives the same weights every time.
     """
-    if multiply_adds(vae, n_samples=n_samples) * batch_size < _THREADED_STEP:
-        return 1
-    return max(1, min(available_cpus(), torch.get_num_threads()) // sharing)
+    return threads_for_step(multiply_adds(vae, n_samples=n_samples) * batch_size, sharing=sharing)
+
+
+def threads_for_step(n_multiply_adds: int, *, sharing: int = 1) -> int:
+    """Choose threads by a step's multiplications; see :func:`threads_for`."""
+    return 1 if n_multiply_adds < _THREADED_STEP else max(1, min(available_cpus(), torch.get_num_threads()) // sharing)
 
 
 def multiply_adds(vae: VAE, *, n_samples: int = 1) -> int:

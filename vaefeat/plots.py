@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "aggregate_posterior",
+    "analogies",
     "anomalies",
     "denoising",
     "draw_curve",
@@ -166,6 +167,40 @@ def sweeps(lines: Sequence[Sweep], *, low: float | None = None, high: float | No
         axes.spines[:].set_visible(False)
         axes.set_xlabel("standard deviations of the prior from its mean" if continuous else "category")
     return made
+
+
+def analogies(
+    rows: NDArray[Any],
+    made: NDArray[Any],
+    classes: Sequence[Any],
+    *,
+    low: float | None = None,
+    high: float | None = None,
+) -> Figure:
+    """Show each row on the left, and beside it the same style in every class.
+
+    Parameters
+    ----------
+    rows : ndarray of shape (n, C, H, W)
+    made : ndarray of shape (n, n_classes, C, H, W)
+        As :meth:`vaefeat.VAEClassifier.analogies` gives them, in the shape of the rows.
+    classes : sequence
+        Their names, a column each.
+    low, high : float, optional
+    """
+    # What is not there, between a row and its analogies, is white.
+    between = np.full((len(rows), 1, *rows.shape[1:]), _range(rows, low, high)["high"])
+    lines = np.concatenate([rows[:, None], between, made], axis=1)
+    drawn = _lines(list(lines), [], title="Same style, other class", footer=0.25, **_range(rows, low, high))
+    (axes,) = drawn.axes
+    step = rows.shape[3] + 1
+    places = np.array([0, *range(2, lines.shape[1])]) * step + (rows.shape[3] - 1) / 2
+    axes.set_axis_on()
+    axes.set_yticks([])
+    axes.set_xticks(places, ["row", *map(str, classes)])
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return drawn
 
 
 def denoising(

@@ -30,13 +30,13 @@ from vaefeat.labels import class_names, class_shares, encode_labels
     ],
 )
 def test_labels_with_any_mark_of_a_missing_one_are_told_apart(y: Any, classes: list[object]) -> None:
-    found, codes = encode_labels(y)
+    found, codes = encode_labels(y, estimator="Classifier")
     assert found.tolist() == classes
     assert codes.tolist() == [0, -1, 1, 0]
 
 
 def test_labels_that_are_all_there_have_no_unlabelled_row() -> None:
-    classes, codes = encode_labels(np.array(["two", "one", "two"]))
+    classes, codes = encode_labels(np.array(["two", "one", "two"]), estimator="Classifier")
     assert classes.tolist() == ["one", "two"]
     assert codes.tolist() == [1, 0, 1]
 
@@ -44,27 +44,27 @@ def test_labels_that_are_all_there_have_no_unlabelled_row() -> None:
 @pytest.mark.parametrize("mark", [-1, None, np.nan])
 def test_labels_all_missing_are_refused(mark: object) -> None:
     with pytest.raises(InputError, match="got 3 rows without a label, wanted at least two labelled classes"):
-        encode_labels(np.array([mark] * 3, dtype=object))
+        encode_labels(np.array([mark] * 3, dtype=object), estimator="Classifier")
 
 
 def test_labels_of_one_class_are_refused() -> None:
     with pytest.raises(InputError, match=r"labels of one class alone .*7.*, wanted at least two classes"):
-        encode_labels(np.array([7, -1, 7]))
+        encode_labels(np.array([7, -1, 7]), estimator="Classifier")
 
 
 def test_labels_in_which_numpy_turned_the_mark_into_text_are_refused() -> None:
     with pytest.raises(InputError, match="dtype=object"):
-        encode_labels(np.array(["cat", -1, "dog"]))
+        encode_labels(np.array(["cat", -1, "dog"]), estimator="Classifier")
 
 
 def test_labels_of_two_types_are_refused() -> None:
     with pytest.raises((InputError, ValueError, TypeError)):
-        encode_labels(np.array(["cat", 3, None], dtype=object))
+        encode_labels(np.array(["cat", 3, None], dtype=object), estimator="Classifier")
 
 
 def test_labels_that_are_measurements_are_refused() -> None:
     with pytest.raises(ValueError, match="continuous"):
-        encode_labels(np.array([0.5, 1.25, -1]))
+        encode_labels(np.array([0.5, 1.25, -1]), estimator="Classifier")
 
 
 def test_class_names_are_plain_values() -> None:

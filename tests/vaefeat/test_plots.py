@@ -209,3 +209,16 @@ def test_reconstruction_picture_puts_rows_above_reconstructions() -> None:
     middle: Any = slice(10, -10)
     assert drawn[: half - 4, middle].mean() < 100
     assert drawn[half + 4 :].mean() > 250
+
+
+def test_analogies_show_the_row_a_gap_and_every_class_by_name() -> None:
+    random = np.random.default_rng(0)
+    rows, made = random.uniform(0, 9, (2, 1, 5, 5)), random.uniform(0, 9, (2, 3, 1, 5, 5))
+    drawn = plots.analogies(rows, made, ["a", "b", "c"], low=0, high=9)
+    picture = shown(drawn)
+    white = np.full((1, 5, 5), 9.0)
+    lines = [tile for row, classes in zip(rows, made, strict=True) for tile in (row, white, *classes)]
+    np.testing.assert_allclose(picture, sheet(np.stack(lines), columns=5, low=0, high=9))
+    (axes,) = drawn.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["row", "a", "b", "c"]
+    assert list(axes.get_xticks()) == [2, 14, 20, 26]

@@ -16,6 +16,7 @@ or objective, write the class and enter its name there. :class:`~vaefeat.model.v
 ``corruption``           what is done to rows that are to be cleaned
 ``vae``                  the model
 ``classifier``           a linear head on the encoder
+``labelled``             models of rows and their classes: M2, M1+M2, ADGM, SDGM
 ``evaluation``           held-out figures of a training run
 ``observation``          rows in batches, each with randomness of its own
 ``marginal_likelihood``  log p(x) by importance sampling, annealing, Hamiltonian draws

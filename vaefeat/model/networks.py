@@ -25,7 +25,9 @@ __all__ = [
     "MLPEncoder",
     "ResidualBlock",
     "build_networks",
+    "build_outputs",
     "count_multiply_adds",
+    "hidden_layer",
     "network_name",
 ]
 
@@ -205,6 +207,16 @@ def build_networks(
     return networks
 
 
+def build_outputs(config: ModelConfig, shape: Sequence[int], *, n_parameters: int) -> nn.Sequential:
+    """Make what follows an MLP decoder's first hidden layer: (B, last of the widths) -> (B, K, ...)."""
+    widths = tuple(reversed(config.hidden_dims))
+    return nn.Sequential(
+        _dense(config, widths),
+        nn.Linear(widths[-1], n_parameters * math.prod(shape)),
+        nn.Unflatten(1, (n_parameters, *shape)),
+    )
+
+
 def network_name(config: ModelConfig, shape: Sequence[int]) -> str:
     """Resolve ``auto``: convolutions for images of at least 8 by 8 pixels, but not for tokens."""
     if config.network != "auto":
@@ -238,9 +250,18 @@ def _xavier(layer: nn.Module) -> None:
 def _dense(config: ModelConfig, widths: Sequence[int]) -> nn.Sequential:
     blocks = []
     for before, after in pairwise(widths):
-        normalised = [nn.LayerNorm(after)] if config.normalization else []
-        blocks.append(nn.Sequential(nn.Linear(before, after), *normalised, _ACTIVATIONS[config.activation]()))
+        blocks.append(nn.Sequential(nn.Linear(before, after), *_after_linear(config, after)))
     return nn.Sequential(*blocks)
+
+
+def hidden_layer(config: ModelConfig, width: int) -> nn.Sequential:
+    """Make what follows the linear map of a hidden layer: normalisation and activation."""
+    return nn.Sequential(*_after_linear(config, width))
+
+
+def _after_linear(config: ModelConfig, width: int) -> list[nn.Module]:
+    normalised: list[nn.Module] = [nn.LayerNorm(width)] if config.normalization else []
+    return [*normalised, _ACTIVATIONS[config.activation]()]
 
 
 def _after(config: ModelConfig, n_channels: int) -> list[nn.Module]:

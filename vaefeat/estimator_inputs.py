@@ -1,0 +1,96 @@
+"""What estimators are given, made into what the library takes: rows of two axes or four, and settings from grids."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import validate_data
+
+from vaefeat.errors import InputError
+
+__all__ = ["flat_images", "plain_settings", "training_rows"]
+
+
+def training_rows(estimator: BaseEstimator, X: Any, image_shape: tuple[int, int, int] | None) -> NDArray[Any]:
+    """Check the rows that an estimator is fitted to, in scikit-learn's way, and give them their shape.
+
+    Parameters
+    ----------
+    estimator : BaseEstimator
+        Gets ``n_features_in_`` and, where `X` has column names, ``feature_names_in_``.
+    X : array-like of shape (n, n_features) or (n, C, H, W)
+    image_shape : tuple of int, optional
+        (C, H, W) of the images in flat rows.
+
+    Returns
+    -------
+    ndarray of shape (n, n_features) or (n, C, H, W), uint8 or float32
+
+    Raises
+    ------
+    ValueError
+        Fewer than two rows, values that are not finite numbers, or (InputError) another shape.
+    """
+    shape = _image_shape(X, image_shape)
+    rows: NDArray[Any] = validate_data(
+        estimator, flat_images(X, shape), dtype=[np.float32, np.uint8], ensure_min_samples=2
+    )
+    if shape is None:
+        return rows
+    if rows.shape[1] != (n_pixels := math.prod(shape)):
+        raise InputError(
+            f"got rows of {rows.shape[1]} values, wanted {n_pixels} values for image_shape={shape}; "
+            "give the (C, H, W) that the rows have"
+        )
+    return rows.reshape(len(rows), *shape)
+
+
+def flat_images(X: Any, image_shape: tuple[int, ...] | None) -> Any:
+    """Flatten images (n, C, H, W) of the expected shape, so that scikit-learn's two-dimensional checks apply.
+
+    Anything else is handed on as it is, for those checks to judge.
+    """
+    if np.ma.is_masked(X):
+        raise InputError("got rows with masked values, wanted plain ones; fill them first with X.filled(...)")
+    shape = tuple(getattr(X, "shape", ()))
+    if len(shape) == 4 and shape[1:] == image_shape:
+        return np.asarray(X).reshape(shape[0], -1)
+    return X
+
+
+def _image_shape(X: Any, asked: tuple[int, int, int] | None) -> tuple[int, ...] | None:
+    shape = tuple(getattr(X, "shape", ()))
+    if asked is None:
+        return shape[1:] if len(shape) == 4 else None
+    try:
+        wanted = tuple(operator.index(size) for size in asked)
+    except TypeError:
+        wanted = ()
+    if len(wanted) != 3 or min(wanted) < 1:
+        raise InputError(f"got image_shape={asked!r}, wanted (channels, height, width), all at least 1")
+    if len(shape) == 4 and shape[1:] != wanted:
+        raise InputError(
+            f"got rows of shape {shape[1:]}, wanted image_shape={wanted}; give the (C, H, W) that they have"
+        )
+    return wanted
+
+
+def plain_settings(own: Mapping[str, Any], options: Mapping[str, Any] | None, *, what: str) -> Mapping[str, Any]:
+    """Lay options beside the estimator's own settings, and turn NumPy's numbers, as grids have, into Python's."""
+    if options is not None and not isinstance(options, Mapping):
+        raise InputError(f"got {what}={options!r}, wanted a mapping of field names to values, or None")
+    if both := sorted(own.keys() & (options or {}).keys()):
+        raise InputError(f"got {both[0]!r} in {what}, which the estimator sets itself; give it as its own parameter")
+    return {key: _plain_value(value) for key, value in {**own, **(options or {})}.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return tuple(map(_plain_value, value)) if isinstance(value, tuple | list) else value
