@@ -170,7 +170,7 @@ def test_strings_are_classes_and_missing_ones_come_as_objects(X: NDArray[np.uint
     assert fitted.score(rows, names[truth].astype(str)) > 0.9
     np.testing.assert_array_equal(clone(fitted).fit(rows, y.tolist()).predict(rows), fitted.predict(rows))
     assert fitted.sample(y="two", n_samples=3).shape == (3, 64)
-    with pytest.raises(InputError, match="got the text '-1' among labels.*dtype=object"):
+    with pytest.raises(InputError, match=r"got the text '-1' among labels.*dtype=object"):
         small().fit(rows, np.array(y.tolist()))
 
 
