@@ -131,13 +131,15 @@ def refuse_pair(model: ModelConfig, train: TrainConfig) -> None:
         )
 
 
-def refuse_workers(model: ModelConfig, train: TrainConfig) -> None:
+def refuse_workers(model: ModelConfig, train: TrainConfig, *, n_workers: int) -> None:
     """Refuse what cannot be computed from a worker's part of a minibatch.
 
     Raises
     ------
     ConfigError
     """
+    if n_workers == 1:
+        return
     if model.gaussian_std == "optimal":
         raise ConfigError(
             "got gaussian_std='optimal' with several workers, each of which would find another one in its part of a "

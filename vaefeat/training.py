@@ -128,8 +128,7 @@ class Trainer:
         self.config = config
         self.device = resolve_device(config.device)
         self.world = World.current()
-        if self.world.size > 1:
-            refuse_workers(vae.config, config)
+        refuse_workers(vae.config, config, n_workers=self.world.size)
         self.vae = vae.to(self.device)
         self.objective = OBJECTIVES[config.objective](config)
         self.feed = make_feed(

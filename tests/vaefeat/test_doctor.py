@@ -17,7 +17,7 @@ from vaefeat.processors import available_cpus, available_memory
 from vaefeat.step import TrainingStep
 
 
-def refuse(self: TrainingStep, rows: torch.Tensor, *, n_rows: int) -> None:
+def refuse(self: TrainingStep, rows: torch.Tensor) -> None:
     raise CompileError("no compiler here")
 
 

@@ -330,8 +330,9 @@ def test_what_needs_the_whole_minibatch_is_refused_for_several_workers(
     model: dict[str, Any], train: dict[str, Any]
 ) -> None:
     with pytest.raises(ConfigError, match="several workers"):
-        refuse_workers(ModelConfig(**model), TrainConfig(**train))
-    refuse_workers(ModelConfig(), TrainConfig())
+        refuse_workers(ModelConfig(**model), TrainConfig(**train), n_workers=2)
+    refuse_workers(ModelConfig(**model), TrainConfig(**train), n_workers=1)
+    refuse_workers(ModelConfig(), TrainConfig(), n_workers=2)
 
 
 def test_workers_of_a_machine_share_its_processors() -> None:
