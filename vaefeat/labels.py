@@ -62,8 +62,8 @@ def encode_labels(y: ArrayLike | None, *, estimator: str) -> tuple[NDArray[Any],
     known = ~_unlabelled(values)
     if not known.any():
         raise InputError(
-            f"got {len(values)} rows without a label, wanted at least two labelled classes; without any label take "
-            "VAETransformer"
+            f"got no label among {len(values)} rows, wanted some of at least 2 classes; for rows without any label, "
+            "take VAETransformer"
         )
     given = _natural(values[known])
     if given.dtype.kind == "f" and not np.isfinite(given).all():
@@ -77,7 +77,10 @@ def encode_labels(y: ArrayLike | None, *, estimator: str) -> tuple[NDArray[Any],
     except TypeError as error:
         raise InputError(f"got labels of several types, wanted one type: {error}") from error
     if len(classes) < 2:
-        raise InputError(f"got labels of one class alone ({classes[0]!r}), wanted at least two classes")
+        raise InputError(
+            f"got labels of one class only ({classes.tolist()[0]!r}) among {len(values)} rows, wanted at least 2; "
+            "-1 is no class but a missing label: rename the class that it stands for"
+        )
     encoded = np.full(len(values), UNLABELLED, dtype=np.int64)
     encoded[known] = codes
     return classes, encoded

@@ -330,8 +330,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("y", "message"),
         [
-            (np.full(100, -1), "100 rows without a label"),
-            (np.where(np.arange(100) < 5, 3, -1), "labels of one class alone"),
+            (np.full(100, -1), "no label among 100 rows"),
+            (np.where(np.arange(100) < 5, 3, -1), "labels of one class only"),
             (None, "requires y to be passed"),
             (np.zeros(99), "inconsistent numbers of samples|of one class"),
             (np.linspace(0, 1, 100), "continuous"),

@@ -43,12 +43,12 @@ def test_labels_that_are_all_there_have_no_unlabelled_row() -> None:
 
 @pytest.mark.parametrize("mark", [-1, None, np.nan])
 def test_labels_all_missing_are_refused(mark: object) -> None:
-    with pytest.raises(InputError, match="got 3 rows without a label, wanted at least two labelled classes"):
+    with pytest.raises(InputError, match="got no label among 3 rows"):
         encode_labels(np.array([mark] * 3, dtype=object), estimator="Classifier")
 
 
 def test_labels_of_one_class_are_refused() -> None:
-    with pytest.raises(InputError, match=r"labels of one class alone .*7.*, wanted at least two classes"):
+    with pytest.raises(InputError, match=r"labels of one class only \(7\) among 3 rows"):
         encode_labels(np.array([7, -1, 7]), estimator="Classifier")
 
 
