@@ -306,8 +306,8 @@ class TrainConfig(Settings):
         ):
             check_number(name, getattr(self, name), above=0)
         if self.augmentations != "auto":
-            for name in check_tuple("augmentations", self.augmentations):
-                check_choice("every name in augmentations", name, _AUGMENTATIONS)
+            for augmentation in check_tuple("augmentations", self.augmentations):
+                check_choice("every name in augmentations", augmentation, _AUGMENTATIONS)
         if self.weight_prior_std is not None:
             check_number("weight_prior_std", self.weight_prior_std, above=0)
         check_number("corruption_level", self.corruption_level, above=0, at_most=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_objective_is_the_sum_of_its_weighted_terms(rows: Tensor) -> None:
 def test_style_is_not_contrasted(rows: Tensor) -> None:
     """Moving the style's mean by anything leaves the contrastive term as it is."""
     config = TrainConfig(objective="contrastive", contrastive_weight=1e6, content_kl_weight=0)
-    gradients = {}
+    gradients: dict[int, Any] = {}
     for style_dim in (0, 3):
         vae = model(rows, style_dim=style_dim).eval()
         torch.manual_seed(0)
