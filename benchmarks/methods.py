@@ -128,6 +128,7 @@ METHODS: Mapping[str, Method] = {
     "wasserstein_mmd": Method(_POINT, {"objective": "mmd"}),
     "infovae": Method(train={"objective": "infovae", "kl_weight": 0.5}),
     "sliced_wasserstein": Method(_POINT, {"objective": "sliced_wasserstein"}),
+    "contrastive": Method({"latent_dim": 72, "style_dim": 8}, {"objective": "contrastive"}),
     "denoising_vae_gaussian": Method(train={"corruption": "gaussian"}),
     "denoising_vae_masking": Method(train={"corruption": "masking"}),
     "denoising_vae_salt_and_pepper": Method(train={"corruption": "salt_and_pepper"}),

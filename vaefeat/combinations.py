@@ -35,6 +35,11 @@ def refuse_model(config: ModelConfig) -> None:
                 f"got posterior={config.posterior!r} with prior={config.prior!r}, which is over continuous latents "
                 "alone; take prior='standard', which is uniform over categories"
             )
+    if config.style_dim >= config.latent_dim:
+        raise ConfigError(
+            f"got style_dim={config.style_dim} of latent_dim={config.latent_dim}, which leaves no content; take "
+            f"latent_dim={config.style_dim + 1} or more, or a smaller style_dim"
+        )
     if config.posterior == "full" and config.latent_dim == 1:
         raise ConfigError(
             "got posterior='full' with latent_dim=1, which has nothing to correlate; take posterior='diagonal'"
@@ -96,6 +101,14 @@ def refuse_pair(model: ModelConfig, train: TrainConfig) -> None:
             f"got objective={train.objective!r} with posterior='deterministic', whose KL divergence is infinite; take "
             "objective='reconstruction' (an auto-encoder), 'mmd' or 'sliced_wasserstein' (a Wasserstein one), or "
             "posterior='diagonal'"
+        )
+    if train.objective == "contrastive" and (
+        model.posterior != "diagonal" or model.prior in _PRIORS_WITHOUT_CLOSED_FORM or train.kl_estimator == "sampled"
+    ):
+        raise ConfigError(
+            f"got objective='contrastive' with {pair} and kl_estimator={train.kl_estimator!r}: it weighs the KL "
+            "divergence latent by latent, in closed form; take posterior='diagonal', prior='standard' or 'learned' and "
+            "kl_estimator='auto', or another objective"
         )
     if train.kl_estimator == "analytic" and (model.posterior in _FLOWS or model.prior in _PRIORS_WITHOUT_CLOSED_FORM):
         raise ConfigError(

@@ -34,6 +34,8 @@ _TRAIN_CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "float32", "bfloat16"),
 }
+#: Of images and tables; :mod:`vaefeat.model.augmentation` says what they are.
+_AUGMENTATIONS = ("affine", "crop", "flip", "brightness", "color", "erasing", "replacement")
 #: Epochs, the fewest steps, and what differs from the defaults.
 _PRESETS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "fast": (8, 1000, {"learning_rate": 4e-3}),
@@ -49,6 +51,9 @@ class ModelConfig(Settings):
     ----------
     latent_dim : int
         Number of latent variables; the width of the exported mean.
+    style_dim : int
+        Latents, the last ones, that may differ between two views of a row under ``objective="contrastive"``; the others
+        are the content.
     network : {"auto", "mlp", "conv"}
         ``auto`` takes ``conv`` for images of at least 8 by 8 pixels, else ``mlp``.
     hidden_dims : tuple of int
@@ -93,6 +98,7 @@ class ModelConfig(Settings):
     """
 
     latent_dim: int = 32
+    style_dim: int = 0
     network: str = "auto"
     hidden_dims: tuple[int, ...] = (256,)
     channels: tuple[int, ...] = (32, 64)
@@ -115,6 +121,7 @@ class ModelConfig(Settings):
 
     def __post_init__(self) -> None:
         check_int("latent_dim", self.latent_dim, at_least=1)
+        check_int("style_dim", self.style_dim, at_least=0)
         for name in ("posterior", "prior", "likelihood"):
             check_text(name, getattr(self, name))
         check_choice("network", self.network, ("auto", "mlp", "conv"))
@@ -168,6 +175,18 @@ class TrainConfig(Settings):
         What is done to a row before it is encoded; the clean row is what must come out (denoising).
     corruption_level : float
         Standard deviation of the noise, or share of the values, in (0, 1].
+    augmentations : {"auto"} or tuple of str
+        What makes another view of a row for ``objective="contrastive"``: names in
+        :data:`vaefeat.model.augmentation.IMAGE_AUGMENTATIONS` or ``TABLE_AUGMENTATIONS``. ``auto`` takes those that
+        suit the kind of the rows, and mirrors images whose mirror images could be among them.
+    augmentation_strength : float
+        Factor of their ranges.
+    contrastive_weight : float
+        Of the contrastive term, in nats per row, beside the log-likelihood.
+    contrastive_temperature : float
+        By which cosines are divided.
+    content_kl_weight : float
+        Factor of the KL term of the content's latents, whose spread the contrastive term sets.
     temperature_start, temperature_end : float
         Of the Gumbel-softmax, falling exponentially over the run.
     straight_through : bool
@@ -232,6 +251,11 @@ class TrainConfig(Settings):
     n_projections: int = 50
     corruption: str = "none"
     corruption_level: float = 0.3
+    augmentations: str | tuple[str, ...] = "auto"
+    augmentation_strength: float = 1.0
+    contrastive_weight: float = 50.0
+    contrastive_temperature: float = 0.2
+    content_kl_weight: float = 0.1
     temperature_start: float = 1.0
     temperature_end: float = 0.5
     straight_through: bool = True
@@ -269,16 +293,22 @@ class TrainConfig(Settings):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), at_least=1)
         check_int("seed", self.seed, at_least=0)
-        for name in ("kl_weight", "weight_decay", "free_bits", "divergence_weight"):
+        for name in ("kl_weight", "weight_decay", "free_bits", "divergence_weight", "content_kl_weight"):
             check_number(name, getattr(self, name), at_least=0)
         for name in (
             "learning_rate",
             "gradient_clip",
+            "contrastive_weight",
+            "contrastive_temperature",
+            "augmentation_strength",
             "temperature_start",
             "temperature_end",
             "checkpoint_seconds",
         ):
             check_number(name, getattr(self, name), above=0)
+        if self.augmentations != "auto":
+            for augmentation in check_tuple("augmentations", self.augmentations):
+                check_choice("every name in augmentations", augmentation, _AUGMENTATIONS)
         if self.weight_prior_std is not None:
             check_number("weight_prior_std", self.weight_prior_std, above=0)
         check_number("corruption_level", self.corruption_level, above=0, at_most=1)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["IMAGE_AUGMENTATIONS", "TABLE_AUGMENTATIONS", "augment"]
+from vaefeat.errors import ConfigError
+
+__all__ = ["IMAGE_AUGMENTATIONS", "TABLE_AUGMENTATIONS", "augment", "suitable"]
 
 #: At strength 1: largest rotation (radians), shear, change of scale and shift (shares of the image), smallest side that
 #: a crop leaves, largest change of brightness, contrast and colour, largest side of what is erased.
@@ -28,6 +30,7 @@ _LUMA = (0.299, 0.587, 0.114)
 
 #: What moves pixels: all of it together is one resampling.
 _GEOMETRY = ("affine", "crop", "flip")
+_GREY_IMAGES = ("affine", "crop", "brightness", "erasing")
 
 
 def augment(x: Tensor, names: Sequence[str], *, strength: float = 1.0) -> Tensor:
@@ -55,6 +58,27 @@ def augment(x: Tensor, names: Sequence[str], *, strength: float = 1.0) -> Tensor
         if name in names and change is not None:
             x = change(x, strength)
     return x
+
+
+def suitable(row_shape: Sequence[int], names: str | Sequence[str] = "auto") -> tuple[str, ...]:
+    """Give what ``auto`` stands for with rows of a shape, and any other names as they are.
+
+    Images are not mirrored: whether they may be cannot be told from their shape.
+
+    Raises
+    ------
+    ConfigError
+        Names that rows of this shape have no meaning for.
+    """
+    channels = row_shape[0] if len(row_shape) == 3 else 0
+    if isinstance(names, str):
+        return (*_GREY_IMAGES, *(("color",) if channels == 3 else ())) if channels else ("replacement",)
+    possible = set(IMAGE_AUGMENTATIONS) - (set() if channels == 3 else {"color"}) if channels else TABLE_AUGMENTATIONS
+    if wrong := [name for name in names if name not in possible]:
+        raise ConfigError(
+            f"got augmentations {wrong} for rows of shape {tuple(row_shape)}, wanted names among {sorted(possible)}"
+        )
+    return tuple(names)
 
 
 def _uniform(x: Tensor, low: float, high: float, *sizes: int) -> Tensor:

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
 from vaefeat.config import TrainConfig
+from vaefeat.model.augmentation import augment, suitable
+from vaefeat.model.contrast import info_nce
 from vaefeat.model.corruption import corrupt
 from vaefeat.model.distributions import factors
 from vaefeat.model.divergences import maximum_mean_discrepancy, sliced_wasserstein
@@ -25,6 +27,7 @@ __all__ = [
     "ELBO",
     "IWAE",
     "OBJECTIVES",
+    "Contrastive",
     "InfoVAE",
     "MaximumMeanDiscrepancy",
     "Objective",
@@ -143,6 +146,43 @@ class IWAE(Objective):
         return Terms(bound_B, log_likelihood_SB.mean(dim=0), ratio_SB.mean(dim=0))
 
 
+class Contrastive(Objective):
+    """The evidence lower bound, and a mean that says the same of two views of a row and another thing of other rows.
+
+    log p(t|z) - kl_weight * (content_kl_weight * KL_content + KL_style) - contrastive_weight * InfoNCE, for two views t
+    and t' of a row (:mod:`vaefeat.model.augmentation`): the first is encoded and must come out again, and the means of
+    both views' content must find each other among the views of the minibatch. What differs between views, and so is
+    needed for t but not for the other term, is left to the ``style_dim`` last latents. For evaluation the first view is
+    the row itself: the bound is that of the data.
+
+    References
+    ----------
+    Kingma and Welling 2013, arXiv:1312.6114, equation 7; van den Oord et al. 2018, arXiv:1807.03748, equation 4; views
+    in place of a supervised split as in Sinha and Dieng 2021, CR-VAE, arXiv:2105.14859, which ties their posteriors by
+    a KL divergence.
+    """
+
+    def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
+        """Estimate bound and contrast; in a minibatch of one row there is nothing to contrast with."""
+        x, n_content = vae.observe(rows), vae.config.latent_dim - vae.config.style_dim
+        first, second = (self._view(x) if vae.training else x), self._view(x)
+        h_2BF = vae.hidden(torch.cat([first, second]))
+        content_BL, other_BL = vae.posterior.statistics(h_2BF)[0][:, :n_content].chunk(2)
+        contrast_B = info_nce(content_BL, other_BL, temperature=self.config.contrastive_temperature)
+        q, p = vae.posterior(h_2BF[: len(x)]), vae.prior_distribution()
+        z_SBL = q.rsample(torch.Size([self.config.n_samples]))
+        log_likelihood_B = vae.log_likelihood(first, z_SBL).mean(dim=0)
+        kl_BL = factors(q, p)
+        cost_B = self.config.content_kl_weight * kl_BL[:, :n_content].sum(dim=1) + kl_BL[:, n_content:].sum(dim=1)
+        objective_B = log_likelihood_B - kl_weight * cost_B - self.config.contrastive_weight * contrast_B
+        return Terms(objective_B, log_likelihood_B, kl_BL.sum(dim=1))
+
+    def _view(self, x: Tensor) -> Tensor:
+        names = suitable(x.shape[1:], self.config.augmentations)
+        view = augment(x, names, strength=self.config.augmentation_strength)
+        return corrupt(view, self.config.corruption, self.config.corruption_level)
+
+
 class Reconstruction(Objective):
     """E[log p(x|z)] alone: an auto-encoder, where the posterior is deterministic.
 
@@ -255,6 +295,7 @@ def _reported_kl(vae: VAE, q: Distribution, z_SBL: Tensor) -> Tensor:
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "elbo": ELBO,
+    "contrastive": Contrastive,
     "iwae": IWAE,
     "mmd": MaximumMeanDiscrepancy,
     "infovae": InfoVAE,

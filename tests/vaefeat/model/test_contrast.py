@@ -1,0 +1,125 @@
+"""The contrastive term and the objective that holds it, against plain loops and known cases."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vaefeat import ModelConfig, TrainConfig
+from vaefeat.combinations import refuse_pair
+from vaefeat.errors import ConfigError
+from vaefeat.model.contrast import info_nce
+from vaefeat.model.distributions import factors
+from vaefeat.model.evaluation import evaluate
+from vaefeat.model.objectives import Contrastive
+from vaefeat.model.vae import VAE
+
+
+def by_loops(first: Tensor, second: Tensor, temperature: float) -> list[float]:
+    """Give the term of each row, written out in Python's numbers."""
+    views = [*first.tolist(), *second.tolist()]
+
+    def cosine(a: list[float], b: list[float]) -> float:
+        return math.fsum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
+
+    n, terms = len(first), []
+    for i in range(n):
+        found = []
+        for here, there in ((i, i + n), (i + n, i)):
+            scores = [cosine(views[here], views[k]) / temperature for k in range(2 * n) if k != here]
+            right = cosine(views[here], views[there]) / temperature
+            found.append(math.log(math.fsum(math.exp(score) for score in scores)) - right)
+        terms.append(sum(found) / 2)
+    return terms
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_term_is_the_cross_entropy_written_out(temperature: float) -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(7, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+    got = info_nce(first, second, temperature=temperature)
+    assert got.tolist() == pytest.approx(by_loops(first, second, temperature), rel=1e-12)
+
+
+def test_views_that_say_nothing_give_chance_and_perfect_ones_nothing() -> None:
+    same = torch.ones(8, 3)
+    assert info_nce(same, same, temperature=0.2).tolist() == pytest.approx([math.log(15)] * 8, rel=1e-6)
+    apart = torch.eye(8)
+    assert info_nce(apart, apart, temperature=0.01).max() < 1e-6
+
+
+def test_length_of_the_mean_does_not_count() -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(6, 4), torch.randn(6, 4)
+    longer = info_nce(first * 10, second * torch.arange(1.0, 7)[:, None], temperature=0.3)
+    assert torch.allclose(longer, info_nce(first, second, temperature=0.3), atol=1e-6)
+
+
+@pytest.fixture
+def rows(digits_rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(digits_rows[:40].copy())
+
+
+def model(rows: Tensor, *, style_dim: int = 3) -> VAE:
+    torch.manual_seed(0)
+    return VAE.for_rows(ModelConfig(latent_dim=10, style_dim=style_dim, network="mlp", hidden_dims=(32,)), rows.numpy())
+
+
+def test_objective_is_the_sum_of_its_weighted_terms(rows: Tensor) -> None:
+    vae = model(rows).eval()
+    config = TrainConfig(objective="contrastive", contrastive_weight=7.0, content_kl_weight=0.25)
+    torch.manual_seed(3)
+    terms = Contrastive(config)(vae, rows, kl_weight=0.5)
+    kl_BL = factors(vae.encode(vae.observe(rows)), vae.prior_distribution())
+    contrast = (terms.log_likelihood - terms.objective - 0.5 * (0.25 * kl_BL[:, :7].sum(1) + kl_BL[:, 7:].sum(1))) / 7
+    assert torch.allclose(terms.kl, kl_BL.sum(1), atol=1e-5)
+    assert (contrast > 0).all()
+    assert contrast.mean() < math.log(79) + 1
+    assert not torch.allclose(contrast, contrast[0], atol=1e-3), "each row has its own"
+
+
+def test_style_is_not_contrasted(rows: Tensor) -> None:
+    """Moving the style's mean by anything leaves the contrastive term as it is."""
+    config = TrainConfig(objective="contrastive", contrastive_weight=1e6, content_kl_weight=0)
+    gradients: dict[int, Any] = {}
+    for style_dim in (0, 3):
+        vae = model(rows, style_dim=style_dim).eval()
+        torch.manual_seed(0)
+        Contrastive(config)(vae, rows, kl_weight=0.0).objective.sum().backward()
+        gradients[style_dim] = vae.posterior.get_parameter("mean.weight").grad
+    assert gradients[0][7:].abs().max() > 1e3
+    assert gradients[3][7:].abs().max() < 1e2
+    assert gradients[3][:7].abs().max() > 1e3
+
+
+def test_held_out_bound_is_that_of_the_rows_not_of_views(rows: Tensor) -> None:
+    """Evaluation gives the likelihood and KL that the plain bound's objective gives."""
+    vae = model(rows)
+    config = TrainConfig(objective="contrastive")
+    found = evaluate(vae, Contrastive(config), rows.numpy(), kl_weight=1.0, batch_size=40, seed=0)
+    with torch.no_grad():
+        kl = factors(vae.encode(vae.observe(rows)), vae.prior_distribution()).sum(dim=1).mean()
+    assert found.kl == pytest.approx(float(kl), rel=1e-5)
+
+
+def test_one_row_alone_has_nothing_to_be_contrasted_with_and_a_finite_objective(rows: Tensor) -> None:
+    terms = Contrastive(TrainConfig(objective="contrastive"))(model(rows), rows[:1], kl_weight=1.0)
+    assert terms.objective.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"posterior": "iaf"}, {"prior": "vamp"}, {"posterior": "full"}, {"posterior": "deterministic"}]
+)
+def test_models_whose_kl_is_no_sum_over_latents_are_refused(changes: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="contrastive"):
+        refuse_pair(ModelConfig(**changes), TrainConfig(objective="contrastive"))  # type: ignore[arg-type]
+
+
+def test_style_that_leaves_no_content_is_refused() -> None:
+    with pytest.raises(ConfigError, match="leaves no content"):
+        ModelConfig(latent_dim=4, style_dim=4)
