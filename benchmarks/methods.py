@@ -393,16 +393,8 @@ def main(
             bundle, measured[name] = measure(name, loaded, epochs=epochs)
             used |= {use: make(bundle, loaded) for use, (method, make) in USES.items() if method == name}
             print(f"{name}: {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
-    report = {
-        **where,
-        "rows": rows,
-        "epochs": epochs,
-        "labels": N_LABELS,
-        "draws": N_DRAWS,
-        "seed": _SEED,
-        "methods": measured,
-        "uses": used,
-    }
+    report = {**where, "rows": rows, "epochs": epochs, "labels": N_LABELS, "draws": N_DRAWS, "seed": _SEED}
+    report |= {"methods": measured, "uses": used}
     console = Console(width=130)
     console.print(_table(report))
     for use, text in used.items():

@@ -253,9 +253,9 @@ class TrainConfig(Settings):
     corruption_level: float = 0.3
     augmentations: str | tuple[str, ...] = "auto"
     augmentation_strength: float = 1.0
-    contrastive_weight: float = 50.0
-    contrastive_temperature: float = 0.2
-    content_kl_weight: float = 0.1
+    contrastive_weight: float = 100.0
+    contrastive_temperature: float = 0.5
+    content_kl_weight: float = 0.3
     temperature_start: float = 1.0
     temperature_end: float = 0.5
     straight_through: bool = True
