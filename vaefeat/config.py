@@ -178,7 +178,7 @@ class TrainConfig(Settings):
     augmentations : {"auto"} or tuple of str
         What makes another view of a row for ``objective="contrastive"``: names in
         :data:`vaefeat.model.augmentation.IMAGE_AUGMENTATIONS` or ``TABLE_AUGMENTATIONS``. ``auto`` takes those that
-        suit the kind of the rows, and mirrors images whose mirror images could be among them.
+        suit the kind of the rows; images are not mirrored unless ``flip`` is named.
     augmentation_strength : float
         Factor of their ranges.
     contrastive_weight : float

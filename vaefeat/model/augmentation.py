@@ -30,7 +30,9 @@ _LUMA = (0.299, 0.587, 0.114)
 
 #: What moves pixels: all of it together is one resampling.
 _GEOMETRY = ("affine", "crop", "flip")
-_GREY_IMAGES = ("affine", "crop", "brightness", "erasing")
+#: What `auto` stands for. Half of a digit may be another digit: images of one channel are not cropped.
+_GREY_IMAGES = ("affine", "brightness", "erasing")
+_COLOR_IMAGES = (*_GREY_IMAGES, "crop", "color")
 
 
 def augment(x: Tensor, names: Sequence[str], *, strength: float = 1.0) -> Tensor:
@@ -72,7 +74,7 @@ def suitable(row_shape: Sequence[int], names: str | Sequence[str] = "auto") -> t
     """
     channels = row_shape[0] if len(row_shape) == 3 else 0
     if isinstance(names, str):
-        return (*_GREY_IMAGES, *(("color",) if channels == 3 else ())) if channels else ("replacement",)
+        return {0: ("replacement",), 3: _COLOR_IMAGES}.get(channels, _GREY_IMAGES)
     possible = set(IMAGE_AUGMENTATIONS) - (set() if channels == 3 else {"color"}) if channels else TABLE_AUGMENTATIONS
     if wrong := [name for name in names if name not in possible]:
         raise ConfigError(
