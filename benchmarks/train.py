@@ -161,7 +161,7 @@ def _run(part: str, entry: Entry, kernels: Path) -> dict[str, Any]:
     if done.returncode:
         last = " / ".join(done.stderr.strip().splitlines()[-_SAID_LINES:])
         raise TrainingError(f"{name} failed with status {done.returncode}: {last}")
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]  # what our module prints
 
 
 def _said(one: dict[str, Any]) -> str:

@@ -159,7 +159,7 @@ def make_pythae(vae: VAE) -> Any:
     assert isinstance(vae.posterior, DiagonalGaussian)
     mean, logvar = vae.posterior.mean, vae.posterior.logvar
 
-    class Encoder(BaseEncoder):  # type: ignore[misc]
+    class Encoder(BaseEncoder):  # type: ignore[misc]  # pythae has no types
         def __init__(self) -> None:
             super().__init__()
             self.network, self.mean, self.logvar = vae.encoder, mean, logvar
@@ -168,7 +168,7 @@ def make_pythae(vae: VAE) -> Any:
             hidden = self.network(x)
             return ModelOutput(embedding=self.mean(hidden), log_covariance=self.logvar(hidden))
 
-    class Decoder(BaseDecoder):  # type: ignore[misc]
+    class Decoder(BaseDecoder):  # type: ignore[misc]  # pythae has no types
         def __init__(self) -> None:
             super().__init__()
             self.network = vae.decoder
@@ -196,7 +196,7 @@ def with_pythae(task: Task) -> dict[str, Any]:
     watch = Stopwatch(task, len(data))
     steps = count(1)
 
-    class Watch(TrainingCallback):  # type: ignore[misc]
+    class Watch(TrainingCallback):  # type: ignore[misc]  # pythae has no types
         def on_train_step_end(self, training_config: Any, **_: Any) -> None:
             watch.took_steps(next(steps))
 
