@@ -15,7 +15,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from vaefeat.atomic import replace_file
 from vaefeat.errors import CheckpointError
@@ -23,10 +23,12 @@ from vaefeat.world import World
 
 __all__ = [
     "SCHEMA_VERSION",
+    "memory_tensors",
     "noise_tensors",
     "optimizer_tensors",
     "read_checkpoint",
     "refuse_other_run",
+    "restore_memory",
     "restore_noise",
     "restore_optimizers",
     "under",
@@ -136,6 +138,21 @@ def restore_noise(
     torch.set_rng_state(tensors[f"random.cpu.{world.rank}"])
     if device.type == "cuda" and f"random.cuda.{world.rank}" in tensors:
         torch.cuda.set_rng_state(tensors[f"random.cuda.{world.rank}"], device)
+
+
+def memory_tensors(memory: nn.Module, world: World) -> dict[str, Tensor]:
+    """Give what every worker's objective keeps between minibatches; all workers call this together."""
+    return {
+        f"memory.{rank}.{name}": of_rank
+        for name, buffer in memory.named_buffers()
+        for rank, of_rank in enumerate(world.collect(buffer))
+    }
+
+
+def restore_memory(memory: nn.Module, tensors: Mapping[str, Tensor], world: World) -> None:
+    """Put back what this worker's objective kept, or where there was no such worker, what the first one's did."""
+    own = under(f"memory.{world.rank}.", tensors) or under("memory.0.", tensors)
+    memory.load_state_dict(own)
 
 
 def refuse_other_run(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -177,6 +177,13 @@ class TrainConfig(Settings):
         Of the contrastive term, in nats per row, beside the log-likelihood.
     contrastive_temperature : float
         By which cosines are divided.
+    neighbours : int
+        Views in memory among whose nearest the one is drawn that looks for a row's other view; 0 lets the row's own
+        views look for each other.
+    neighbours_after : float
+        Share of all steps after which neighbours look; before, rows do not lie by what they are yet.
+    remembered : int
+        Views in memory.
     content_kl_weight : float
         Factor of the KL term of the content's latents, whose spread the contrastive term sets.
     temperature_start, temperature_end : float
@@ -247,6 +254,9 @@ class TrainConfig(Settings):
     augmentation_strength: float = 1.0
     contrastive_weight: float = 100.0
     contrastive_temperature: float = 0.5
+    neighbours: int = 0
+    neighbours_after: float = 0.2
+    remembered: int = 16_384
     content_kl_weight: float = 0.3
     temperature_start: float = 1.0
     temperature_end: float = 0.5
@@ -279,12 +289,13 @@ class TrainConfig(Settings):
         check_bool("straight_through", self.straight_through)
         if self.compile != "auto":
             check_bool("compile", self.compile)
-        for name in ("max_epochs", "batch_size", "checkpoint_every", "n_samples", "n_projections"):
+        for name in ("max_epochs", "batch_size", "checkpoint_every", "n_samples", "n_projections", "remembered"):
             check_int(name, getattr(self, name), at_least=1)
         for name in ("patience", "threads"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name), at_least=1)
-        check_int("seed", self.seed, at_least=0)
+        for name in ("seed", "neighbours"):
+            check_int(name, getattr(self, name), at_least=0)
         for name in ("kl_weight", "weight_decay", "free_bits", "divergence_weight", "content_kl_weight"):
             check_number(name, getattr(self, name), at_least=0)
         for name in (
@@ -305,7 +316,7 @@ class TrainConfig(Settings):
             check_number("weight_prior_std", self.weight_prior_std, above=0)
         check_number("corruption_level", self.corruption_level, above=0, at_most=1)
         check_number("momentum", self.momentum, at_least=0, below=1)
-        for name in ("kl_warmup", "lr_warmup"):
+        for name in ("kl_warmup", "lr_warmup", "neighbours_after"):
             check_number(name, getattr(self, name), at_least=0, at_most=1)
         check_number("heldout", self.heldout, above=0, at_most=0.9)
         refuse_training(self)

@@ -33,7 +33,7 @@ _TEXTBOOK: dict[str, tuple[int, int, dict[str, Any]]] = {
 }
 _BATCH, _SMALLEST_BATCH = 256, 32
 #: Images are halved until their shorter side is at most this.
-_LAST_SIDE = 8
+_LAST_SIDE = 4
 _CHANNELS = (32, 64, 128, 256, 256, 256)
 _IMAGE_LATENTS, _TABLE_LATENTS = 144, 36
 #: One latent in nine may say what differs between views.
@@ -153,6 +153,7 @@ def _features(
 
     own: dict[str, Any] = {
         "objective": "contrastive",
+        "neighbours": 50,
         "batch_size": max(_SMALLEST_BATCH, min(_BATCH, n_rows // 8)),
         "weight_decay": 1e-2,
     }

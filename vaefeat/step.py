@@ -164,13 +164,14 @@ class TrainingStep:
     @contextmanager
     def untouched(self) -> Iterator[None]:
         """Leave noise and running figures, such as the variance of an optimal Gaussian, as if nothing was computed."""
-        buffers = {name: buffer.clone() for name, buffer in self.vae.named_buffers()}
+        buffers = [*self.vae.buffers(), *self.objective.memory.buffers()]
+        before = [buffer.clone() for buffer in buffers]
         try:
             with fixed_noise(self.config.seed, self._device):
                 yield
         finally:
-            for name, buffer in self.vae.named_buffers():
-                buffer.copy_(buffers[name])
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
     def forget_compiled(self) -> None:
         """Go back to kernel by kernel."""
@@ -195,6 +196,7 @@ class TrainingStep:
     def _turn(self, knobs: Knobs) -> None:
         self._kl_weight.fill_(knobs.kl_weight)
         self.vae.posterior.anneal(knobs.progress, self.config)
+        self.objective.anneal(knobs.progress)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):

@@ -26,10 +26,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vaefeat.checkpoint import (
+    memory_tensors,
     noise_tensors,
     optimizer_tensors,
     read_checkpoint,
     refuse_other_run,
+    restore_memory,
     restore_noise,
     restore_optimizers,
     under,
@@ -52,7 +54,7 @@ from vaefeat.schedules import kl_warmup_factor, learning_rate_factor
 from vaefeat.settings import unknown_name
 from vaefeat.step import Knobs, TrainingStep
 from vaefeat.streams import RowStream
-from vaefeat.tuning import Engine, choose_engine, take_up
+from vaefeat.tuning import Engine, settle_engine
 from vaefeat.world import World
 
 __all__ = ["Trainer", "TrainingResult"]
@@ -131,6 +133,7 @@ class Trainer:
         refuse_workers(vae.config, config, n_workers=self.world.size)
         self.vae = vae.to(self.device)
         self.objective = OBJECTIVES[config.objective](config)
+        self.objective.start(self.vae)
         self.feed = make_feed(
             rows,
             heldout=config.heldout,
@@ -291,8 +294,21 @@ class Trainer:
 
     def _settle_engine(self, rows: Tensor, stop: StopRequest) -> None:
         """Choose how steps are computed, or take up what the run before chose."""
+        n_rows = self.feed.rows_in(self.step)
+        steps_left = self.total_steps - self.epoch * self.steps_per_epoch - self.step
         try:
-            self._choose_or_take_up(rows)
+            with self._explained_memory(rows, n_rows):
+                self.engine = settle_engine(
+                    self.take_step,
+                    rows,
+                    self.config,
+                    before=self.engine,
+                    n_rows=n_rows,
+                    n_steps=steps_left,
+                    threads=self.threads,
+                    world=self.world,
+                    device=self.device,
+                )
         except CompileError:
             if not stop or self.world.size > 1:
                 raise
@@ -303,28 +319,6 @@ class Trainer:
         for note in (*self.notes, *(self.engine.notes if self.engine else ())):
             for observer in self.observers:
                 observer.on_note(note)
-
-    def _choose_or_take_up(self, rows: Tensor) -> None:
-        n_rows = self.feed.rows_in(self.step)
-        steps_left = self.total_steps - self.epoch * self.steps_per_epoch - self.step
-        with self._explained_memory(rows, n_rows):
-            if self.engine is None and self.world.leads:
-                self.engine = choose_engine(
-                    self.take_step, rows, self.config, n_rows=n_rows, n_steps=steps_left, threads=self.threads
-                )
-                self._agreed(self.engine)
-            else:
-                engine = self.engine or self._agreed(Engine())
-                self.engine = take_up(self.take_step, rows, engine, self.config)
-        if self.world.any(not self.engine.compiled, self.device) and self.engine.compiled:
-            self.take_step.forget_compiled()
-            self.engine = Engine(self.engine.precision, notes=("not compiled: another worker cannot",))
-
-    def _agreed(self, engine: Engine) -> Engine:
-        """Give all workers what the first one chose."""
-        chosen = torch.tensor([float(engine.precision == "bfloat16"), float(engine.compiled)], device=self.device)
-        half, compiled = self.world.agree(chosen).tolist()
-        return Engine("bfloat16" if half else "float32", bool(compiled))
 
     def _explained_memory(self, rows: Tensor, n_rows: int) -> AbstractContextManager[None]:
         kept = f" The last checkpoint, {self.checkpoint}, is kept." if self.has_checkpoint else ""
@@ -384,7 +378,9 @@ class Trainer:
 
     def _judge(self, record: EpochRecord, last_step: int) -> None:
         """Keep the best weights, and stop when they have not improved for `patience` epochs after the warm-up."""
-        best = self.history[self.best_epoch - 1].heldout_objective if self.best_epoch else -math.inf
+        # What was measured by another objective than the final one cannot be compared.
+        comparable = self.best_epoch and self.objective.settled(self.best_epoch / self.config.max_epochs)
+        best = self.history[self.best_epoch - 1].heldout_objective if comparable else -math.inf
         if record.heldout_objective > best:
             self.best_epoch = self.epoch
             self.best_weights = self._weights()
@@ -399,6 +395,7 @@ class Trainer:
             self.stopped_early = self.epoch - max(self.best_epoch, warm_epoch) >= self.config.patience
 
     def _evaluate(self) -> Evaluation:
+        self.objective.anneal((self.epoch * self.steps_per_epoch + self.step) / self.total_steps)
         return self.judge.evaluate(self.feed.heldout_rows)
 
     def _weights(self) -> dict[str, Tensor]:
@@ -410,6 +407,7 @@ class Trainer:
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
         tensors |= optimizer_tensors(self.take_step.optimizers)
         tensors |= noise_tensors(self.device, self.world)
+        tensors |= memory_tensors(self.objective.memory, self.world)
         tensors["sums"] = self.sums
         meta = {
             "identity": self.identity,
@@ -432,6 +430,7 @@ class Trainer:
         self.vae.load_state_dict(under("model.", tensors))
         self.best_weights = {name: value.to(self.device) for name, value in under("best.", tensors).items()}
         restore_optimizers(self.take_step.optimizers, tensors)
+        restore_memory(self.objective.memory, tensors, self.world)
         self.sums = tensors["sums"]
         place = [self.config.seed, meta["epoch"], meta["step"]]
         restore_noise(tensors, self.device, self.world, n_workers=meta["workers"], place=place)

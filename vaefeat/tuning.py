@@ -20,8 +20,9 @@ from vaefeat.config import TrainConfig
 from vaefeat.errors import CompileError
 from vaefeat.placement import multiply_adds
 from vaefeat.step import TrainingStep
+from vaefeat.world import World
 
-__all__ = ["Engine", "choose_engine", "take_up"]
+__all__ = ["Engine", "choose_engine", "settle_engine", "take_up"]
 
 #: Seconds of training, by rule of thumb, from which measuring pays.
 _SHORT_S = 20.0
@@ -54,6 +55,53 @@ class Engine:
     precision: str = "float32"
     compiled: bool = False
     notes: tuple[str, ...] = ()
+
+
+def settle_engine(
+    step: TrainingStep,
+    rows: Tensor,
+    config: TrainConfig,
+    *,
+    before: Engine | None,
+    n_rows: int,
+    n_steps: int,
+    threads: int,
+    world: World,
+    device: torch.device,
+) -> Engine:
+    """Bring all workers' steps into one state: what the first worker chooses, or what the run before had chosen.
+
+    Parameters
+    ----------
+    step, rows, config, n_rows, n_steps, threads
+        See :func:`choose_engine`.
+    before : Engine, optional
+        Of the run that is continued.
+    world : World
+        The workers, all of which call this together.
+    device : torch.device
+
+    Raises
+    ------
+    CompileError
+        ``compile=True``, and the step cannot be compiled.
+    """
+    if before is None and world.leads:
+        engine = choose_engine(step, rows, config, n_rows=n_rows, n_steps=n_steps, threads=threads)
+        _agreed(engine, world, device)
+    else:
+        engine = take_up(step, rows, before or _agreed(Engine(), world, device), config)
+    if world.any(not engine.compiled, device) and engine.compiled:
+        step.forget_compiled()
+        return Engine(engine.precision, notes=("not compiled: another worker cannot",))
+    return engine
+
+
+def _agreed(engine: Engine, world: World, device: torch.device) -> Engine:
+    """Give all workers what the first one chose."""
+    chosen = torch.tensor([float(engine.precision == "bfloat16"), float(engine.compiled)], device=device)
+    half, compiled = world.agree(chosen).tolist()
+    return Engine("bfloat16" if half else "float32", bool(compiled))
 
 
 def choose_engine(

@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
 from vaefeat.config import TrainConfig
 from vaefeat.model.augmentation import augment, suitable
-from vaefeat.model.contrast import info_nce
+from vaefeat.model.contrast import Memory, info_nce, neighbour_info_nce
 from vaefeat.model.corruption import corrupt
 from vaefeat.model.distributions import factors
 from vaefeat.model.divergences import maximum_mean_discrepancy, sliced_wasserstein
@@ -63,10 +63,26 @@ class Objective(ABC):
     Parameters
     ----------
     config : TrainConfig
+
+    Attributes
+    ----------
+    memory : Module
+        What it keeps from one minibatch to the next, in buffers: part of the state of a run.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
+        self.memory = nn.Module()
+
+    def start(self, vae: VAE) -> None:
+        """Make what it keeps, on the model's device, for a run of training; elsewhere it does without."""
+
+    def anneal(self, progress: float) -> None:
+        """Turn what changes with the share of training that is done."""
+
+    def settled(self, progress: float) -> bool:
+        """Whether the objective is the same from here to the end, so that its values can be compared."""
+        return True
 
     @abstractmethod
     def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
@@ -155,12 +171,35 @@ class Contrastive(Objective):
     needed for t but not for the other term, is left to the ``style_dim`` last latents. For evaluation the first view is
     the row itself: the bound is that of the data.
 
+    After a share ``neighbours_after`` of training it is no longer the other view that looks, but one of its
+    ``neighbours`` nearest among the last ``remembered`` views (:func:`vaefeat.model.contrast.neighbour_info_nce`).
+
     References
     ----------
     Kingma and Welling 2013, arXiv:1312.6114, equation 7; van den Oord et al. 2018, arXiv:1807.03748, equation 4; views
     in place of a supervised split as in Sinha and Dieng 2021, CR-VAE, arXiv:2105.14859, which ties their posteriors by
-    a KL divergence.
+    a KL divergence; Dwibedi et al. 2021, arXiv:2104.14548, equation 3.
     """
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__(config)
+        self._by_neighbours = torch.zeros((), dtype=torch.bool)
+
+    def start(self, vae: VAE) -> None:
+        """Make room for views to remember."""
+        if self.config.neighbours:
+            device = next(vae.parameters()).device
+            width = vae.config.latent_dim - vae.config.style_dim
+            self.memory = Memory(self.config.remembered, width).to(device)
+            self._by_neighbours = self._by_neighbours.to(device)
+
+    def anneal(self, progress: float) -> None:
+        """Let neighbours look, once enough of training is done."""
+        self._by_neighbours.fill_(progress >= self.config.neighbours_after)
+
+    def settled(self, progress: float) -> bool:
+        """Tell whether neighbours look."""
+        return not self.config.neighbours or progress >= self.config.neighbours_after
 
     def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
         """Estimate bound and contrast; in a minibatch of one row there is nothing to contrast with."""
@@ -168,7 +207,7 @@ class Contrastive(Objective):
         first, second = (self._view(x) if vae.training else x), self._view(x)
         h_2BF = vae.hidden(torch.cat([first, second]))
         content_BL, other_BL = vae.posterior.statistics(h_2BF)[0][:, :n_content].chunk(2)
-        contrast_B = info_nce(content_BL, other_BL, temperature=self.config.contrastive_temperature)
+        contrast_B = self._contrast(content_BL, other_BL, remember=vae.training)
         q, p = vae.posterior(h_2BF[: len(x)]), vae.prior_distribution()
         z_SBL = q.rsample(torch.Size([self.config.n_samples]))
         log_likelihood_B = vae.log_likelihood(first, z_SBL).mean(dim=0)
@@ -176,6 +215,20 @@ class Contrastive(Objective):
         cost_B = self.config.content_kl_weight * kl_BL[:, :n_content].sum(dim=1) + kl_BL[:, n_content:].sum(dim=1)
         objective_B = log_likelihood_B - kl_weight * cost_B - self.config.contrastive_weight * contrast_B
         return Terms(objective_B, log_likelihood_B, kl_BL.sum(dim=1))
+
+    def _contrast(self, first_BL: Tensor, second_BL: Tensor, *, remember: bool) -> Tensor:
+        temperature = self.config.contrastive_temperature
+        contrast_B = info_nce(first_BL, second_BL, temperature=temperature)
+        if not isinstance(self.memory, Memory):
+            return contrast_B
+        # Both are computed at every step: what is compiled has no branches.
+        by_neighbours_B = neighbour_info_nce(
+            first_BL, second_BL, self.memory, n_nearest=self.config.neighbours, temperature=temperature
+        )
+        chosen_B = torch.where(self._by_neighbours & self.memory.full, by_neighbours_B, contrast_B)
+        if remember:
+            self.memory.remember(second_BL)
+        return chosen_B
 
     def _view(self, x: Tensor) -> Tensor:
         names = suitable(x.shape[1:], self.config.augmentations)
