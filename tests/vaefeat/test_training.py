@@ -122,6 +122,7 @@ CATEGORICAL = ModelConfig(**{**SMALL, "latent_dim": 9}, posterior="categorical",
         (CATEGORICAL, {"temperature_start": 3.0, "temperature_end": 0.1}),
         (CATEGORICAL, {"straight_through": False}),
         (ModelConfig(**SMALL, posterior="deterministic"), {"objective": "sliced_wasserstein"}),
+        (ModelConfig(**SMALL, style_dim=1), {"objective": "contrastive", "neighbours": 3, "remembered": 50}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value.posterior,
 )
@@ -142,6 +143,15 @@ def test_resume_of_any_kind_of_run_equals_one_that_was_never_stopped(
     for ours, theirs in zip(result.history, whole_result.history, strict=True):
         assert ours.heldout_objective == theirs.heldout_objective
         assert ours.train_elbo == pytest.approx(theirs.train_elbo, abs=1e-9)
+
+
+def test_weights_from_before_neighbours_look_are_not_the_best(digits_rows: NDArray[np.uint8]) -> None:
+    """Their objective is another one: it may look better, and cannot be compared."""
+    settings: dict[str, Any] = {"objective": "contrastive", "neighbours": 5, "remembered": 64, "max_epochs": 24}
+    run = trainer(digits_rows[:400], batch_size=64, neighbours_after=0.5, contrastive_temperature=0.05, **settings)
+    history = run.run().history
+    assert run.best_epoch >= 12
+    assert max(record.heldout_objective for record in history[:11]) > history[run.best_epoch - 1].heldout_objective
 
 
 def test_temperature_has_fallen_to_its_end_when_training_ends(digits_rows: NDArray[np.uint8]) -> None:

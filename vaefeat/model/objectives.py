@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
 from vaefeat.config import TrainConfig
-from vaefeat.model.augmentation import augment, suitable
+from vaefeat.model.augmentation import TABLE_AUGMENTATIONS, augment, suitable
 from vaefeat.model.contrast import Memory, info_nce, neighbour_info_nce
 from vaefeat.model.corruption import corrupt
 from vaefeat.model.distributions import factors
@@ -167,7 +167,8 @@ class Contrastive(Objective):
 
     log p(t|z) - kl_weight * (content_kl_weight * KL_content + KL_style) - contrastive_weight * InfoNCE, for two views t
     and t' of a row (:mod:`vaefeat.model.augmentation`): the first is encoded and must come out again, and the means of
-    both views' content must find each other among the views of the minibatch. What differs between views, and so is
+    both views' content must find each other among the views of the minibatch. Of a table's row, whose views have values of
+    other rows, one is the row itself, which must also come out of the other. What differs between views, and so is
     needed for t but not for the other term, is left to the ``style_dim`` last latents. For evaluation the first view is
     the row itself: the bound is that of the data.
 
@@ -204,13 +205,13 @@ class Contrastive(Objective):
     def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
         """Estimate bound and contrast; in a minibatch of one row there is nothing to contrast with."""
         x, n_content = vae.observe(rows), vae.config.latent_dim - vae.config.style_dim
-        first, second = (self._view(x) if vae.training else x), self._view(x)
+        first, second, whole = self._views(x, training=vae.training)
         h_2BF = vae.hidden(torch.cat([first, second]))
         content_BL, other_BL = vae.posterior.statistics(h_2BF)[0][:, :n_content].chunk(2)
         contrast_B = self._contrast(content_BL, other_BL, remember=vae.training)
         q, p = vae.posterior(h_2BF[: len(x)]), vae.prior_distribution()
         z_SBL = q.rsample(torch.Size([self.config.n_samples]))
-        log_likelihood_B = vae.log_likelihood(first, z_SBL).mean(dim=0)
+        log_likelihood_B = vae.log_likelihood(whole, z_SBL).mean(dim=0)
         kl_BL = factors(q, p)
         cost_B = self.config.content_kl_weight * kl_BL[:, :n_content].sum(dim=1) + kl_BL[:, n_content:].sum(dim=1)
         objective_B = log_likelihood_B - kl_weight * cost_B - self.config.contrastive_weight * contrast_B
@@ -230,10 +231,20 @@ class Contrastive(Objective):
             self.memory.remember(second_BL)
         return chosen_B
 
-    def _view(self, x: Tensor) -> Tensor:
+    def _views(self, x: Tensor, *, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Give two views of each row, and what must come out of the first one."""
         names = suitable(x.shape[1:], self.config.augmentations)
-        view = augment(x, names, strength=self.config.augmentation_strength)
-        return corrupt(view, self.config.corruption, self.config.corruption_level)
+
+        def view() -> Tensor:
+            changed = augment(x, names, strength=self.config.augmentation_strength)
+            return corrupt(changed, self.config.corruption, self.config.corruption_level)
+
+        # A moved image is an image, and has its own style; values of other rows are noise, to be seen through.
+        noise = set(names) <= set(TABLE_AUGMENTATIONS)
+        if not training:
+            return x, view(), x
+        first = view()
+        return (first, x, x) if noise else (first, view(), first)
 
 
 class Reconstruction(Objective):

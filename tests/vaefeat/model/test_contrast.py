@@ -13,7 +13,7 @@ from torch import Tensor
 from vaefeat import ModelConfig, TrainConfig
 from vaefeat.combinations import refuse_pair
 from vaefeat.errors import ConfigError
-from vaefeat.model.contrast import info_nce
+from vaefeat.model.contrast import Memory, info_nce, neighbour_info_nce
 from vaefeat.model.distributions import factors
 from vaefeat.model.evaluation import evaluate
 from vaefeat.model.objectives import Contrastive
@@ -58,6 +58,44 @@ def test_length_of_the_mean_does_not_count() -> None:
     first, second = torch.randn(6, 4), torch.randn(6, 4)
     longer = info_nce(first * 10, second * torch.arange(1.0, 7)[:, None], temperature=0.3)
     assert torch.allclose(longer, info_nce(first, second, temperature=0.3), atol=1e-6)
+
+
+def test_memory_holds_the_last_views_and_is_full_when_every_place_is_taken() -> None:
+    memory, views = Memory(5, 3), torch.randn(7, 3)
+    memory.remember(views[:4])
+    assert not memory.full
+    memory.remember(views[4:])
+    assert memory.full
+    unit = views / views.norm(dim=1, keepdim=True)
+    assert sorted(memory.views.tolist()) == sorted(unit[2:].tolist())
+
+
+def test_memory_draws_each_of_the_nearest_and_no_other() -> None:
+    torch.manual_seed(0)
+    memory, query = Memory(50, 4), torch.randn(1, 4)
+    memory.remember(torch.randn(50, 4))
+    cosines = (memory.views.numpy() @ query[0].numpy()) / np.linalg.norm(query)
+    nearest = {int(place) for place in np.argsort(-cosines)[:6]}
+    drawn = memory.neighbours(query.expand(300, 4) * 7, 6)
+    places = [int(np.flatnonzero((memory.views.numpy() == row).all(axis=1))[0]) for row in drawn.numpy()]
+    assert set(places) == nearest
+    assert min(places.count(place) for place in nearest) > 20
+
+
+def test_neighbours_term_is_the_cross_entropy_written_out() -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    memory = Memory(40, 4).double()
+    memory.remember(torch.randn(40, 4, dtype=torch.float64))
+    expected = np.zeros(6)
+    for one, other in ((first.numpy(), second.numpy()), (second.numpy(), first.numpy())):
+        unit = other / np.linalg.norm(other, axis=1, keepdims=True)
+        for i, view in enumerate(one):
+            looking = memory.views.numpy()[np.argmax(memory.views.numpy() @ view)]
+            scores = unit @ looking / 0.3
+            expected[i] += (np.log(np.exp(scores).sum()) - scores[i]) / 2
+    got = neighbour_info_nce(first, second, memory, n_nearest=1, temperature=0.3)
+    assert got.tolist() == pytest.approx(expected.tolist(), rel=1e-12)
 
 
 @pytest.fixture
@@ -123,3 +161,36 @@ def test_models_whose_kl_is_no_sum_over_latents_are_refused(changes: dict[str, s
 def test_style_that_leaves_no_content_is_refused() -> None:
     with pytest.raises(ConfigError, match="leaves no content"):
         ModelConfig(latent_dim=4, style_dim=4)
+
+
+def test_neighbours_look_only_once_they_are_many_and_training_is_far_enough(rows: Tensor) -> None:
+    vae = model(rows)
+    plain, objective = (
+        Contrastive(TrainConfig(objective="contrastive", neighbours=k, neighbours_after=0.5, remembered=60))
+        for k in (0, 3)
+    )
+    objective.start(vae)
+
+    def differs(progress: float) -> bool:
+        objective.anneal(progress)
+        found = []
+        for each in (plain, objective):
+            evaluation = evaluate(vae, each, rows.numpy(), kl_weight=1.0, batch_size=40, seed=0)
+            found.append(evaluation.objective - evaluation.log_likelihood)
+        return found[0] != pytest.approx(found[1], rel=1e-5)
+
+    assert isinstance(objective.memory, Memory)
+    assert not differs(0.9), "nothing is remembered"
+    for _ in range(2):
+        objective(vae.train(), rows, kl_weight=1.0)
+    assert not differs(0.4), "too early"
+    seen = int(objective.memory.n_seen)
+    assert differs(0.6)
+    assert seen == int(objective.memory.n_seen) == 80, "evaluation is not remembered"
+    assert [objective.settled(progress) for progress in (0.4, 0.6)] == [False, True]
+
+
+def test_run_for_a_loss_alone_does_without_memory(rows: Tensor) -> None:
+    objective = Contrastive(TrainConfig(objective="contrastive", neighbours=3))
+    objective.anneal(1.0)
+    assert objective(model(rows), rows, kl_weight=1.0).objective.isfinite().all()
