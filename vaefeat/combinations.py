@@ -80,6 +80,11 @@ def refuse_training(config: TrainConfig) -> None:
             f"got gradient='doubly_reparameterized' with objective={config.objective!r}: only weighted samples have "
             "one; take gradient='auto', or objective='iwae' with n_samples above 1"
         )
+    if config.objective == "contrastive" and config.patience is not None:
+        raise ConfigError(
+            f"got patience={config.patience} with objective='contrastive', whose values in different epochs cannot be "
+            "compared; leave patience out, and set max_epochs"
+        )
     if config.free_bits and (config.objective != "elbo" or config.kl_estimator == "sampled"):
         raise ConfigError(
             f"got free_bits={config.free_bits:g} with objective={config.objective!r} and "

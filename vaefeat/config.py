@@ -217,7 +217,8 @@ class TrainConfig(Settings):
         Share of the rows that are never trained on and measure the bound.
     patience : int or None
         Epochs without a better held-out bound after which training stops, counted from the end of the warm-up; None
-        trains to the end. The best weights are kept in both cases.
+        trains to the end. The best weights are kept in both cases; of ``contrastive``, which has no patience, the
+        last ones.
     checkpoint_every : int
         Epochs between two checkpoints.
     checkpoint_seconds : float

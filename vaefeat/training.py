@@ -377,10 +377,9 @@ class Trainer:
             observer.on_epoch(record)
 
     def _judge(self, record: EpochRecord, last_step: int) -> None:
-        """Keep the best weights, and stop when they have not improved for `patience` epochs after the warm-up."""
-        # What was measured by another objective than the final one cannot be compared.
-        comparable = self.best_epoch and self.objective.settled(self.best_epoch / self.config.max_epochs)
-        best = self.history[self.best_epoch - 1].heldout_objective if comparable else -math.inf
+        """Keep the best weights (or the last), and stop when they have not improved for `patience` epochs after the warm-up."""
+        judged = self.best_epoch and self.objective.comparable
+        best = self.history[self.best_epoch - 1].heldout_objective if judged else -math.inf
         if record.heldout_objective > best:
             self.best_epoch = self.epoch
             self.best_weights = self._weights()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,12 @@ class Objective(ABC):
     ----------
     memory : Module
         What it keeps from one minibatch to the next, in buffers: part of the state of a run.
+    comparable : bool
+        Whether a greater value on held-out rows means a better model, whatever the epochs; if not, the last weights
+        are kept.
     """
+
+    comparable: ClassVar[bool] = True
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -79,10 +84,6 @@ class Objective(ABC):
 
     def anneal(self, progress: float) -> None:
         """Turn what changes with the share of training that is done."""
-
-    def settled(self, progress: float) -> bool:
-        """Whether the objective is the same from here to the end, so that its values can be compared."""
-        return True
 
     @abstractmethod
     def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
@@ -182,6 +183,9 @@ class Contrastive(Objective):
     a KL divergence; Dwibedi et al. 2021, arXiv:2104.14548, equation 3.
     """
 
+    #: The term goes by neighbours that move; and features go on improving where the bound has ceased to.
+    comparable = False
+
     def __init__(self, config: TrainConfig) -> None:
         super().__init__(config)
         self._by_neighbours = torch.zeros((), dtype=torch.bool)
@@ -197,10 +201,6 @@ class Contrastive(Objective):
     def anneal(self, progress: float) -> None:
         """Let neighbours look, once enough of training is done."""
         self._by_neighbours.fill_(progress >= self.config.neighbours_after)
-
-    def settled(self, progress: float) -> bool:
-        """Tell whether neighbours look."""
-        return not self.config.neighbours or progress >= self.config.neighbours_after
 
     def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
         """Estimate bound and contrast; in a minibatch of one row there is nothing to contrast with."""
