@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from vaefeat.model.contrast import Memory, info_nce, neighbour_info_nce
 from vaefeat.model.corruption import corrupt
 from vaefeat.model.distributions import factors
 from vaefeat.model.divergences import maximum_mean_discrepancy, sliced_wasserstein
+from vaefeat.model.posteriors import DiagonalGaussian
 
 if TYPE_CHECKING:
     from vaefeat.model.vae import VAE
@@ -84,6 +86,10 @@ class Objective(ABC):
 
     def anneal(self, progress: float) -> None:
         """Turn what changes with the share of training that is done."""
+
+    def finish(self, vae: VAE, active: Sequence[int]) -> bool:
+        """Change a trained model of which only `active` latents vary; tell whether anything was changed."""
+        return False
 
     @abstractmethod
     def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
@@ -201,6 +207,13 @@ class Contrastive(Objective):
     def anneal(self, progress: float) -> None:
         """Let neighbours look, once enough of training is done."""
         self._by_neighbours.fill_(progress >= self.config.neighbours_after)
+
+    def finish(self, vae: VAE, active: Sequence[int]) -> bool:
+        """Silence the latents that do not vary."""
+        passive = sorted(set(range(vae.config.latent_dim)) - set(active))
+        assert isinstance(vae.posterior, DiagonalGaussian)  # others are refused
+        vae.posterior.silence(passive)
+        return bool(passive)
 
     def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
         """Estimate bound and contrast; in a minibatch of one row there is nothing to contrast with."""

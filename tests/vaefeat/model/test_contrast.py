@@ -193,3 +193,14 @@ def test_run_for_a_loss_alone_does_without_memory(rows: Tensor) -> None:
     objective = Contrastive(TrainConfig(objective="contrastive", neighbours=3))
     objective.anneal(1.0)
     assert objective(model(rows), rows, kl_weight=1.0).objective.isfinite().all()
+
+
+def test_latents_that_carry_nothing_are_silent_in_the_end(rows: Tensor) -> None:
+    vae = model(rows).eval()
+    before = vae.features(rows)
+    assert Contrastive(TrainConfig(objective="contrastive")).finish(vae, active=[0, 2, 9])
+    mean, logvar, _ = vae.features(rows)
+    assert torch.equal(mean[:, [0, 2, 9]], before[0][:, [0, 2, 9]])
+    assert not mean[:, [1, 3, 4, 5, 6, 7, 8]].any()
+    assert torch.equal(logvar, before[1])
+    assert not Contrastive(TrainConfig(objective="contrastive")).finish(vae, active=range(10))
