@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.errors import ConfigError
+from vaefeat.presets import EFFORTS, PRESETS, refuse_changes
 from vaefeat.settings import Settings, check_choice, check_int, check_number, check_text, unknown_name, with_overrides
 
 __all__ = ["DataConfig", "ProbeConfig", "RunConfig", "ServeConfig", "WorkersConfig", "load_config", "with_workers"]
@@ -158,18 +158,36 @@ class RunConfig:
         Of the encoder.
     out : str
         Folder of the run, which is also the bundle's.
-    data, model, train, serve, probe, workers
+    preset : {"features", "textbook"}
+    effort : {"fast", "best"}
+        See :func:`vaefeat.presets.choose_settings`.
+    data, serve, probe, workers
         One TOML table each.
+    model, train : mapping
+        TOML tables of changes over the preset: fields of :class:`vaefeat.config.ModelConfig` and
+        :class:`vaefeat.config.TrainConfig`.
     """
 
     name: str = "digits"
     out: str = "runs/digits"
+    preset: str = "features"
+    effort: str = "fast"
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
     serve: ServeConfig = field(default_factory=ServeConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+
+    def __post_init__(self) -> None:
+        check_choice("preset", self.preset, PRESETS)
+        check_choice("effort", self.effort, EFFORTS)
+        refuse_changes(self.model, self.train)
+
+    @property
+    def device(self) -> str:
+        """That of training; no preset sets it."""
+        return str(self.train.get("device", "auto"))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -177,8 +195,6 @@ class RunConfig:
         known = [f.name for f in fields(cls)]
         tables: dict[str, type[Settings]] = {
             "data": DataConfig,
-            "model": ModelConfig,
-            "train": TrainConfig,
             "serve": ServeConfig,
             "probe": ProbeConfig,
             "workers": WorkersConfig,
@@ -187,9 +203,10 @@ class RunConfig:
         for key, value in values.items():
             if key not in known:
                 raise unknown_name("configuration key", key, known)
-            if key in tables and not isinstance(value, Mapping):
-                raise ConfigError(f"got {key}={value!r}, wanted a table [{key}]")
-            if key not in tables and not (isinstance(value, str) and value):
+            if key in {*tables, "model", "train"}:
+                if not isinstance(value, Mapping):
+                    raise ConfigError(f"got {key}={value!r}, wanted a table [{key}]")
+            elif not (isinstance(value, str) and value):
                 raise ConfigError(f"got {key}={value!r}, wanted a text")
             made[key] = tables[key].from_dict(value) if key in tables else value
         return cls(**made)

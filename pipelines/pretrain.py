@@ -117,6 +117,8 @@ def train_worker(
     _open_launch(Path(config.out) / TRAINING_FOLDER, config, launch=launch, resume=resume)
     return pretrain_rows(
         data,
+        preset=config.preset,
+        effort=config.effort,
         model=config.model,
         train=config.train,
         out=config.out,
@@ -174,15 +176,13 @@ def _has_test_rows(path: str) -> bool:
 def _open_launch(folder: Path, config: RunConfig, *, launch: str, resume: bool) -> None:
     """Remove the checkpoint of an earlier launch, which workers that are started again would take for their own."""
     world = World.current()
-    if config.train.batch_size < world.size:
-        raise ConfigError(f"got train.batch_size={config.train.batch_size} for {world.size} workers, wanted a row each")
     if world.leads:
         folder.mkdir(parents=True, exist_ok=True)
         mark = folder / _LAUNCH_FILE
         if not resume and not (mark.is_file() and mark.read_text() == launch):
             (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         replace_file(mark, launch.encode())
-    world.wait(resolve_device(config.train.device))
+    world.wait(resolve_device(config.device))
 
 
 def _pretrain_in_group(config: RunConfig, *, resume: bool) -> Bundle:
@@ -190,7 +190,7 @@ def _pretrain_in_group(config: RunConfig, *, resume: bool) -> Bundle:
     if config.workers.count:
         raise InputError("got --workers under torchrun, which has started its own; leave one of them out")
     try:
-        with process_group(config.train.device):
+        with process_group(config.device):
             return train_worker(config, launch=launch_of_group(), resume=resume)
     except (TrainingInterrupted, WorkerLostError, NonFiniteLossError) as error:
         if leads_group():

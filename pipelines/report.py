@@ -73,7 +73,7 @@ def _generated(result: RunResult, data: Dataset) -> tuple[NDArray[Any] | None, N
         return None, None
     rows = data.test[:_PAIRS]
     pairs = np.concatenate([rows, denoise(result.bundle, rows)])
-    return pairs, sample(result.bundle, _SAMPLES, seed=result.config.train.seed)
+    return pairs, sample(result.bundle, _SAMPLES, seed=result.bundle.manifest.train["seed"])
 
 
 def _map(means: NDArray[Any], data: Dataset, *, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -92,10 +92,17 @@ def run(config: RunConfig, *, console: Console, resume: bool = False) -> RunResu
     draws = [draw_labels(data.train_labels, n_labels=config.probe.n_labels, seed=seed) for seed in seeds]
     with _timed(seconds, "pretrain and export"):
         bundle = pretrain(
-            data.pretraining, model=config.model, train=config.train, out=out, name=config.name, resume=resume
+            data.pretraining,
+            preset=config.preset,
+            effort=config.effort,
+            model=config.model,
+            train=config.train,
+            out=out,
+            name=config.name,
+            resume=resume,
         )
     features, rows_per_s = _embed(config, out, data, seconds)
-    features |= _baselines(data, n_components=config.model.latent_dim, seed=config.probe.seed)
+    features |= _baselines(data, n_components=bundle.manifest.latent_dim, seed=config.probe.seed)
     with _timed(seconds, "classify"), _progress() as progress:
         task = progress.add_task("classify", total=len(features) * len(HEADS) * len(draws))
         probes = probe(

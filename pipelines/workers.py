@@ -233,9 +233,9 @@ def _refuse_without_room(workers: WorkersConfig, resources: dict[str, float], wh
 
 def _uses_gpu(config: RunConfig, resources: dict[str, float]) -> bool:
     """Whether each worker gets a GPU: Ray hides them all from a process that asked for none."""
-    if config.train.device == "auto":
+    if config.device == "auto":
         return resources.get("GPU", 0) >= config.workers.bounds[0]
-    return config.train.device == "cuda"
+    return config.device == "cuda"
 
 
 def _trainer(workers: WorkersConfig, job: dict[str, Any], *, storage: Path, use_gpu: bool) -> TorchTrainer:

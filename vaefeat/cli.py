@@ -46,8 +46,12 @@ def pretrain(
         typer.Option("--set", help="model.KEY=VALUE or train.KEY=VALUE, such as train.max_epochs=5; may be repeated."),
     ] = None,
     preset: Annotated[
-        Literal["fast", "best"] | None, typer.Option(help="Settings for a first look, or for the model that stays.")
-    ] = None,
+        Literal["features", "textbook"],
+        typer.Option(help="A mean for few labels, or the plain variational auto-encoder."),
+    ] = "features",
+    effort: Annotated[
+        Literal["fast", "best"], typer.Option(help="For a first look, or for the model that stays.")
+    ] = "fast",
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
     image_size: Annotated[int | None, typer.Option(help=IMAGE_SIZE)] = None,
     stream: Annotated[
@@ -58,22 +62,20 @@ def pretrain(
     ] = None,
 ) -> None:
     """Train on rows without labels and write a bundle."""
-    from vaefeat.config import ModelConfig, TrainConfig
+    from vaefeat.presets import refuse_changes
     from vaefeat.settings import unknown_name, with_overrides
 
     settings = with_overrides({"model": {}, "train": {}}, override or ())
     if unknown := sorted(settings.keys() - {"model", "train"}):
         raise unknown_name("--set table", unknown[0], ("model", "train"))
-    model, train = ModelConfig.from_dict(settings["model"]), TrainConfig.from_dict(settings["train"])
+    refuse_changes(**settings)
     if resume and stream is None:
         # Not by the memory that is free today: rows that are streamed come in another order.
         stream = _was_streamed(out)
     rows = _rows(data, image_size=image_size, stream=stream)
-    if preset is not None:
-        train = TrainConfig.preset(preset, n_rows=len(rows), **settings["train"])
     with shown_activity("load torch and the rest"), requiring("train", what="Training"):
         from vaefeat.pretraining import pretrain as train_and_export
-    bundle = train_and_export(rows, model=model, train=train, out=out, name=name, resume=resume)
+    bundle = train_and_export(rows, preset=preset, effort=effort, **settings, out=out, name=name, resume=resume)
     metrics = bundle.manifest.metrics
     Console().print(
         f"{out}: held-out ELBO {metrics['elbo']:.2f} nats per row, {len(bundle.manifest.active_units)} of "

@@ -108,7 +108,7 @@ def refuse_pair(model: ModelConfig, train: TrainConfig) -> None:
         raise ConfigError(
             f"got objective='contrastive' with {pair} and kl_estimator={train.kl_estimator!r}: it weighs the KL "
             "divergence latent by latent, in closed form; take posterior='diagonal', prior='standard' or 'learned' and "
-            "kl_estimator='auto', or another objective"
+            "kl_estimator='auto', or preset='textbook', whose objective is the evidence lower bound"
         )
     if train.kl_estimator == "analytic" and (model.posterior in _FLOWS or model.prior in _PRIORS_WITHOUT_CLOSED_FORM):
         raise ConfigError(
@@ -145,7 +145,7 @@ def refuse_pair(model: ModelConfig, train: TrainConfig) -> None:
 
 
 def refuse_workers(model: ModelConfig, train: TrainConfig, *, n_workers: int) -> None:
-    """Refuse what cannot be computed from a worker's part of a minibatch.
+    """Refuse what several workers cannot compute, each from its part of a minibatch.
 
     Raises
     ------
@@ -153,6 +153,8 @@ def refuse_workers(model: ModelConfig, train: TrainConfig, *, n_workers: int) ->
     """
     if n_workers == 1:
         return
+    if train.batch_size < n_workers:
+        raise ConfigError(f"got batch_size={train.batch_size} for {n_workers} workers, wanted a row each")
     if model.gaussian_std == "optimal":
         raise ConfigError(
             "got gaussian_std='optimal' with several workers, each of which would find another one in its part of a "

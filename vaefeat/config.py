@@ -7,10 +7,7 @@ sense (:mod:`vaefeat.combinations`).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Self
-
 from vaefeat.combinations import refuse_model, refuse_training
 from vaefeat.settings import (
     Settings,
@@ -36,11 +33,6 @@ _TRAIN_CHOICES = {
 }
 #: Of images and tables; :mod:`vaefeat.model.augmentation` says what they are.
 _AUGMENTATIONS = ("affine", "crop", "flip", "brightness", "color", "erasing", "replacement")
-#: Epochs, the fewest steps, and what differs from the defaults.
-_PRESETS: dict[str, tuple[int, int, dict[str, Any]]] = {
-    "fast": (8, 1000, {"learning_rate": 4e-3}),
-    "best": (100, 5000, {}),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,39 +309,3 @@ class TrainConfig(Settings):
             check_number(name, getattr(self, name), at_least=0, at_most=1)
         check_number("heldout", self.heldout, above=0, at_most=0.9)
         refuse_training(self)
-
-    @classmethod
-    def preset(cls, name: str, *, n_rows: int, **changes: Any) -> Self:
-        """Give settings that suit a number of rows.
-
-        Parameters
-        ----------
-        name : {"fast", "best"}
-            ``fast`` is for a first look: 8 epochs at twice the learning rate, and at least 1,000 steps. ``best`` is for
-            the model that stays: 100 epochs, at least 5,000 steps, until the held-out bound has not risen for a fifth
-            of them.
-        n_rows : int
-            Rows to train on; few rows make for more epochs.
-        **changes
-            Other settings, over the preset's.
-
-        Raises
-        ------
-        ConfigError
-            An unknown name or setting, or an impossible value.
-
-        Examples
-        --------
-        >>> TrainConfig.preset("fast", n_rows=60_000, kl_weight=0.5).max_epochs
-        8
-        """
-        if name not in _PRESETS:
-            raise unknown_name("preset", name, _PRESETS)
-        check_int("n_rows", n_rows, at_least=1)
-        epochs, steps, own = _PRESETS[name]
-        given = cls.from_dict({**own, **changes})
-        steps_per_epoch = max(1, math.ceil(n_rows * (1 - given.heldout) / given.batch_size))
-        max_epochs = max(epochs, math.ceil(steps / steps_per_epoch))
-        max_epochs = changes.get("max_epochs", max_epochs)
-        patience = {"patience": math.ceil(max_epochs / 5)} if name == "best" else {}
-        return cls.from_dict({"max_epochs": max_epochs, **patience, **own, **changes})

@@ -17,7 +17,6 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from vaefeat.bundle import Bundle
-from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import InputError, requiring
@@ -29,6 +28,18 @@ if TYPE_CHECKING:
     from sklearn.utils import Tags
 
 __all__ = ["VAEFeatures", "VAETransformer"]
+
+_MODEL_FIELDS = ("network", "hidden_dims", "channels", "posterior", "prior", "likelihood", "gaussian_std")
+_TRAIN_FIELDS = (
+    "objective",
+    "kl_weight",
+    "n_samples",
+    "max_epochs",
+    "batch_size",
+    "learning_rate",
+    "heldout",
+    "patience",
+)
 
 
 class _Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
@@ -67,24 +78,28 @@ class VAETransformer(_Features):
 
     Parameters
     ----------
-    n_components : int
+    n_components : int, optional
         Number of latent variables, and of features.
+    preset : {"features", "textbook"}
+    effort : {"fast", "best"}
+        What the features are for, and how long training may take; see :func:`vaefeat.presets.choose_settings`. Whatever
+        is None below is the preset's to set.
     image_shape : tuple of int, optional
         (C, H, W) of the images in the rows of `X`. Not needed when `X` is given as (n, C, H, W). Without either,
         rows are vectors.
-    network : {"auto", "mlp", "conv"}
-    hidden_dims, channels : tuple of int
-    posterior, prior, likelihood : str
-    gaussian_std : float or {"learned", "optimal"}
+    network : {"auto", "mlp", "conv"}, optional
+    hidden_dims, channels : tuple of int, optional
+    posterior, prior, likelihood : str, optional
+    gaussian_std : float or {"learned", "optimal"}, optional
         See :class:`vaefeat.config.ModelConfig`.
     model_options : mapping, optional
         Any other fields of :class:`vaefeat.config.ModelConfig`, such as ``{"posterior_flows": 8}``.
-    objective : str
-    kl_weight : float
-    n_samples : int
-    max_epochs, batch_size : int
-    learning_rate : float
-    heldout : float
+    objective : str, optional
+    kl_weight : float, optional
+    n_samples : int, optional
+    max_epochs, batch_size : int, optional
+    learning_rate : float, optional
+    heldout : float, optional
     patience : int, optional
     device : {"auto", "cpu", "cuda"}
         See :class:`vaefeat.config.TrainConfig`. A model trained on a GPU transforms on any machine.
@@ -127,24 +142,26 @@ class VAETransformer(_Features):
 
     def __init__(
         self,
-        n_components: int = 32,
+        n_components: int | None = None,
         *,
+        preset: str = "features",
+        effort: str = "fast",
         image_shape: tuple[int, int, int] | None = None,
-        network: str = "auto",
-        hidden_dims: tuple[int, ...] = (256,),
-        channels: tuple[int, ...] = (32, 64),
-        posterior: str = "diagonal",
-        prior: str = "standard",
-        likelihood: str = "auto",
-        gaussian_std: float | str = "learned",
+        network: str | None = None,
+        hidden_dims: tuple[int, ...] | None = None,
+        channels: tuple[int, ...] | None = None,
+        posterior: str | None = None,
+        prior: str | None = None,
+        likelihood: str | None = None,
+        gaussian_std: float | str | None = None,
         model_options: Mapping[str, Any] | None = None,
-        objective: str = "elbo",
-        kl_weight: float = 1.0,
-        n_samples: int = 1,
-        max_epochs: int = 20,
-        batch_size: int = 128,
-        learning_rate: float = 2e-3,
-        heldout: float = 0.1,
+        objective: str | None = None,
+        kl_weight: float | None = None,
+        n_samples: int | None = None,
+        max_epochs: int | None = None,
+        batch_size: int | None = None,
+        learning_rate: float | None = None,
+        heldout: float | None = None,
         patience: int | None = None,
         device: str = "auto",
         train_options: Mapping[str, Any] | None = None,
@@ -152,6 +169,8 @@ class VAETransformer(_Features):
         verbose: int = 0,
     ) -> None:
         self.n_components = n_components
+        self.preset = preset
+        self.effort = effort
         self.image_shape = image_shape
         self.network = network
         self.hidden_dims = hidden_dims
@@ -194,7 +213,13 @@ class VAETransformer(_Features):
             from vaefeat.pretraining import pretrain
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         self.bundle_: Bundle = pretrain(
-            rows, model=self._model_config(), train=self._train_config(seed), name="encoder", progress=self.verbose != 0
+            rows,
+            preset=self.preset,
+            effort=self.effort,
+            model=self._model_changes(),
+            train=self._train_changes(seed),
+            name="encoder",
+            progress=self.verbose != 0,
         )
         # Not the device of training, which another machine may lack; but who asks for the CPU means all of it.
         self.encoder_ = OnnxEncoder(self.bundle_, device="cpu" if self.device == "cpu" else "auto")
@@ -284,24 +309,18 @@ class VAETransformer(_Features):
         check_is_fitted(self)
         return (self.bundle_ if name is None else renamed(self.bundle_, name)).save(path)
 
-    def _model_config(self) -> ModelConfig:
-        names = ("network", "hidden_dims", "channels", "posterior", "prior", "likelihood", "gaussian_std")
-        own = {"latent_dim": self.n_components, **{name: getattr(self, name) for name in names}}
-        return ModelConfig.from_dict(plain_settings(own, self.model_options, what="model_options"))
+    def _model_changes(self) -> Mapping[str, Any]:
+        own = {"latent_dim": self.n_components, **{name: getattr(self, name) for name in _MODEL_FIELDS}}
+        return plain_settings(_given(own), self.model_options, what="model_options")
 
-    def _train_config(self, seed: int) -> TrainConfig:
-        names = (
-            "objective",
-            "kl_weight",
-            "n_samples",
-            "max_epochs",
-            "batch_size",
-            "learning_rate",
-            "heldout",
-            "patience",
-        )
-        own = {"device": self.device, "seed": seed, **{name: getattr(self, name) for name in names}}
-        return TrainConfig.from_dict(plain_settings(own, self.train_options, what="train_options"))
+    def _train_changes(self, seed: int) -> Mapping[str, Any]:
+        own = {"device": self.device, "seed": seed, **{name: getattr(self, name) for name in _TRAIN_FIELDS}}
+        return plain_settings(_given(own), self.train_options, what="train_options")
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what the preset sets."""
+    return {key: value for key, value in settings.items() if value is not None}
 
 
 class VAEFeatures(_Features):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from os import PathLike
@@ -33,6 +33,7 @@ from vaefeat.model.networks import network_name
 from vaefeat.model.vae import VAE, likelihood_name
 from vaefeat.model_card import model_card, reconstruction_picture
 from vaefeat.observers import EventLog, Observer, ProgressBar, shown_activity
+from vaefeat.presets import choose_settings
 from vaefeat.streams import RowStream
 from vaefeat.training import Trainer, TrainingResult
 from vaefeat.weights import weights_of
@@ -57,6 +58,8 @@ HISTORY_FILE = "history.json"
 #: threads of it would disturb each other, so the second waits.
 ONE_AT_A_TIME = threading.RLock()
 _LOG = logging.getLogger("vaefeat")
+#: Fields of TrainConfig that no preset sets.
+_SPLIT = ("heldout", "seed")
 _PARITY_ROWS = 1000
 _DIAGNOSED_ROWS = 256
 _PICTURE = "reconstructions.png"
@@ -67,8 +70,10 @@ _LIBRARIES = ("vaefeat", "torch", "onnx", "onnxscript", "numpy")
 def pretrain(
     data: str | PathLike[str] | ArrayLike | Rows | Blocks,
     *,
-    model: ModelConfig | None = None,
-    train: TrainConfig | None = None,
+    preset: str = "features",
+    effort: str = "fast",
+    model: ModelConfig | Mapping[str, Any] | None = None,
+    train: TrainConfig | Mapping[str, Any] | None = None,
     out: str | PathLike[str] | None = None,
     name: str | None = None,
     resume: bool = False,
@@ -83,8 +88,12 @@ def pretrain(
         Anything that :func:`vaefeat.data.load_rows` reads. Labels in it are not looked at. What
         :func:`vaefeat.blocks.open_blocks` opens is read while training, block by block, and never held in memory
         whole.
-    model : ModelConfig, optional
-    train : TrainConfig, optional
+    preset : {"features", "textbook"}
+    effort : {"fast", "best"}
+        What the model is for, and how long training may take; see :func:`vaefeat.presets.choose_settings`.
+    model, train : mapping or configuration, optional
+        A mapping changes the preset, such as ``train={"max_epochs": 5}``. A :class:`ModelConfig` or
+        :class:`TrainConfig` takes its place: what is missing of the two then has its class's defaults.
     out : path-like, optional
         The folder of the bundle. While training, its sub-folder ``training`` gets the checkpoint and TensorBoard's
         event files. Without it the bundle stays in memory and nothing is written.
@@ -127,20 +136,21 @@ def pretrain(
     Examples
     --------
     >>> from sklearn.datasets import load_digits
-    >>> from vaefeat import ModelConfig, TrainConfig, pretrain
+    >>> from vaefeat import pretrain
     >>> images = load_digits().images.astype("uint8")[:, None]
-    >>> bundle = pretrain(images, model=ModelConfig(latent_dim=8), train=TrainConfig(max_epochs=1), name="digits",
-    ...                   progress=False)
+    >>> bundle = pretrain(images, model={"latent_dim": 8}, train={"max_epochs": 1}, name="digits", progress=False)
     >>> bundle.manifest.latent_dim
     8
     """
-    model, train = model or ModelConfig(), train or TrainConfig()
-    refuse_pair(model, train)
     folder = Path(out) if out is not None else None
     name = name or (folder.resolve().name if folder else "encoder")
     check_name(name)
-    source = _Source.opened(data, train)
+    source = _Source.opened(data, _split_of(train))
     refuse_untrainable(source.sample, source.name)
+    model, train = choose_settings(
+        source.sample, n_rows=source.n_rows, preset=preset, effort=effort, model=model, train=train
+    )
+    refuse_pair(model, train)
     if resume and folder is None:
         raise InputError("got resume=True without out=, wanted the folder that holds the checkpoint")
 
@@ -185,6 +195,13 @@ def pretrain(
     saved = bundle.save(folder)
     world.wait(trainer.device)
     return saved
+
+
+def _split_of(train: TrainConfig | Mapping[str, Any] | None) -> TrainConfig:
+    """Give what is asked for of the held-out rows, which are drawn before a preset has seen a row."""
+    if isinstance(train, TrainConfig):
+        return train
+    return TrainConfig.from_dict({key: value for key, value in (train or {}).items() if key in _SPLIT})
 
 
 def _built(model: ModelConfig, rows: NDArray[Any]) -> VAE:

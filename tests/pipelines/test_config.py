@@ -25,8 +25,8 @@ def test_set_overrides_the_file(tmp_path: Path) -> None:
     config = load_config(
         path, ["train.max_epochs=7", "data.path=some/where", "model.hidden_dims=[64, 32]", "train.kl_weight=0.5"]
     )
-    assert (config.train.max_epochs, config.data.path, config.train.kl_weight) == (7, "some/where", 0.5)
-    assert config.model.hidden_dims == (64, 32)
+    assert (config.train, config.data.path) == ({"max_epochs": 7, "kl_weight": 0.5}, "some/where")
+    assert config.model == {"hidden_dims": [64, 32]}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,9 @@ def test_set_overrides_the_file(tmp_path: Path) -> None:
     [
         ("nam = 'x'", [], "did you mean 'name'"),
         ("[train]\nmax_epoch = 3", [], "did you mean 'max_epochs'"),
+        ("preset = 'feature'", [], "did you mean 'features'"),
+        ("effort = 'fsat'", [], "did you mean 'fast'"),
+        ("[train]\nlearning_rate = -1", [], "learning_rate"),
         ("train = 3", [], r"wanted a table \[train\]"),
         ("[data]\npretrain_on = 'trian'", [], "did you mean 'train'"),
         ("[data]\ntest_share = 1.5", [], "test_share"),

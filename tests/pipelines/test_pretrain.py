@@ -26,7 +26,7 @@ from pipelines.datasets import load_dataset
 from pipelines.desk import Desk, Display, Teller
 from pipelines.group import in_group, launch_of_group, leads_group, meet
 from pipelines.pretrain import open_rows, pretrain, train_worker
-from vaefeat import ModelConfig, TrainConfig, load_bundle
+from vaefeat import load_bundle
 from vaefeat.blocks import Blocks
 from vaefeat.data import Rows
 from vaefeat.errors import ConfigError, InputError
@@ -36,8 +36,9 @@ CHECKOUT = Path(__file__).parents[2]
 CONFIG = CHECKOUT / "pipelines" / "configs" / "digits.toml"
 SMALL = RunConfig(
     name="small",
-    model=ModelConfig(latent_dim=4, network="mlp", hidden_dims=(16,)),
-    train=TrainConfig(max_epochs=2, device="cpu", threads=1),
+    preset="textbook",
+    model={"latent_dim": 4, "network": "mlp", "hidden_dims": [16]},
+    train={"max_epochs": 2, "device": "cpu", "threads": 1},
     data=DataConfig(pretrain_on="all"),
 )
 

@@ -31,31 +31,8 @@ def rows_file(tmp_path: Path, digits_rows: NDArray[np.uint8]) -> Path:
     return tmp_path / "rows.npy"
 
 
-@pytest.mark.parametrize(("name", "epochs", "steps"), [("fast", 8, 1000), ("best", 100, 5000)])
-@pytest.mark.parametrize("n_rows", [2, 1000, 60_000, 10_000_000])
-def test_preset_trains_long_enough_for_few_rows_and_no_longer_for_many(
-    name: str, epochs: int, steps: int, n_rows: int
-) -> None:
-    config = TrainConfig.preset(name, n_rows=n_rows)
-    steps_per_epoch = max(1, math.ceil(0.9 * n_rows / config.batch_size))
-    assert config.max_epochs >= epochs
-    assert config.max_epochs * steps_per_epoch >= steps
-    assert config.max_epochs == epochs or (config.max_epochs - 1) * steps_per_epoch < steps
-
-
-def test_preset_takes_other_settings_over_its_own_and_refuses_unknown_ones() -> None:
-    config = TrainConfig.preset("fast", n_rows=1000, learning_rate=1e-3, max_epochs=3)
-    assert (config.learning_rate, config.max_epochs) == (1e-3, 3)
-    with pytest.raises(ConfigError, match="fast"):
-        TrainConfig.preset("fsat", n_rows=1000)
-    with pytest.raises(ConfigError, match="batch_size"):
-        TrainConfig.preset("fast", n_rows=1000, batchsize=3)
-    with pytest.raises(ConfigError, match="batch_size"):
-        TrainConfig.preset("fast", n_rows=1000, batch_size="many")
-
-
 def test_pretrain_with_a_preset_records_its_settings(rows_file: Path, tmp_path: Path) -> None:
-    run("pretrain", rows_file, "--out", tmp_path / "b", "--preset", "fast", "--set", "train.max_epochs=1", *SMALL)
+    run("pretrain", rows_file, "--out", tmp_path / "b", "--preset", "textbook", "--set", "train.max_epochs=1", *SMALL)
     assert load_bundle(tmp_path / "b").manifest.train["learning_rate"] == 4e-3
 
 

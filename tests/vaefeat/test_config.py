@@ -192,11 +192,13 @@ def test_transformer_turns_numpys_numbers_into_settings() -> None:
         max_epochs=np.int16(2),  # type: ignore[arg-type]
         network=np.str_("mlp"),
     )
-    model, train = transformer._model_config(), transformer._train_config(7)
-    assert model == ModelConfig(latent_dim=3, hidden_dims=(16, 8), channels=(4,), gaussian_std=0.5, network="mlp")
-    assert train == TrainConfig(kl_weight=0.25, max_epochs=2, seed=7)
+    model, train = transformer._model_changes(), transformer._train_changes(7)
+    assert ModelConfig.from_dict(model) == ModelConfig(
+        latent_dim=3, hidden_dims=(16, 8), channels=(4,), gaussian_std=0.5, network="mlp"
+    )
+    assert TrainConfig.from_dict(train) == TrainConfig(kl_weight=0.25, max_epochs=2, seed=7)
     for settings in (model, train):
-        assert {type(value) for value in settings.to_dict().values()} <= {int, float, bool, str, list, type(None)}
+        assert {type(value) for value in settings.values()} <= {int, float, bool, str, list, tuple, type(None)}
 
 
 @pytest.mark.parametrize(

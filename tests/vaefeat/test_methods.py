@@ -122,7 +122,7 @@ def test_method_gives_one_digest_from_toml_and_from_transformer(
     # An estimator draws the seed of training from its random state.
     seed = transformer.bundle_.manifest.train["seed"]
     config = load_config(toml_file(tmp_path, model, train), [f"train.seed={seed}"])
-    bundle = pretrain(rows, model=config.model, train=config.train, progress=False)
+    bundle = pretrain(rows, preset="textbook", model=config.model, train=config.train, progress=False)
 
     assert transformer.bundle_.digest == bundle.digest
     np.testing.assert_array_equal(transformer.transform(rows), OnnxEncoder(bundle, device="cpu").embed(rows))
@@ -144,7 +144,7 @@ def as_transformer(model: ModelConfig, train: TrainConfig) -> VAETransformer:
     fields: dict[str, dict[str, Any]] = {"model_options": model.to_dict(), "train_options": train.to_dict()}
     fields["model_options"]["n_components"] = fields["model_options"].pop("latent_dim")
     del fields["train_options"]["seed"]
-    parameters: dict[str, Any] = {"random_state": 0}
+    parameters: dict[str, Any] = {"random_state": 0, "preset": "textbook"}
     for options, values in fields.items():
         parameters |= {key: value for key, value in values.items() if key in own}
         parameters[options] = {key: value for key, value in values.items() if key not in own}

@@ -1,0 +1,129 @@
+"""Presets: what each kind of rows gets, and what may be changed of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from vaefeat import ModelConfig, TrainConfig, VAETransformer, pretrain
+from vaefeat.errors import ConfigError
+from vaefeat.model.augmentation import suitable
+from vaefeat.presets import choose_settings, mirrored_rows_belong, refuse_changes
+
+TABLE = np.random.default_rng(0).normal(size=(300, 7)).astype(np.float32)
+
+
+def noise(*shape: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, size=shape, dtype=np.uint8)
+
+
+def n_steps(train: TrainConfig, n_rows: int) -> int:
+    return train.max_epochs * math.ceil(n_rows * (1 - train.heldout) / train.batch_size)
+
+
+@pytest.mark.parametrize(("effort", "epochs", "steps"), [("fast", 8, 1000), ("best", 100, 5000)])
+@pytest.mark.parametrize("n_rows", [2, 1000, 60_000, 10_000_000])
+def test_textbook_trains_long_enough_for_few_rows_and_no_longer_for_many(
+    effort: str, epochs: int, steps: int, n_rows: int
+) -> None:
+    _, train = choose_settings(TABLE, n_rows=n_rows, preset="textbook", effort=effort)
+    steps_per_epoch = max(1, math.ceil(0.9 * n_rows / train.batch_size))
+    assert train.objective == "elbo"
+    assert train.max_epochs >= epochs
+    assert train.max_epochs * steps_per_epoch >= steps
+    assert train.max_epochs == epochs or (train.max_epochs - 1) * steps_per_epoch < steps
+
+
+@pytest.mark.parametrize(
+    "rows", [TABLE, noise(40, 1, 8, 8), noise(40, 1, 28, 28), noise(40, 3, 32, 32), noise(40, 1, 64, 64)]
+)
+def test_features_fit_rows_of_every_kind(rows: NDArray[Any]) -> None:
+    model, train = choose_settings(rows, n_rows=len(rows))
+    assert train.objective == "contrastive"
+    assert 0 < model.style_dim < model.latent_dim
+    assert set(suitable(rows.shape[1:])) <= set(suitable(rows.shape[1:], train.augmentations))
+    # A whole epoch, with rows left over to tell apart from one another.
+    short = {**train.to_dict(), "max_epochs": 1, "augmentations": train.augmentations, "device": "cpu"}
+    bundle = pretrain(rows, model=model, train=short, progress=False)
+    assert bundle.manifest.outputs["mean"] == model.latent_dim
+
+
+def test_features_of_larger_images_end_in_as_few_places() -> None:
+    sides = {side: choose_settings(noise(4, 1, side, side), n_rows=4)[0].channels for side in (28, 64, 128)}
+    assert [math.ceil(side / 2 ** len(channels)) for side, channels in sides.items()] == [7, 8, 8]
+
+
+def test_best_trains_ten_times_as_long_as_fast() -> None:
+    rows = noise(64, 1, 28, 28)
+    fast, best = (choose_settings(rows, n_rows=60_000, effort=effort)[1] for effort in ("fast", "best"))
+    assert 9 < n_steps(best, 60_000) / n_steps(fast, 60_000) < 11
+
+
+def test_mapping_changes_a_preset_field_by_field() -> None:
+    model, train = choose_settings(TABLE, n_rows=300, model={"latent_dim": 9}, train={"max_epochs": 3, "seed": 4})
+    assert (model.latent_dim, model.style_dim, train.max_epochs, train.seed) == (9, 1, 3, 4)
+    assert train.objective == "contrastive"
+
+
+def test_another_objective_leaves_no_latents_to_style() -> None:
+    model, train = choose_settings(TABLE, n_rows=300, train={"objective": "iwae", "n_samples": 5})
+    assert (model.style_dim, train.objective) == (0, "iwae")
+
+
+def test_configuration_takes_the_place_of_the_preset() -> None:
+    own = ModelConfig(latent_dim=3)
+    assert choose_settings(TABLE, n_rows=300, model=own) == (own, TrainConfig())
+    assert choose_settings(TABLE, n_rows=300, train=TrainConfig(seed=3)) == (ModelConfig(), TrainConfig(seed=3))
+    assert choose_settings(TABLE, n_rows=300, model=own, train={"seed": 3}) == (own, TrainConfig(seed=3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "feature"}, "did you mean 'features'"),
+        ({"effort": "fastest"}, "did you mean 'fast'"),
+        ({"model": {"latentdim": 3}}, "did you mean 'latent_dim'"),
+        ({"train": {"batch_size": "many"}}, "batch_size='many'"),
+        ({"preset": "textbook", "train": {"batchsize": 3}}, "did you mean 'batch_size'"),
+    ],
+)
+def test_unknown_and_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose_settings(TABLE, n_rows=300, **settings)
+
+
+def test_changes_are_refused_before_any_row_is_read() -> None:
+    refuse_changes({"style_dim": 40}, {"max_epochs": 3})
+    with pytest.raises(ConfigError, match="latent_dim=0"):
+        refuse_changes({"latent_dim": 0}, {})
+
+
+def test_what_features_cannot_train_names_the_preset_that_can() -> None:
+    with pytest.raises(ConfigError, match="preset='textbook'"):
+        pretrain(TABLE, model={"posterior": "iaf"}, progress=False)
+
+
+def test_transformer_takes_the_preset_for_what_it_is_not_told() -> None:
+    short = {"max_epochs": 1, "random_state": 0}
+    features = VAETransformer(**short).fit(TABLE).bundle_.manifest
+    textbook = VAETransformer(preset="textbook", **short).fit(TABLE).bundle_.manifest
+    assert (features.objective, textbook.objective) == ("contrastive", "elbo")
+    assert textbook.latent_dim == ModelConfig().latent_dim
+    assert features.latent_dim == choose_settings(TABLE, n_rows=len(TABLE))[0].latent_dim
+
+
+def test_mirrored_images_belong_where_nothing_tells_them_apart(digits_rows: NDArray[np.uint8]) -> None:
+    assert not mirrored_rows_belong(digits_rows)
+    # Half of these digits are mirrored already.
+    either_way = digits_rows.copy()
+    mirrored = np.random.default_rng(0).random(len(either_way)) < 0.5
+    either_way[mirrored] = either_way[mirrored][..., ::-1]
+    assert mirrored_rows_belong(either_way)
+
+
+def test_too_few_images_to_tell_are_not_mirrored() -> None:
+    assert not mirrored_rows_belong(noise(10, 1, 8, 8))

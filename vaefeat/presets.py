@@ -1,0 +1,192 @@
+"""Settings by what a model is for and how long it may take: what a newcomer gets without turning a knob.
+
+``features`` makes a mean that few labels are enough for; ``textbook`` is the plain variational auto-encoder. Both come
+``fast``, for a first look, and ``best``, for the model that stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaefeat.config import ModelConfig, TrainConfig
+from vaefeat.settings import check_choice, check_int
+
+__all__ = ["EFFORTS", "PRESETS", "choose_settings", "mirrored_rows_belong", "refuse_changes"]
+
+PRESETS = ("features", "textbook")
+EFFORTS = ("fast", "best")
+
+Changes = Mapping[str, Any]
+
+#: Minibatches of the features preset, and how many of the smallest images they are made for.
+_STEPS = {"fast": 3000, "best": 30_000}
+_PIXELS = 28 * 28
+#: Of the textbook preset: epochs, the fewest steps, and what differs from the classes' defaults.
+_TEXTBOOK: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "fast": (8, 1000, {"learning_rate": 4e-3}),
+    "best": (100, 5000, {}),
+}
+_BATCH, _SMALLEST_BATCH = 256, 32
+#: Images are halved until their shorter side is at most this.
+_LAST_SIDE = 8
+_CHANNELS = (32, 64, 128, 256, 256, 256)
+_IMAGE_LATENTS, _TABLE_LATENTS = 144, 36
+#: One latent in nine may say what differs between views.
+_STYLE_SHARE = 9
+#: Rows looked at for the choice of mirroring, and how well mirrored ones may be told apart where they belong.
+_LOOKED_AT = 2000
+_TOLD_APART = 0.6
+
+
+def choose_settings(
+    rows: NDArray[Any],
+    *,
+    n_rows: int,
+    preset: str = "features",
+    effort: str = "fast",
+    model: ModelConfig | Changes | None = None,
+    train: TrainConfig | Changes | None = None,
+) -> tuple[ModelConfig, TrainConfig]:
+    """Settle what is built and how it is trained, from a preset and what is asked for over it.
+
+    Parameters
+    ----------
+    rows : ndarray of shape (n, F) or (n, C, H, W)
+        Training rows, or a sample of them.
+    n_rows : int
+        Rows to train on.
+    preset : {"features", "textbook"}
+        ``features`` makes two views of each row agree (``objective="contrastive"``), with sizes by the kind and shape
+        of the rows. ``textbook`` maximises the evidence lower bound.
+    effort : {"fast", "best"}
+        ``fast`` takes minutes on two processor cores for tens of thousands of small images, ``best`` ten times as long.
+    model, train : mapping or configuration, optional
+        A mapping changes the preset field by field. A :class:`ModelConfig` or :class:`TrainConfig` is the whole answer:
+        then no preset is used, and what is missing of the two has its class's defaults.
+
+    Returns
+    -------
+    model : ModelConfig
+    train : TrainConfig
+
+    Raises
+    ------
+    ConfigError
+        An unknown name or setting, or an impossible value.
+
+    References
+    ----------
+    The lengths, sizes and weights were chosen on validation rows of MNIST, the digits, CIFAR-10 and generated tables;
+    ``docs/features.md`` has the ablation.
+    """
+    check_choice("preset", preset, PRESETS)
+    check_choice("effort", effort, EFFORTS)
+    check_int("n_rows", n_rows, at_least=1)
+    if isinstance(model, ModelConfig) or isinstance(train, TrainConfig):
+        return (
+            model if isinstance(model, ModelConfig) else ModelConfig.from_dict(model or {}),
+            train if isinstance(train, TrainConfig) else TrainConfig.from_dict(train or {}),
+        )
+    model_changes, train_changes = dict(model or {}), dict(train or {})
+    if preset == "textbook":
+        return ModelConfig.from_dict(model_changes), _textbook(effort, n_rows, train_changes)
+    return _features(rows, effort, n_rows, model_changes, train_changes)
+
+
+def refuse_changes(model: Changes, train: Changes) -> None:
+    """Refuse changes that no preset can be meant to have, before any row is read.
+
+    Raises
+    ------
+    ConfigError
+        An unknown setting, or an impossible value.
+    """
+    # Room for any style that the preset's own width would have room for.
+    ModelConfig.from_dict({"latent_dim": _IMAGE_LATENTS, **model})
+    TrainConfig.from_dict(train)
+
+
+def mirrored_rows_belong(images: NDArray[Any]) -> bool:
+    """Tell whether images mirrored left to right look like images of the same set.
+
+    A linear classifier learns on half of the images to tell mirrored from others. Where it does little better than
+    chance on the other half (photographs: 52 % of CIFAR-10), nothing that it knows of sets them apart; digits, of which
+    it tells 80 %, are not what they were.
+
+    Parameters
+    ----------
+    images : ndarray of shape (n, C, H, W)
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+    from sklearn.pipeline import make_pipeline
+
+    if len(images) < 2 * _SMALLEST_BATCH:
+        return False
+    chosen = images[:: max(1, len(images) // _LOOKED_AT)][:_LOOKED_AT].astype(np.float32)
+    halves = chosen[::2], chosen[1::2]
+    rows, mirrored = zip(*(_with_mirrored(half) for half in halves), strict=True)
+    n_components = min(30, len(rows[0]) // 4, rows[0].shape[1])
+    judge = make_pipeline(PCA(n_components, random_state=0), LinearDiscriminantAnalysis())
+    return float(judge.fit(rows[0], mirrored[0]).score(rows[1], mirrored[1])) < _TOLD_APART
+
+
+def _with_mirrored(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    both = np.concatenate([images, images[..., ::-1]])
+    return both.reshape(len(both), -1), np.repeat([0, 1], len(images))
+
+
+def _features(
+    rows: NDArray[Any], effort: str, n_rows: int, model_changes: dict[str, Any], train_changes: dict[str, Any]
+) -> tuple[ModelConfig, TrainConfig]:
+    image = rows.ndim == 4
+    sizes = _image_sizes(rows.shape[1:]) if image else {"latent_dim": _TABLE_LATENTS, "hidden_dims": (256, 256)}
+    latent_dim = model_changes.get("latent_dim", sizes["latent_dim"])
+    if train_changes.get("objective", "contrastive") == "contrastive" and isinstance(latent_dim, int):
+        sizes["style_dim"] = latent_dim // _STYLE_SHARE
+    model = ModelConfig.from_dict({**sizes, **model_changes})
+
+    own: dict[str, Any] = {
+        "objective": "contrastive",
+        "batch_size": max(_SMALLEST_BATCH, min(_BATCH, n_rows // 8)),
+        "weight_decay": 1e-2,
+    }
+    objective = train_changes.get("objective", "contrastive")
+    if image and objective == "contrastive" and "augmentations" not in train_changes:
+        own["augmentations"] = _augmentations(rows)
+    n_steps = _STEPS[effort]
+    if image:
+        n_steps = round(n_steps / max(1.0, math.sqrt(math.prod(rows.shape[1:]) / _PIXELS)))
+    given = TrainConfig.from_dict({**own, **train_changes})
+    own["max_epochs"] = math.ceil(n_steps / _steps_per_epoch(given, n_rows))
+    return model, TrainConfig.from_dict({**own, **train_changes})
+
+
+def _image_sizes(shape: tuple[int, ...]) -> dict[str, Any]:
+    n_halvings = max(2, math.ceil(math.log2(max(1.0, min(shape[1:]) / _LAST_SIDE))))
+    return {"latent_dim": _IMAGE_LATENTS, "hidden_dims": (256,), "channels": _CHANNELS[:n_halvings]}
+
+
+def _augmentations(images: NDArray[Any]) -> tuple[str, ...]:
+    from vaefeat.model.augmentation import suitable
+
+    names = suitable(images.shape[1:])
+    return (*names, "flip") if mirrored_rows_belong(images) else names
+
+
+def _textbook(effort: str, n_rows: int, changes: dict[str, Any]) -> TrainConfig:
+    epochs, steps, own = _TEXTBOOK[effort]
+    given = TrainConfig.from_dict({**own, **changes})
+    max_epochs = max(epochs, math.ceil(steps / _steps_per_epoch(given, n_rows)))
+    max_epochs = changes.get("max_epochs", max_epochs)
+    patience = {"patience": math.ceil(max_epochs / 5)} if effort == "best" else {}
+    return TrainConfig.from_dict({"max_epochs": max_epochs, **patience, **own, **changes})
+
+
+def _steps_per_epoch(config: TrainConfig, n_rows: int) -> int:
+    return max(1, math.ceil(n_rows * (1 - config.heldout) / config.batch_size))
