@@ -190,11 +190,10 @@ def _pythae(task: Task, plan: Plan) -> Features:
     from pythae.models import VAE as PythaeVAE
     from pythae.models import VAEConfig
 
-    image = task.train.ndim == 4
     epochs = 1 if plan.quick else max(_PYTHAE_EPOCHS, math.ceil(_PYTHAE_STEPS * _PYTHAE_BATCH / len(task.train)))
     settings = {
         "latent_dim": _PYTHAE_LATENTS,
-        "reconstruction_loss": "bce" if image else "mse",
+        "reconstruction_loss": "bce",
         "epochs": epochs,
         "batch_size": _PYTHAE_BATCH,
         "learning_rate": _PYTHAE_RATE,
@@ -253,9 +252,11 @@ def _train_pythae(model: Any, rows: NDArray[Any], epochs: int, folder: Path, thr
 
 
 def _pythae_scaling(task: Task) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Give what to divide by and what to subtract first: values lie in [0, 1], for its decoder ends in a sigmoid."""
     if task.train.ndim == 4:
         return np.array(_highest(task)), np.zeros((), dtype=np.float32)
-    return task.train.std(axis=0).clip(1e-6), task.train.mean(axis=0)
+    lowest = task.train.min(axis=0)
+    return (task.train.max(axis=0) - lowest).clip(1e-6), lowest
 
 
 def _highest(task: Task) -> np.float32:

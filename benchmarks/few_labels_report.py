@@ -9,15 +9,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from rich.table import Table
 
 from benchmarks.few_labels_rows import ROWS
 from benchmarks.few_labels_tasks import ALL, TASKS
 from vaefeat.atomic import replace_file
-from vaefeat.drawing import draw_title, style
+from vaefeat.drawing import BLUE, GREY, INK, ORANGE, draw_title, style
 from vaefeat.errors import InputError
 
 __all__ = ["Check", "checks", "figure", "headlines", "merge", "tables"]
@@ -45,19 +45,19 @@ _BASELINES = ("raw", "pca", "textbook", "random")
 #: Labels in all that are 10 and 100 a class.
 _COMPARED = {"mnist": (100, 1000), "cifar10": (100, 1000), "digits": (100, 1000), "table": (40, 400)}
 _CURVES = (("ours", "lr_scaled"), ("ours", "lr"), ("ours", "auto"), ("finetune", "finetune"))
-#: Lines of the figure, from the best that is expected.
-_DRAWN = (
-    ("finetune", "finetune"),
-    ("ours", "auto"),
-    ("ours", "lr_scaled"),
-    ("textbook", "lr_scaled"),
-    ("pythae", "lr_scaled"),
-    ("pca", "lr_scaled"),
-    ("random", "lr_scaled"),
-    ("raw", "lr_scaled"),
-    ("supervised", "network"),
-    ("supervised_augmented", "network"),
-)
+#: Lines of the figure: what is pretrained here in blue, with labels alone in orange, the rest in grey.
+_DRAWN: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("finetune", "finetune"): {"color": BLUE, "ls": "-", "marker": "o"},
+    ("ours", "auto"): {"color": BLUE, "ls": "--", "marker": "s"},
+    ("ours", "lr_scaled"): {"color": BLUE, "ls": ":", "marker": "^"},
+    ("supervised_augmented", "network"): {"color": ORANGE, "ls": "-", "marker": "o"},
+    ("supervised", "network"): {"color": ORANGE, "ls": ":", "marker": "^"},
+    ("textbook", "lr_scaled"): {"color": INK, "ls": "-", "marker": "s"},
+    ("pythae", "lr_scaled"): {"color": INK, "ls": ":", "marker": "v"},
+    ("random", "lr_scaled"): {"color": GREY, "ls": "-", "marker": "o"},
+    ("pca", "lr_scaled"): {"color": GREY, "ls": "--", "marker": "s"},
+    ("raw", "lr_scaled"): {"color": GREY, "ls": ":", "marker": "^"},
+}
 _OF_HEAD = {"auto": ", default head", "lr_scaled": ", logistic regression"}
 
 
@@ -198,31 +198,37 @@ def figure(rows: Mapping[str, Any]) -> Figure | None:
     tasks = [task for task in TASKS if any(name.startswith(f"{task}/") for name in rows)]
     if not tasks:
         return None
-    colours = mpl.colormaps["turbo"](np.linspace(0.05, 0.95, len(_DRAWN)))
     with style():
-        made = Figure(figsize=(4.2 * len(tasks) + 2.2, 4.0), layout="constrained")
+        made = Figure(figsize=(3.6 * len(tasks) + 3.2, 3.8), layout="constrained")
         panels = made.subplots(1, len(tasks), squeeze=False)[0]
-    lines = {}
-    for axes, task in zip(panels, tasks, strict=True):
-        for colour, (row, head) in zip(colours, _DRAWN, strict=True):
-            cells = rows.get(f"{task}/{row}", {}).get("heads", {}).get(head, {})
-            budgets = sorted((budget for budget in cells if budget != ALL), key=_size)
-            if not budgets:
-                continue
-            labels, means = [int(b) for b in budgets], np.array([cells[b]["mean"] for b in budgets])
-            half = np.array([cells[b]["interval"] or 0.0 for b in budgets])
-            (lines[ROWS[row].title + _OF_HEAD.get(head, "")],) = axes.plot(
-                labels, means, color=colour, lw=1.6, marker="o", ms=3.5
-            )
-            axes.fill_between(labels, np.maximum(means - half, 1e-2), means + half, color=colour, alpha=0.15, lw=0)
-        axes.set(xscale="log", yscale="log", xlabel="labels")
-        axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
-        axes.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-        axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
-        draw_title(axes, task)
-    panels[0].set_ylabel("error (%)")
-    made.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False, fontsize=8)
+        lines: dict[str, Any] = {}
+        for axes, task in zip(panels, tasks, strict=True):
+            lines |= _draw_panel(axes, task, rows)
+        panels[0].set_ylabel("error (%), with 95 % interval")
+        made.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False, fontsize=8)
     return made
+
+
+def _draw_panel(axes: Axes, task: str, rows: Mapping[str, Any]) -> dict[str, Any]:
+    lines, lowest = {}, 100.0
+    for (row, head), look in _DRAWN.items():
+        cells = rows.get(f"{task}/{row}", {}).get("heads", {}).get(head, {})
+        budgets = sorted((budget for budget in cells if budget != ALL), key=_size)
+        if not budgets:
+            continue
+        means = [cells[budget]["mean"] for budget in budgets]
+        halves = [cells[budget]["interval"] or 0.0 for budget in budgets]
+        labels = [int(budget) for budget in budgets]
+        name = ROWS[row].title + _OF_HEAD.get(head, "")
+        lines[name] = axes.errorbar(labels, means, yerr=halves, lw=1.5, ms=4, capsize=2, elinewidth=0.8, **look)
+        lowest = min(lowest, *means)
+    # Of two or three draws an interval may reach below zero: means say where the axis ends.
+    axes.set(xscale="log", yscale="log", xlabel="labels", ylim=(max(0.1, 0.7 * lowest), 100))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    draw_title(axes, task)
+    return lines
 
 
 def _in_order(rows: Mapping[str, Any]) -> dict[str, Any]:

@@ -266,7 +266,7 @@ def _draws_of(
 ROWS: Mapping[str, Row] = {
     "raw": Row("raw values", partial(_frozen, name="raw")),
     "pca": Row("PCA, 32 components", partial(_frozen, name="pca")),
-    "random": Row("random convolutional features", partial(_frozen, name="random")),
+    "random": Row("random features, of images by convolutions", partial(_frozen, name="random")),
     "textbook": Row("textbook VAE, mean", partial(_frozen, name="textbook", few_label=True)),
     "pythae": Row("pythae's VAE, mean", partial(_frozen, name="pythae")),
     "ours_fast": Row("vaefeat, fast, mean", partial(_frozen, name="ours_fast", few_label=True)),
