@@ -42,7 +42,7 @@ HEADS = ("auto", "prototype", "logistic", "spread", "mixture")
 #: C of a logistic regression on features of unit variance: from the labels alone where they are too few to choose one,
 #: and from guesses, which are many.
 _C, _C_OF_GUESSES = 1.0, 0.1
-#: What a label given counts among guessed ones. The guesses of 1,000 labels would cost what these 1,000 know.
+#: What a label given counts, a guessed one counting 1: where many are given, guesses must not outvote them.
 _WEIGHT_OF_GIVEN = 10.0
 #: Where every class has as many labels as this, C is chosen among these by log-loss.
 _LABELS_TO_CHOOSE_C = 10
