@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from vaefeat.features import VAEFeatures, VAETransformer
     from vaefeat.finetune import FineTuneClassifier
     from vaefeat.grid import GridRun, pretrain_grid
+    from vaefeat.heads import FewLabelHead, few_label_head
     from vaefeat.pretraining import pretrain
     from vaefeat.remote import RemoteEncoder
     from vaefeat.vae_classifier import VAEClassifier
 
 __all__ = [
     "Bundle",
+    "FewLabelHead",
     "FineTuneClassifier",
     "GridRun",
     "ModelConfig",
@@ -37,6 +39,7 @@ __all__ = [
     "VAEFeatures",
     "VAETransformer",
     "VaefeatError",
+    "few_label_head",
     "load_bundle",
     "open_blocks",
     "pretrain",
@@ -50,6 +53,7 @@ except PackageNotFoundError:  # a checkout that is on the path without being ins
 
 _ROOMS = {
     "Bundle": "vaefeat.bundle",
+    "FewLabelHead": "vaefeat.heads",
     "FineTuneClassifier": "vaefeat.finetune",
     "GridRun": "vaefeat.grid",
     "ModelConfig": "vaefeat.config",
@@ -60,6 +64,7 @@ _ROOMS = {
     "VAEFeatures": "vaefeat.features",
     "VAETransformer": "vaefeat.features",
     "VaefeatError": "vaefeat.errors",
+    "few_label_head": "vaefeat.heads",
     "load_bundle": "vaefeat.bundle",
     "open_blocks": "vaefeat.blocks",
     "pretrain": "vaefeat.pretraining",

@@ -17,10 +17,10 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, v
 
 from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.encoder import OnnxEncoder
-from vaefeat.errors import ConfigError, InputError, requiring
+from vaefeat.errors import ConfigError, requiring
 from vaefeat.estimator_inputs import flat_images
 from vaefeat.finetune_config import FineTuneConfig
-from vaefeat.labels import class_names, class_shares, encode_labels
+from vaefeat.labels import class_names, class_shares, encode_labels, given_shares
 from vaefeat.model_card import renamed
 
 __all__ = ["FineTuneClassifier"]
@@ -224,12 +224,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _shares(self, codes: NDArray[np.int64], n_classes: int) -> NDArray[np.float64]:
         if self.class_shares is None:
             return class_shares(codes, n_classes)
-        shares = np.asarray(self.class_shares, dtype=np.float64)
-        if shares.shape != (n_classes,) or not np.isfinite(shares).all() or not (shares > 0).all():
-            raise InputError(
-                f"got class_shares={self.class_shares!r}, wanted {n_classes} positive numbers, one for each class"
-            )
-        return np.asarray(shares / shares.sum())
+        return given_shares(self.class_shares, n_classes)
 
     def _config(self, base: Bundle, seed: int) -> FineTuneConfig:
         own = FineTuneConfig.__dataclass_fields__.keys() - {"augmentations", "seed"}

@@ -14,7 +14,7 @@ from sklearn.utils.validation import column_or_1d
 
 from vaefeat.errors import InputError
 
-__all__ = ["UNLABELLED", "class_names", "class_shares", "encode_labels"]
+__all__ = ["UNLABELLED", "class_names", "class_shares", "encode_labels", "given_shares"]
 
 #: scikit-learn's mark for a row without a label.
 UNLABELLED = -1
@@ -111,6 +111,20 @@ def class_shares(codes: NDArray[np.int64], n_classes: int) -> NDArray[np.float64
         return np.full(n_classes, 1 / n_classes)
     # One more of each: a class that is rare is not one that is impossible.
     return np.asarray((counts + 1) / (counts.sum() + n_classes), dtype=np.float64)
+
+
+def given_shares(shares: ArrayLike, n_classes: int) -> NDArray[np.float64]:
+    """Check the shares of the classes (K,) that a caller gives, and make them sum to one.
+
+    Raises
+    ------
+    InputError
+        Not one positive number for each class.
+    """
+    numbers = np.asarray(shares, dtype=np.float64)
+    if numbers.shape != (n_classes,) or not np.isfinite(numbers).all() or not (numbers > 0).all():
+        raise InputError(f"got class_shares={shares!r}, wanted {n_classes} positive numbers, one for each class")
+    return np.asarray(numbers / numbers.sum())
 
 
 def _natural(values: NDArray[Any]) -> NDArray[Any]:

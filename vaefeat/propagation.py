@@ -30,7 +30,8 @@ def spread_labels(
     Standardised features are joined by the cosine to their nearest neighbours, and labels flow along the edges:
     F <- alpha S F + (1 - alpha) Y with S the graph's symmetrically normalised weights (Zhou et al. 2004, Learning with
     Local and Global Consistency, section 2). Each class is then scaled to its share (Zhu et al. 2003, class mass
-    normalisation), since a class of scattered rows would otherwise lose to one of crowded ones.
+    normalisation), since a class of scattered rows would otherwise lose to one of crowded ones. scikit-learn's
+    LabelSpreading does neither this nor join rows in both directions, and errs more (``docs/heads.md``).
 
     Parameters
     ----------
