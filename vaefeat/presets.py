@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.settings import check_choice, check_int
 
-__all__ = ["EFFORTS", "PRESETS", "choose_settings", "mirrored_rows_belong", "refuse_changes"]
+__all__ = ["EFFORTS", "PRESETS", "backgrounds_differ", "choose_settings", "mirrored_rows_belong", "refuse_changes"]
 
 PRESETS = ("features", "textbook")
 EFFORTS = ("fast", "best")
@@ -24,7 +24,7 @@ EFFORTS = ("fast", "best")
 Changes = Mapping[str, Any]
 
 #: Minibatches of the features preset, and how many of the smallest images they are made for.
-_STEPS = {"fast": 3000, "best": 30_000}
+_STEPS = {"fast": 2500, "best": 20_000}
 _PIXELS = 28 * 28
 #: Of the textbook preset: epochs, the fewest steps, and what differs from the classes' defaults.
 _TEXTBOOK: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -41,6 +41,9 @@ _STYLE_SHARE = 9
 #: Rows looked at for the choice of mirroring, and how well mirrored ones may be told apart where they belong.
 _LOOKED_AT = 2000
 _TOLD_APART = 0.6
+#: Changes of light, and how far backgrounds must be spread to allow them, as a share of the range of values.
+_LIGHT = ("brightness", "color")
+_LEAST_LIGHT = 0.05
 
 
 def choose_settings(
@@ -64,7 +67,7 @@ def choose_settings(
         ``features`` makes two views of each row agree (``objective="contrastive"``), with sizes by the kind and shape
         of the rows. ``textbook`` maximises the evidence lower bound.
     effort : {"fast", "best"}
-        ``fast`` takes minutes on two processor cores for tens of thousands of small images, ``best`` ten times as long.
+        ``fast`` takes minutes on two processor cores for tens of thousands of small images, ``best`` eight times as long.
     model, train : mapping or configuration, optional
         A mapping changes the preset field by field. A :class:`ModelConfig` or :class:`TrainConfig` is the whole answer:
         then no preset is used, and what is missing of the two has its class's defaults.
@@ -136,6 +139,20 @@ def mirrored_rows_belong(images: NDArray[Any]) -> bool:
     return float(judge.fit(rows[0], mirrored[0]).score(rows[1], mirrored[1])) < _TOLD_APART
 
 
+def backgrounds_differ(images: NDArray[Any]) -> bool:
+    """Tell whether the light of images changes: whether what lies along their borders differs between them.
+
+    Of drawings and scans it is the same in all, and one with another background is not like any of them.
+
+    Parameters
+    ----------
+    images : ndarray of shape (n, C, H, W)
+    """
+    chosen = images[:: max(1, len(images) // _LOOKED_AT)][:_LOOKED_AT].astype(np.float32)
+    border = np.concatenate([chosen[:, :, 0], chosen[:, :, -1], chosen[..., 0], chosen[..., -1]], axis=2)
+    return bool(np.median(border, axis=2).std(axis=0).max() > _LEAST_LIGHT * np.ptp(chosen))
+
+
 def _with_mirrored(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     both = np.concatenate([images, images[..., ::-1]])
     return both.reshape(len(both), -1), np.repeat([0, 1], len(images))
@@ -147,16 +164,19 @@ def _features(
     image = rows.ndim == 4
     sizes = _image_sizes(rows.shape[1:]) if image else {"latent_dim": _TABLE_LATENTS, "hidden_dims": (256, 256)}
     latent_dim = model_changes.get("latent_dim", sizes["latent_dim"])
-    if train_changes.get("objective", "contrastive") == "contrastive" and isinstance(latent_dim, int):
+    if image and train_changes.get("objective", "contrastive") == "contrastive" and isinstance(latent_dim, int):
         sizes["style_dim"] = latent_dim // _STYLE_SHARE
     model = ModelConfig.from_dict({**sizes, **model_changes})
 
     own: dict[str, Any] = {
         "objective": "contrastive",
-        "neighbours": 50,
         "batch_size": max(_SMALLEST_BATCH, min(_BATCH, n_rows // 8)),
         "weight_decay": 1e-2,
     }
+    if image:
+        own["neighbours"] = 50
+    else:
+        own["contrastive_weight"] = 10.0
     objective = train_changes.get("objective", "contrastive")
     if image and objective == "contrastive" and "augmentations" not in train_changes:
         own["augmentations"] = _augmentations(rows)
@@ -177,6 +197,8 @@ def _augmentations(images: NDArray[Any]) -> tuple[str, ...]:
     from vaefeat.model.augmentation import suitable
 
     names = suitable(images.shape[1:])
+    if not backgrounds_differ(images):
+        names = tuple(name for name in names if name not in _LIGHT)
     return (*names, "flip") if mirrored_rows_belong(images) else names
 
 

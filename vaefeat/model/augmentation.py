@@ -121,7 +121,8 @@ def _brightness(x_BCHW: Tensor, strength: float) -> Tensor:
     mean, spread = x_BCHW.mean(dim=(1, 2, 3), keepdim=True), x_BCHW.std(dim=(1, 2, 3), keepdim=True)
     contrast = 1 + _uniform(x_BCHW, -_CONTRAST * strength, _CONTRAST * strength, 1, 1, 1)
     shift = _uniform(x_BCHW, -_BRIGHTNESS * strength, _BRIGHTNESS * strength, 1, 1, 1)
-    return mean + (x_BCHW - mean) * contrast + shift * spread
+    # Within what values there are: a likelihood may know no others.
+    return (mean + (x_BCHW - mean) * contrast + shift * spread).clamp(x_BCHW.min(), x_BCHW.max())
 
 
 def _color(x_BCHW: Tensor, strength: float) -> Tensor:
@@ -131,7 +132,7 @@ def _color(x_BCHW: Tensor, strength: float) -> Tensor:
     depth = 1 + _uniform(x_BCHW, -_SATURATION * strength, _SATURATION * strength, 1, 1, 1)
     depth = torch.where(_uniform(x_BCHW, 0, 1, 1, 1, 1) < _GREY * strength, 0.0, depth)
     tint = 1 + _uniform(x_BCHW, -_SATURATION * strength / 2, _SATURATION * strength / 2, 3, 1, 1)
-    return (grey + (x_BCHW - grey) * depth) * tint
+    return ((grey + (x_BCHW - grey) * depth) * tint).clamp(x_BCHW.min(), x_BCHW.max())
 
 
 def _erasing(x_BCHW: Tensor, strength: float) -> Tensor:
