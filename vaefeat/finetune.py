@@ -17,8 +17,8 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, v
 
 from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.encoder import OnnxEncoder
-from vaefeat.errors import ConfigError, InputError, requiring
-from vaefeat.estimator_inputs import flat_images
+from vaefeat.errors import InputError, requiring
+from vaefeat.estimator_inputs import flat_images, named_augmentations
 from vaefeat.finetune_config import FineTuneConfig
 from vaefeat.labels import class_names, class_shares, encode_labels
 from vaefeat.model_card import renamed
@@ -224,8 +224,10 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _shares(self, codes: NDArray[np.int64], n_classes: int) -> NDArray[np.float64]:
         if self.class_shares is None:
             return class_shares(codes, n_classes)
-        shares = np.asarray(self.class_shares, dtype=np.float64)
-        if shares.shape != (n_classes,) or not np.isfinite(shares).all() or not (shares > 0).all():
+        shares = np.asarray(self.class_shares)
+        # Comparing first: NaN is in no relation, and what is no number is not compared.
+        positive = shares.dtype.kind in "iuf" and ((shares > 0) & (shares < np.inf)).all()
+        if shares.shape != (n_classes,) or not positive:
             raise InputError(
                 f"got class_shares={self.class_shares!r}, wanted {n_classes} positive numbers, one for each class"
             )
@@ -240,12 +242,10 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         image = base.manifest.input.kind == "image"
         # Ids, unlike pixels, have no values in between.
         moving = image and base.manifest.model["likelihood"] != "tokens"
-        if isinstance(self.augmentations, str):
-            if self.augmentations != "auto":
-                raise ConfigError(f"got augmentations={self.augmentations!r}, wanted 'auto' or a tuple of names")
+        if self.augmentations == "auto":
             colour = moving and base.manifest.input.shape[0] == 3
             return _AUTO_COLOUR if colour else _AUTO_IMAGE if moving else _AUTO_TABLE
-        return tuple(self.augmentations)
+        return named_augmentations(self.augmentations)
 
 
 def _plain(value: Any) -> Any:

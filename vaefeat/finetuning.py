@@ -23,14 +23,13 @@ from torch.nn import functional
 from vaefeat.consistency import AdaptiveThresholds, Alignment, Teacher, consistency_loss
 from vaefeat.errors import NonFiniteLossError
 from vaefeat.finetune_config import FineTuneConfig
-from vaefeat.model.augmentation import IMAGE_AUGMENTATIONS, TABLE_AUGMENTATIONS, augment
+from vaefeat.model.augmentation import augment, suitable
 from vaefeat.model.classifier import Classifier
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.objectives import Objective
 from vaefeat.model.vae import VAE
 from vaefeat.placement import resolve_device, threads_for, using_threads
 from vaefeat.propagation import spread_labels
-from vaefeat.settings import unknown_name
 
 __all__ = ["FineTuned", "FineTuner", "Schedule", "Settling", "endless", "layers_joined"]
 
@@ -106,10 +105,9 @@ class FineTuner:
     ) -> None:
         self.config, self.objective, self.shares = config, objective, shares
         self.device = resolve_device(config.device)
-        known = IMAGE_AUGMENTATIONS if rows.ndim == 4 and not vae.preprocessing.whole else TABLE_AUGMENTATIONS
-        for name in config.augmentations:
-            if name not in known:
-                raise unknown_name("augmentation for such rows", name, known)
+        suitable(vae.row_shape, config.augmentations, ids=vae.preprocessing.whole)
+        # Where pretraining ended: bundles do not hold the temperature of categories.
+        vae.posterior.anneal(1.0, objective.config)
         self.rows, self.labels = rows, labels
         self.labelled = np.flatnonzero(labels >= 0)
         self.unlabelled = np.flatnonzero(labels < 0) if config.unlabelled_weight else self.labelled[:0]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vaefeat.errors import ConfigError
+from vaefeat.settings import unknown_name
 
 __all__ = ["IMAGE_AUGMENTATIONS", "TABLE_AUGMENTATIONS", "augment", "suitable"]
 
@@ -62,24 +62,25 @@ def augment(x: Tensor, names: Sequence[str], *, strength: float = 1.0) -> Tensor
     return x
 
 
-def suitable(row_shape: Sequence[int], names: str | Sequence[str] = "auto") -> tuple[str, ...]:
+def suitable(row_shape: Sequence[int], names: str | Sequence[str] = "auto", *, ids: bool = False) -> tuple[str, ...]:
     """Give what ``auto`` stands for with rows of a shape, and any other names as they are.
 
-    Images are not mirrored: whether they may be cannot be told from their shape.
+    Images are not mirrored: whether they may be cannot be told from their shape. Ids, unlike pixels, have no values in
+    between, so those of an image are a table's too.
 
     Raises
     ------
     ConfigError
         Names that rows of this shape have no meaning for.
     """
-    channels = row_shape[0] if len(row_shape) == 3 else 0
+    channels = row_shape[0] if len(row_shape) == 3 and not ids else 0
     if isinstance(names, str):
         return {0: ("replacement",), 3: _COLOR_IMAGES}.get(channels, _GREY_IMAGES)
     possible = set(IMAGE_AUGMENTATIONS) - (set() if channels == 3 else {"color"}) if channels else TABLE_AUGMENTATIONS
-    if wrong := [name for name in names if name not in possible]:
-        raise ConfigError(
-            f"got augmentations {wrong} for rows of shape {tuple(row_shape)}, wanted names among {sorted(possible)}"
-        )
+    for name in names:
+        if name not in possible:
+            what = "ids" if ids else "rows"
+            raise unknown_name(f"augmentation for {what} of shape {tuple(row_shape)}", name, possible)
     return tuple(names)
 
 

@@ -153,7 +153,7 @@ class Contrastive(Objective):
     and t' of a row (:mod:`vaefeat.model.augmentation`): the first is encoded and must come out again, and the means of
     both views' content must find each other among the views of the minibatch. What differs between views, and so is
     needed for t but not for the other term, is left to the ``style_dim`` last latents. For evaluation the first view is
-    the row itself: the bound is that of the data.
+    the row itself: the bound is that of the data. Where views are corrupted, it is the clean one that must come out.
 
     References
     ----------
@@ -165,8 +165,9 @@ class Contrastive(Objective):
     def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
         """Estimate bound and contrast; in a minibatch of one row there is nothing to contrast with."""
         x, n_content = vae.observe(rows), vae.config.latent_dim - vae.config.style_dim
-        first, second = (self._view(x) if vae.training else x), self._view(x)
-        h_2BF = vae.hidden(torch.cat([first, second]))
+        first, second = (self._view(vae, x) if vae.training else x), self._view(vae, x)
+        given = corrupt(torch.cat([first, second]), self.config.corruption, self.config.corruption_level)
+        h_2BF = vae.hidden(given)
         content_BL, other_BL = vae.posterior.statistics(h_2BF)[0][:, :n_content].chunk(2)
         contrast_B = info_nce(content_BL, other_BL, temperature=self.config.contrastive_temperature)
         q, p = vae.posterior(h_2BF[: len(x)]), vae.prior_distribution()
@@ -177,10 +178,11 @@ class Contrastive(Objective):
         objective_B = log_likelihood_B - kl_weight * cost_B - self.config.contrastive_weight * contrast_B
         return Terms(objective_B, log_likelihood_B, kl_BL.sum(dim=1))
 
-    def _view(self, x: Tensor) -> Tensor:
-        names = suitable(x.shape[1:], self.config.augmentations)
-        view = augment(x, names, strength=self.config.augmentation_strength)
-        return corrupt(view, self.config.corruption, self.config.corruption_level)
+    def _view(self, vae: VAE, x: Tensor) -> Tensor:
+        scaling = vae.preprocessing
+        names = suitable(x.shape[1:], self.config.augmentations, ids=scaling.whole)
+        # A Bernoulli likelihood of what is brighter than 1 has no upper bound.
+        return augment(x, names, strength=self.config.augmentation_strength).clamp(scaling.low, scaling.high)
 
 
 class Reconstruction(Objective):

@@ -121,6 +121,13 @@ def test_auto_suits_the_kind_of_the_rows() -> None:
     assert suitable((1, 8, 8), ("affine",)) == ("affine",)
 
 
+def test_ids_of_an_image_are_replaced_and_not_moved() -> None:
+    assert suitable((1, 8, 8), ids=True) == ("replacement",)
+    assert suitable((1, 8, 8), ("replacement",), ids=True) == ("replacement",)
+    with pytest.raises(ConfigError, match="augmentation for ids of shape"):
+        suitable((1, 8, 8), ("affine",), ids=True)
+
+
 @pytest.mark.parametrize(
     ("shape", "names"), [((12,), ("affine",)), ((1, 8, 8), ("color",)), ((3, 8, 8), ("replacement",))]
 )
