@@ -352,8 +352,12 @@ class TestRefusals:
             ({"teacher_decay": 1.0}, "got teacher_decay=1.0"),
             ({"augmentations": "strong"}, "got augmentations='strong'"),
             ({"augmentations": ("afine",)}, "did you mean 'affine'"),
-            ({"augmentations": ("replacement",)}, "augmentation for such rows 'replacement'"),
+            ({"augmentations": ("replacement",)}, "augmentation for rows of shape .* 'replacement'"),
+            ({"augmentations": ("color",)}, "augmentation for rows of shape .* 'color'"),
+            ({"augmentations": None}, "got augmentations=None"),
             ({"class_shares": [0.5, 0.5]}, "wanted 10 positive numbers"),
+            ({"class_shares": "equal"}, "wanted 10 positive numbers"),
+            ({"class_shares": [np.nan, *[0.1] * 9]}, "wanted 10 positive numbers"),
             ({"device": "gpu"}, "device 'gpu'"),
         ],
     )

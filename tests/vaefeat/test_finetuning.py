@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
 
-from vaefeat.config import ModelConfig
-from vaefeat.finetuning import Schedule, Settling, endless, layers_joined
+from vaefeat.config import ModelConfig, TrainConfig
+from vaefeat.finetune_config import FineTuneConfig
+from vaefeat.finetuning import FineTuner, Schedule, Settling, endless, layers_joined
+from vaefeat.model import augmentation
 from vaefeat.model.classifier import Classifier
+from vaefeat.model.evaluation import fixed_noise
+from vaefeat.model.objectives import ELBO
 from vaefeat.model.vae import VAE
 
 
@@ -78,3 +88,144 @@ def test_answers_have_settled_after_as_many_calm_checks_in_a_row_as_patience_say
 def test_answers_without_patience_never_settle() -> None:
     settling = Settling(None)
     assert not any(settling(torch.tensor([[1.0, 0.0]])) for _ in range(20))
+
+
+def table() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Make rows of three clusters, of which every fourth has a label."""
+    random = np.random.default_rng(0)
+    y = np.arange(60) % 3
+    rows = (random.normal(size=(60, 4)) + 2.5 * np.eye(3, 4)[y]).astype(np.float32)
+    return rows, np.where(np.arange(60) % 4 == 0, y, -1)
+
+
+def tuner(model: ModelConfig | None = None, **settings: Any) -> FineTuner:
+    torch.manual_seed(0)
+    rows, labels = table()
+    vae = VAE.for_rows(model or ModelConfig(latent_dim=2, hidden_dims=(8, 6)), rows)
+    config = FineTuneConfig(**{"batch_size": 6, "unlabelled_ratio": 3.0, "device": "cpu", "threads": 1, **settings})
+    return FineTuner(vae, rows, labels, shares=np.full(3, 1 / 3), objective=ELBO(TrainConfig()), config=config)
+
+
+@pytest.mark.parametrize("elbo_weight", [0.0, 0.7])
+def test_step_has_the_gradient_of_the_loss_written_out(elbo_weight: float) -> None:
+    """Labels, the teacher's aligned and trusted guesses, and the loss of the pretraining."""
+    tuned = tuner(unfreezing=0.0, unlabelled_weight=0.6, elbo_weight=elbo_weight, max_steps=1)
+    rows, labels = (torch.from_numpy(values) for values in table())
+    with fixed_noise(0, torch.device("cpu")):
+        tuned._start()
+        with torch.no_grad():
+            # A teacher that says something else than the student, and one class too often.
+            tuned.teacher.model.get_parameter("head.bias").copy_(torch.tensor([1.5, 0.0, 0.0]))
+        running = tuned.alignment.running_K = torch.tensor([0.6, 0.3, 0.1])
+        known, unknown = np.flatnonzero(labels >= 0), np.flatnonzero(labels < 0)
+        tuned._labelled_stream = endless(known, 6, np.random.default_rng(1))
+        tuned._unlabelled_stream = endless(unknown, 18, np.random.default_rng(2))
+        chosen = next(endless(known, 6, np.random.default_rng(1)))
+        given = next(endless(unknown, 18, np.random.default_rng(2)))
+        student, vae = tuned.student, tuned.student.vae
+        logits_BK = student(vae.preprocessing(rows[chosen]))
+        loss = functional.cross_entropy(logits_BK, labels[chosen])
+        x = vae.preprocessing(rows[given])
+        p_BK = torch.softmax(tuned.teacher.model(x), dim=1)
+        running = 0.99 * running + 0.01 * p_BK.mean(dim=0)
+        p_BK = functional.normalize(p_BK * (1 / 3 / running), p=1, dim=1)
+        highest, guess = p_BK.max(dim=1)
+        thresholds = highest.mean() ** 0.25 * p_BK.mean(dim=0) / p_BK.mean(dim=0).max()
+        trusted = highest >= thresholds[guess]
+        assert 0 < trusted.sum() < 18
+        guessed = functional.cross_entropy(student(x), guess, reduction="none")
+        loss = loss + 0.6 * (guessed * trusted).mean()
+        if elbo_weight:
+            torch.manual_seed(5)
+            q, p = vae.encode(x), vae.prior_distribution()
+            z = q.rsample()
+            bound = vae.log_likelihood(x, z) - torch.distributions.kl_divergence(q, p)
+            loss = loss - elbo_weight * bound.mean() / 4
+        learned = [weight for weight in student.parameters() if weight.requires_grad]
+        wanted = torch.autograd.grad(loss, learned, allow_unused=True)
+        tuned._join_layers()
+        torch.manual_seed(5)
+        value, share = tuned._take_step()
+    assert value == pytest.approx(float(loss.detach()), rel=1e-5)
+    assert share == pytest.approx(float(trusted.float().mean()))
+    for weight, gradient in zip(learned, wanted, strict=True):
+        if gradient is not None:
+            assert weight.grad is not None
+            torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_labelled_rows_are_in_no_minibatch_of_unlabelled_ones_and_the_other_way_round() -> None:
+    tuned = tuner(max_steps=60)
+    _, labels = table()
+    seen: dict[str, list[Tensor]] = {"student": [], "teacher": []}
+    tuned._start()
+    tuned.student.register_forward_pre_hook(lambda _, given: seen["student"].append(given[0].clone()))
+    tuned.teacher.model.register_forward_pre_hook(lambda _, given: seen["teacher"].append(given[0].clone()))
+    tuned._join_layers()
+    for _ in range(20):
+        tuned._take_step()
+    places = {row.tobytes(): place for place, row in enumerate(tuned._scaled(np.arange(60)).numpy())}
+    known = [places[row.tobytes()] for x in seen["student"] for row in x[:6].numpy()]
+    unknown = [places[row.tobytes()] for x in seen["student"] for row in x[6:].numpy()]
+    assert set(known) == set(np.flatnonzero(labels >= 0))
+    assert set(unknown) == set(np.flatnonzero(labels < 0))
+    assert [places[row.tobytes()] for x in seen["teacher"] for row in x.numpy()] == unknown
+
+
+def test_teacher_sees_weakly_changed_rows_and_the_student_strongly_changed_ones(
+    monkeypatch: pytest.MonkeyPatch, digits_rows: NDArray[np.uint8]
+) -> None:
+    asked: list[tuple[int, tuple[str, ...], float]] = []
+
+    def listening(x: Tensor, names: Sequence[str], *, strength: float) -> Tensor:
+        asked.append((len(x), tuple(names), strength))
+        return augmentation.augment(x, names, strength=strength)
+
+    monkeypatch.setattr("vaefeat.finetuning.augment", listening)
+    names = ("affine", "brightness", "erasing")
+    config = FineTuneConfig(batch_size=4, unlabelled_ratio=2.0, augmentations=names, strength=0.8, device="cpu")
+    vae = VAE.for_rows(ModelConfig(latent_dim=2, hidden_dims=(8,), network="mlp"), digits_rows[:40])
+    labels = np.where(np.arange(40) < 20, np.arange(40) % 2, -1)
+    tuned = FineTuner(
+        vae, digits_rows[:40], labels, shares=np.full(2, 0.5), objective=ELBO(TrainConfig()), config=config
+    )
+    tuned._start()
+    tuned._join_layers()
+    tuned._take_step()
+    assert asked == [(4, names, 0.8), (8, names, 0.8), (8, ("affine",), pytest.approx(0.24))]
+
+
+def test_layers_learn_ever_more_slowly_downwards_and_not_before_they_have_joined() -> None:
+    tuned = tuner(max_steps=100, unfreezing=1.0, learning_rate=1e-3, layer_decay=0.5)
+    tuned._start()
+    before = [[weight.detach().clone() for weight in layer] for layer in tuned.student.layers()]
+    tuned._join_layers()
+    assert [group["lr"] for group in tuned._optimizer.param_groups] == pytest.approx([1e-3, 5e-4, 2.5e-4])
+    tuned._take_step()
+    moved = [
+        any(not torch.equal(weight, old) for weight, old in zip(layer, olds, strict=True))
+        for layer, olds in zip(tuned.student.layers(), before, strict=True)
+    ]
+    assert moved == [True, False, False]
+
+
+def test_run_gives_the_teacher_and_ends_when_its_answers_have_settled() -> None:
+    tuned = tuner(max_steps=4000, patience=2)
+    found = tuned.run()
+    assert found.settled
+    assert 100 < found.n_steps < 4000
+    assert found.classifier is tuned.teacher.model
+    assert not found.classifier.training
+    weights = zip(found.classifier.parameters(), tuned.student.parameters(), strict=True)
+    assert not all(torch.equal(own, other) for own, other in weights)
+    whole = tuner(max_steps=120, patience=None).run()
+    assert (whole.n_steps, whole.settled) == (120, False)
+
+
+def test_rows_without_labels_are_left_out_at_a_weight_of_zero() -> None:
+    assert len(tuner(unlabelled_weight=0.0).unlabelled) == 0
+
+
+def test_temperature_of_categories_is_where_pretraining_left_it() -> None:
+    tuned = tuner(ModelConfig(posterior="categorical", latent_dim=6, n_categories=3, hidden_dims=(8,)))
+    assert float(tuned.student.vae.posterior.get_buffer("temperature")) == TrainConfig().temperature_end
