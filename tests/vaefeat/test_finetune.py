@@ -371,6 +371,11 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"wanted uint8 rows of shape \(n, 1, 8, 8\)"):
             quick(digits_bundle).fit(X[:100, :60], Y[:100])
 
+    @pytest.mark.parametrize("bundle", [None, 3])
+    def test_what_is_no_bundle_is_refused(self, bundle: Any, X: NDArray[np.uint8]) -> None:
+        with pytest.raises(BundleError, match="wanted the path of a bundle's folder, or a Bundle"):
+            quick(bundle).fit(X[:100], Y[:100])
+
     def test_folder_without_a_bundle_is_refused(self, tmp_path: Path, X: NDArray[np.uint8]) -> None:
         with pytest.raises(BundleError, match="wanted the folder of a bundle"):
             quick(tmp_path).fit(X[:100], Y[:100])

@@ -9,9 +9,13 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn import functional
 
+from vaefeat import tuning
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.finetune_config import FineTuneConfig
 from vaefeat.finetuning import FineTuner, Schedule, Settling, endless, layers_joined
@@ -20,6 +24,7 @@ from vaefeat.model.classifier import Classifier
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.objectives import ELBO
 from vaefeat.model.vae import VAE
+from vaefeat.propagation import spread_labels
 
 
 @pytest.mark.parametrize("max_steps", [1, 2, 3, 10, 1000])
@@ -47,6 +52,20 @@ def test_layers_of_a_classifier_hold_head_and_encoder_once_from_the_head_down() 
     found = [id(weight) for layer in layers for weight in layer]
     wanted = [id(weight) for weight in [*classifier.head.parameters(), *classifier.vae.encoder.parameters()]]
     assert sorted(found) == sorted(wanted)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_head_starts_from_logistic_regression_on_standardised_features(n_classes: int) -> None:
+    random = np.random.default_rng(0)
+    y = np.arange(90) % n_classes
+    h_NF = (5 + random.normal(size=(90, 12)) * np.arange(1, 13) + 2 * np.eye(n_classes, 12)[y]).astype(np.float32)
+    classifier = Classifier(VAE(ModelConfig(latent_dim=2, hidden_dims=(12,)), (4,)), n_classes)
+    classifier.start_head(h_NF, y)
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=10 / 90, tol=1e-2)).fit(h_NF, y)
+    with torch.no_grad():
+        got = torch.softmax(classifier.head(torch.from_numpy(h_NF)), dim=1).numpy()
+    np.testing.assert_allclose(got, probe.predict_proba(h_NF), atol=1e-3)
+    assert np.ptp(got[:, 0]) > 0.1
 
 
 def test_stream_gives_every_row_once_before_any_again() -> None:
@@ -229,3 +248,78 @@ def test_rows_without_labels_are_left_out_at_a_weight_of_zero() -> None:
 def test_temperature_of_categories_is_where_pretraining_left_it() -> None:
     tuned = tuner(ModelConfig(posterior="categorical", latent_dim=6, n_categories=3, hidden_dims=(8,)))
     assert float(tuned.student.vae.posterior.get_buffer("temperature")) == TrainConfig().temperature_end
+
+
+def test_long_run_takes_the_precision_that_is_faster_and_exports_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_MEASURED", {})
+    monkeypatch.setattr(tuning, "_time", lambda vae, compute, names: {"float32": 2.0, "bfloat16": 1.0})
+    short = tuner(max_steps=2)
+    short.run()
+    assert short.student.vae.network_dtype == torch.float32
+    monkeypatch.setattr(tuning, "_SHORT_S", 0.0)
+    long = tuner(max_steps=2)
+    found = long.run()
+    assert long.student.vae.network_dtype == torch.bfloat16
+    assert all(weight.dtype == torch.float32 for weight in found.classifier.parameters())
+    assert found.classifier.vae.network_dtype == torch.float32
+
+
+def test_measuring_changes_neither_weights_nor_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_MEASURED", {})
+    monkeypatch.setattr(tuning, "_LEAST_GAIN", 1e9)
+    wanted = tuner(max_steps=5, precision="float32", augmentations=("replacement",)).run()
+    monkeypatch.setattr(tuning, "_SHORT_S", 0.0)
+    got = tuner(max_steps=5, augmentations=("replacement",)).run()
+    for one, other in zip(got.classifier.parameters(), wanted.classifier.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_half_precision_learns_as_well() -> None:
+    rows, _ = table()
+    answers = []
+    for precision in ("float32", "bfloat16"):
+        found = tuner(max_steps=300, patience=None, precision=precision).run()
+        with torch.no_grad():
+            logits = found.classifier(found.classifier.vae.preprocessing(torch.from_numpy(rows)))
+        answers.append(logits.argmax(dim=1).numpy())
+    assert (answers[0] == np.arange(60) % 3).mean() > 0.85
+    assert (answers[0] == answers[1]).mean() > 0.9
+
+
+def test_head_starts_from_labels_that_were_spread_over_the_pretrained_features() -> None:
+    tuned, other = tuner(), tuner()
+    _, labels = table()
+    with torch.no_grad():
+        h_NF = other.student.vae.hidden(other._scaled(np.arange(60))).numpy()
+    spread = spread_labels(h_NF, labels, np.full(3, 1 / 3))
+    assert (spread >= 0).sum() > (labels >= 0).sum()
+    other.student.start_head(h_NF[spread >= 0], spread[spread >= 0])
+    tuned._start()
+    x = tuned._scaled(np.arange(60))
+    with torch.no_grad():
+        got, wanted = (torch.softmax(each.student(x), dim=1) for each in (tuned, other))
+    torch.testing.assert_close(got, wanted, atol=0.02, rtol=0)
+
+
+def test_step_clips_gradients_decays_weights_and_is_followed_by_the_teacher() -> None:
+    plain, decayed = tuner(unfreezing=0.0, weight_decay=0.0), tuner(unfreezing=0.0, weight_decay=0.1)
+    for tuned in (plain, decayed):
+        tuned._start()
+        with torch.no_grad():
+            tuned.student.head.weight.mul_(1e3)
+        tuned._join_layers()
+    before = plain.student.head.weight.detach().clone()
+    followed = plain.teacher.model.get_parameter("head.weight").clone()
+    for tuned in (plain, decayed):
+        tuned._take_step()
+    assert plain.student.training
+    gradients = [weight.grad for weight in plain.student.parameters() if weight.grad is not None]
+    assert float(torch.nn.utils.get_total_norm(gradients)) == pytest.approx(10, rel=1e-3)
+    shrunk = plain.student.head.weight - decayed.student.head.weight
+    torch.testing.assert_close(shrunk, 2e-3 * 0.1 * before, rtol=1e-2, atol=1e-3)
+    assert not torch.equal(plain.teacher.model.get_parameter("head.weight"), followed)
+
+
+def test_answers_do_not_settle_before_all_layers_have_joined() -> None:
+    assert not tuner(max_steps=3000, unfreezing=0.8, patience=1).run().settled
+    assert tuner(max_steps=3000, unfreezing=0.0, patience=1).run().settled

@@ -146,6 +146,25 @@ def test_step_maximises_both_bounds_and_the_weighted_log_probability_of_labels(c
     assert record.unlabelled_bound == pytest.approx(unknown.bound.mean().item(), rel=1e-4)
 
 
+def test_gradient_is_clipped_to_its_largest_norm() -> None:
+    rows, labels = table()
+    settings: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.0, "lr_schedule": "constant", "lr_warmup": 0.0}
+    torch.manual_seed(0)
+    before = Recording(CONFIG, (4,), log_prior_K=UNIFORM).state_dict()
+    model, _ = trained(
+        rows,
+        labels,
+        max_epochs=1,
+        batch_size=40,
+        learning_rate=1.0,
+        gradient_clip=0.5,
+        labelled_batch_size=10,
+        **settings,
+    )
+    steps = [weight.detach() - before[name] for name, weight in model.named_parameters()]
+    assert float(torch.nn.utils.get_total_norm(steps)) == pytest.approx(0.5, rel=1e-3)
+
+
 def test_minibatch_in_parts_has_the_gradient_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, labels = table()
     settings: dict[str, Any] = {"max_epochs": 1, "batch_size": 40, "optimizer": "sgd", "learning_rate": 1e-2}
