@@ -264,6 +264,7 @@ def _card(name: str, encoder: OnnxEncoder, limits: Limits) -> dict[str, Any]:
         "digest": encoder.digest,
         "input": encoder.input.to_dict(),
         "outputs": encoder.outputs,
+        "classes": list(encoder.classes),
         "latent_dim": encoder.latent_dim,
         "active_units": encoder.active_units,
         "provider": encoder.provider,

@@ -261,6 +261,8 @@ def load_bundle(path: str | PathLike[str]) -> Bundle:
     BundleError
         No bundle there, a newer schema, unknown keys, a file missing or changed, or a manifest that was edited.
     """
+    if not isinstance(path, str | PathLike):
+        raise BundleError(f"got a {type(path).__name__}, wanted the path of a bundle's folder, or a Bundle")
     folder = Path(path)
     with _reading(folder / MANIFEST_FILE):
         is_bundle = (folder / MANIFEST_FILE).is_file()

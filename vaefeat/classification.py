@@ -18,9 +18,9 @@ from torch.nn import functional
 from vaefeat.bundle import Bundle
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.data import batches
-from vaefeat.errors import ConfigError
+from vaefeat.estimator_inputs import named_augmentations
 from vaefeat.labelled_training import LabelledTrainer
-from vaefeat.model.augmentation import IMAGE_AUGMENTATIONS, TABLE_AUGMENTATIONS
+from vaefeat.model.augmentation import suitable
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.labelled import LABELLED_MODELS, M1M2, LabelledVAE
 from vaefeat.model.vae import VAE
@@ -91,7 +91,8 @@ def train_classifier(
     if kind not in LABELLED_MODELS:
         raise unknown_name("model", kind, LABELLED_MODELS)
     refuse_untrainable(rows, "X")
-    chosen = _augmentations(augmentations, image=rows.ndim == 4)
+    likelihood = encoder.manifest.model["likelihood"] if encoder else model.likelihood
+    chosen = _augmentations(augmentations, rows.shape[1:], ids=likelihood == "tokens")
     log_prior_K = _log_class_prior(labels)
     with ONE_AT_A_TIME, fixed_noise(train.seed, torch.device("cpu")):
         if kind == "m1m2":
@@ -170,16 +171,10 @@ def _log_class_prior(labels: NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(np.log(counts / counts.sum())).float()
 
 
-def _augmentations(asked: str | tuple[str, ...], *, image: bool) -> tuple[str, ...]:
-    known = IMAGE_AUGMENTATIONS if image else TABLE_AUGMENTATIONS
+def _augmentations(asked: str | tuple[str, ...], row_shape: tuple[int, ...], *, ids: bool) -> tuple[str, ...]:
     if asked == "auto":
-        return ("affine", "erasing") if image else ()
-    if isinstance(asked, str):
-        raise ConfigError(f"got augmentations={asked!r}, wanted 'auto' or a tuple of names; () for none")
-    for name in asked:
-        if name not in known:
-            raise unknown_name("augmentation of images" if image else "augmentation of tables", name, known)
-    return asked
+        return ("affine", "erasing") if len(row_shape) == 3 and not ids else ()
+    return suitable(row_shape, named_augmentations(asked), ids=ids)
 
 
 def _train_base(model: ModelConfig, train: TrainConfig, rows: NDArray[Any], *, progress: bool) -> VAE:

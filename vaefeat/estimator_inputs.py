@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import validate_data
 
-from vaefeat.errors import InputError
+from vaefeat.errors import ConfigError, InputError
 
-__all__ = ["flat_images", "plain_settings", "training_rows"]
+__all__ = ["flat_images", "named_augmentations", "plain_settings", "training_rows"]
 
 
 def training_rows(estimator: BaseEstimator, X: Any, image_shape: tuple[int, int, int] | None) -> NDArray[Any]:
@@ -79,6 +79,13 @@ def _image_shape(X: Any, asked: tuple[int, int, int] | None) -> tuple[int, ...] 
             f"got rows of shape {shape[1:]}, wanted image_shape={wanted}; give the (C, H, W) that they have"
         )
     return wanted
+
+
+def named_augmentations(asked: Any) -> tuple[str, ...]:
+    """Refuse augmentations that are no sequence of names."""
+    if not isinstance(asked, tuple | list) or not all(isinstance(name, str) for name in asked):
+        raise ConfigError(f"got augmentations={asked!r}, wanted 'auto' or a tuple of names; () for none")
+    return tuple(asked)
 
 
 def plain_settings(own: Mapping[str, Any], options: Mapping[str, Any] | None, *, what: str) -> Mapping[str, Any]:

@@ -17,8 +17,8 @@ from sklearn.utils.validation import check_consistent_length, check_is_fitted, v
 
 from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.encoder import OnnxEncoder
-from vaefeat.errors import ConfigError, requiring
-from vaefeat.estimator_inputs import flat_images
+from vaefeat.errors import requiring
+from vaefeat.estimator_inputs import flat_images, named_augmentations
 from vaefeat.finetune_config import FineTuneConfig
 from vaefeat.labels import class_names, class_shares, encode_labels, given_shares
 from vaefeat.model_card import renamed
@@ -71,6 +71,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Where it is trained; predictions run on the CPU when that is asked for, else on a GPU where there is one.
     threads : int, optional
         Processor threads, in training and in predictions; None takes what suits the work.
+    precision : {"auto", "float32", "bfloat16"}
+        Of the networks that learn; ``auto`` takes bfloat16 in longer runs where it is measured to be faster. What is
+        exported is float32.
     verbose : int
         Show a progress bar if not 0.
 
@@ -123,6 +126,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         random_state: int | np.random.RandomState | None = None,
         device: str = "auto",
         threads: int | None = None,
+        precision: str = "auto",
         verbose: int = 0,
     ) -> None:
         self.bundle = bundle
@@ -143,6 +147,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.random_state = random_state
         self.device = device
         self.threads = threads
+        self.precision = precision
         self.verbose = verbose
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
@@ -235,12 +240,10 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         image = base.manifest.input.kind == "image"
         # Ids, unlike pixels, have no values in between.
         moving = image and base.manifest.model["likelihood"] != "tokens"
-        if isinstance(self.augmentations, str):
-            if self.augmentations != "auto":
-                raise ConfigError(f"got augmentations={self.augmentations!r}, wanted 'auto' or a tuple of names")
+        if self.augmentations == "auto":
             colour = moving and base.manifest.input.shape[0] == 3
             return _AUTO_COLOUR if colour else _AUTO_IMAGE if moving else _AUTO_TABLE
-        return tuple(self.augmentations)
+        return named_augmentations(self.augmentations)
 
 
 def _plain(value: Any) -> Any:

@@ -126,6 +126,7 @@ def classifier_bundle(
         "n_unlabelled": len(tuner.unlabelled),
         "n_steps": found.n_steps,
         "settled": found.settled,
+        "precision": str(tuner.student.vae.network_dtype).removeprefix("torch."),
         "config": tuner.config.to_dict(),
     }
     figures = {"elbo": measured.elbo, "log_likelihood": measured.log_likelihood, "kl": measured.kl}

@@ -23,14 +23,14 @@ from torch.nn import functional
 from vaefeat.consistency import AdaptiveThresholds, Alignment, Teacher, consistency_loss
 from vaefeat.errors import NonFiniteLossError
 from vaefeat.finetune_config import FineTuneConfig
-from vaefeat.model.augmentation import IMAGE_AUGMENTATIONS, TABLE_AUGMENTATIONS, augment
+from vaefeat.model.augmentation import augment, suitable
 from vaefeat.model.classifier import Classifier
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.objectives import Objective
 from vaefeat.model.vae import VAE
 from vaefeat.placement import resolve_device, threads_for, using_threads
 from vaefeat.propagation import spread_labels
-from vaefeat.settings import unknown_name
+from vaefeat.tuning import faster_precision, is_short
 
 __all__ = ["FineTuned", "FineTuner", "Schedule", "Settling", "endless", "layers_joined"]
 
@@ -106,10 +106,9 @@ class FineTuner:
     ) -> None:
         self.config, self.objective, self.shares = config, objective, shares
         self.device = resolve_device(config.device)
-        known = IMAGE_AUGMENTATIONS if rows.ndim == 4 and not vae.preprocessing.whole else TABLE_AUGMENTATIONS
-        for name in config.augmentations:
-            if name not in known:
-                raise unknown_name("augmentation for such rows", name, known)
+        suitable(vae.row_shape, config.augmentations, ids=vae.preprocessing.whole)
+        # Where pretraining ended: bundles do not hold the temperature of categories.
+        vae.posterior.anneal(1.0, objective.config)
         self.rows, self.labels = rows, labels
         self.labelled = np.flatnonzero(labels >= 0)
         self.unlabelled = np.flatnonzero(labels < 0) if config.unlabelled_weight else self.labelled[:0]
@@ -137,6 +136,7 @@ class FineTuner:
         seeded = fixed_noise(self.config.seed, self.device)
         with seeded, using_threads(threads), _shown(self.config.max_steps, shown=progress) as show:
             self._start()
+            self.student.vae.network_dtype = getattr(torch, self._precision(n_rows, threads))
             while self.schedule.step < self.schedule.end:
                 self._join_layers()
                 show(self.schedule.step, *self._take_step())
@@ -170,6 +170,22 @@ class FineTuner:
         if (labels < 0).any():
             labels = spread_labels(h_NF, labels, self.shares)
         self.student.start_head(h_NF[labels >= 0], labels[labels >= 0])
+
+    def _precision(self, n_rows: int, threads: int) -> str:
+        """Settle ``auto``, on a step's rows without their changes: no noise is drawn, no row given."""
+        vae, asked = self.student.vae, self.config.precision
+        if asked != "auto":
+            return asked
+        if is_short(vae, n_steps=self.config.max_steps, n_rows=n_rows):
+            return "float32"
+        x = self._scaled(np.resize(np.arange(len(self.rows)), n_rows))
+        y = torch.zeros(n_rows, dtype=torch.int64, device=self.device)
+        key = ("fine-tuning", vae.config, x.shape, x.device, len(self.shares), threads)
+        precision, _, _ = faster_precision(
+            vae, lambda: functional.cross_entropy(self.student(x), y).backward(), key=key
+        )
+        self._optimizer.zero_grad(set_to_none=True)
+        return precision
 
     def _groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = [

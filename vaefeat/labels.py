@@ -54,10 +54,11 @@ def encode_labels(y: ArrayLike | None, *, estimator: str) -> tuple[NDArray[Any],
     if isinstance(y, list | tuple) and any(isinstance(label, str) for label in y):
         y = np.array(y, dtype=object)
     values = column_or_1d(y, warn=True)
-    if values.dtype.kind in "US" and (lost := sorted({*values.astype(str).tolist()} & _LOST)):
+    if lost := sorted({label for label in values.tolist() if isinstance(label, str)} & _LOST):
         raise InputError(
             f"got the text {lost[0]!r} among labels, wanted the number -1, None or NaN for unlabelled rows; NumPy "
-            "turns it into text beside strings: give np.array(labels, dtype=object)"
+            "turns it into text beside strings: give np.array(labels, dtype=object), and another name to a class of "
+            "that name"
         )
     known = ~_unlabelled(values)
     if not known.any():
@@ -68,14 +69,14 @@ def encode_labels(y: ArrayLike | None, *, estimator: str) -> tuple[NDArray[Any],
     given = _natural(values[known])
     if given.dtype.kind == "f" and not np.isfinite(given).all():
         raise InputError("got infinite labels, wanted classes; NaN, None or -1 mark a row without one")
+    try:
+        classes, codes = np.unique(given, return_inverse=True)
+    except TypeError as error:
+        raise InputError(f"got labels of several types, wanted one: make all of them texts ({error})") from error
     with warnings.catch_warnings():
         # One label a class is what this is for, and no sign of a regression.
         warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
         check_classification_targets(given)
-    try:
-        classes, codes = np.unique(given, return_inverse=True)
-    except TypeError as error:
-        raise InputError(f"got labels of several types, wanted one type: {error}") from error
     if len(classes) < 2:
         raise InputError(
             f"got labels of one class only ({classes.tolist()[0]!r}) among {len(values)} rows, wanted at least 2; "
@@ -121,8 +122,10 @@ def given_shares(shares: ArrayLike, n_classes: int) -> NDArray[np.float64]:
     InputError
         Not one positive number for each class.
     """
-    numbers = np.asarray(shares, dtype=np.float64)
-    if numbers.shape != (n_classes,) or not np.isfinite(numbers).all() or not (numbers > 0).all():
+    numbers = np.asarray(shares)
+    # Comparing first: NaN is in no relation, and what is no number is not compared.
+    positive = numbers.dtype.kind in "iuf" and bool(((numbers > 0) & (numbers < np.inf)).all())
+    if numbers.shape != (n_classes,) or not positive:
         raise InputError(f"got class_shares={shares!r}, wanted {n_classes} positive numbers, one for each class")
     return np.asarray(numbers / numbers.sum())
 

@@ -52,7 +52,9 @@ class RemoteEncoder:
     input : InputSpec
         The rows it takes.
     outputs : dict of str to int
-        Width of each output: ``mean``, ``logvar``, ``hidden``.
+        Width of each output: ``mean``, ``logvar``, ``hidden``, of a classifier also ``probability``.
+    classes : tuple of str, int, float or bool
+        What a classifier tells apart, in the order of its probabilities; empty where it is none.
     latent_dim, active_units : int
         Number of latent variables, and of those that carry something.
     provider : str
@@ -117,6 +119,8 @@ class RemoteEncoder:
             self.digest: str = card["digest"]
             self.input = InputSpec.from_dict(card["input"])
             self.outputs: dict[str, int] = dict(card["outputs"])
+            # Servers from before there were classifiers say nothing of classes.
+            self.classes: tuple[str | int | float | bool, ...] = tuple(card.get("classes", ()))
             self.latent_dim: int = card["latent_dim"]
             self.active_units: int = card["active_units"]
             self.provider: str = card["provider"]
@@ -142,8 +146,9 @@ class RemoteEncoder:
         ----------
         X : array-like of shape (n, ...) or flat (n, n_features)
             As :meth:`InputSpec.prepare` takes them.
-        output : {"mean", "logvar", "hidden"}
-            The posterior's mean, the logarithm of its variance, or the encoder's last hidden layer.
+        output : {"mean", "logvar", "hidden", "probability"}
+            The posterior's mean, the logarithm of its variance, the encoder's last hidden layer, or, of a classifier,
+            the probability of each class.
 
         Returns
         -------

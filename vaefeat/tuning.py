@@ -18,11 +18,13 @@ from torch import Tensor
 
 from vaefeat.config import TrainConfig
 from vaefeat.errors import CompileError
+from vaefeat.model.networks import parameters_device
+from vaefeat.model.vae import VAE
 from vaefeat.placement import multiply_adds
 from vaefeat.step import TrainingStep
 from vaefeat.world import World
 
-__all__ = ["Engine", "choose_engine", "settle_engine", "take_up"]
+__all__ = ["Engine", "choose_engine", "faster_precision", "is_short", "settle_engine", "take_up"]
 
 #: Seconds of training, by rule of thumb, from which measuring pays.
 _SHORT_S = 20.0
@@ -169,20 +171,49 @@ def _precision(
     """Settle the precision; give the seconds of a step where they were measured."""
     if "auto" not in (config.precision, config.compile):
         return config.precision, None
-    supposed = n_steps * (
-        _STEP_S + multiply_adds(step.vae, n_samples=config.n_samples) * len(rows) / _MULTIPLY_ADDS_PER_S
-    )
-    if supposed < _SHORT_S:
+    if is_short(step.vae, n_steps=n_steps, n_rows=len(rows), n_samples=config.n_samples):
         return ("float32" if config.precision == "auto" else config.precision), None
-    key = _key(step, rows, config, threads)
-    names = ["float32", "bfloat16"] if config.precision == "auto" else [config.precision]
-    seconds = _time(step, rows, n_rows, names)
-    if len(names) == 1:
-        return config.precision, seconds[config.precision]
+
+    def compute() -> None:
+        step.gradients(rows, n_rows=n_rows)
+
+    if config.precision != "auto":
+        return config.precision, _time(step.vae, compute, [config.precision])[config.precision]
+    precision, gain, step_s = faster_precision(step.vae, compute, key=_key(step, rows, config, threads))
+    notes.append(f"precision {precision}: bfloat16 is {gain:.1f} times as fast as float32 here")
+    return precision, step_s
+
+
+def is_short(vae: VAE, *, n_steps: int, n_rows: int, n_samples: int = 1) -> bool:
+    """Tell, by rule of thumb, whether steps of so many rows are over too soon for measuring to pay."""
+    step_s = _STEP_S + multiply_adds(vae, n_samples=n_samples) * n_rows / _MULTIPLY_ADDS_PER_S
+    return n_steps * step_s < _SHORT_S
+
+
+def faster_precision(vae: VAE, compute: Callable[[], object], *, key: tuple[Any, ...]) -> tuple[str, float, float]:
+    """Measure which precision of the networks' arithmetic is faster.
+
+    Parameters
+    ----------
+    vae : VAE
+        Its ``network_dtype`` is left at what was measured last.
+    compute : callable
+        What a step computes with it, changing no weight.
+    key : tuple
+        What the measurement depends on: within a process, the first of a key counts for all.
+
+    Returns
+    -------
+    precision : {"float32", "bfloat16"}
+    gain : float
+        How many times as fast as float32 bfloat16 is.
+    seconds : float
+        Of a step in that precision.
+    """
+    seconds = _time(vae, compute, ["float32", "bfloat16"])
     gain = _MEASURED.setdefault((*key, "bfloat16"), seconds["float32"] / seconds["bfloat16"])
     precision = "bfloat16" if gain >= _LEAST_GAIN else "float32"
-    notes.append(f"precision {precision}: bfloat16 is {gain:.1f} times as fast as float32 here")
-    return precision, seconds[precision]
+    return precision, gain, seconds[precision]
 
 
 def _compile(
@@ -216,8 +247,9 @@ def _compile(
         _MEASURED[key] = 0.0
         return False
     compile_s = time.perf_counter() - started
-    seconds = _time(step, rows, n_rows, [str(step.vae.network_dtype).removeprefix("torch.")])
-    gain = _MEASURED.setdefault(key, step_s / next(iter(seconds.values())))
+    name = str(step.vae.network_dtype).removeprefix("torch.")
+    seconds = _time(step.vae, lambda: step.gradients(rows, n_rows=n_rows), [name])
+    gain = _MEASURED.setdefault(key, step_s / seconds[name])
     if gain < _LEAST_GAIN:
         step.forget_compiled()
         notes.append(f"not compiled: {compile_s:.0f} s of compiling made it {gain:.1f} times as fast")
@@ -226,13 +258,13 @@ def _compile(
     return True
 
 
-def _time(step: TrainingStep, rows: Tensor, n_rows: int, names: list[str]) -> dict[str, float]:
+def _time(vae: VAE, compute: Callable[[], object], names: list[str]) -> dict[str, float]:
     """Give the median seconds of a step in each precision, measured in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(_TIMED_STEPS + 1):
         for name in names:
-            step.vae.network_dtype = getattr(torch, name)
-            taken = _timed(lambda: step.gradients(rows, n_rows=n_rows), rows.device)
+            vae.network_dtype = getattr(torch, name)
+            taken = _timed(compute, parameters_device(vae))
             # The first of each makes its libraries ready.
             if repetition:
                 seconds[name].append(taken)

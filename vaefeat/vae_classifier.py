@@ -282,7 +282,7 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         check_is_fitted(self)
         if n_samples is not None:
-            check_int("n_samples", n_samples, at_least=1)
+            check_int("n_samples", np.asarray(n_samples).item(), at_least=1)
         from vaefeat.classification import generate
 
         random = check_random_state(self.random_state)
@@ -292,6 +292,8 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             codes = random.choice(len(self.classes_), size=n_samples or 1, p=shares / shares.sum())
         else:
             given = np.atleast_1d(np.asarray(y))
+            if given.size == 0:
+                raise InputError("got no label in y, wanted one for each row to make; leave y out to draw them")
             codes = self._codes(np.repeat(given, n_samples or 1) if given.size == 1 else given)
         if n_samples is not None and len(codes) != n_samples:
             raise InputError(

@@ -217,6 +217,7 @@ def test_models_lists_what_a_client_needs(both: Starlette, encoder: OnnxEncoder)
         "digest": encoder.digest,
         "input": encoder.input.to_dict(),
         "outputs": encoder.outputs,
+        "classes": [],
         "latent_dim": encoder.latent_dim,
         "active_units": encoder.active_units,
         "provider": encoder.provider,

@@ -352,8 +352,12 @@ class TestRefusals:
             ({"teacher_decay": 1.0}, "got teacher_decay=1.0"),
             ({"augmentations": "strong"}, "got augmentations='strong'"),
             ({"augmentations": ("afine",)}, "did you mean 'affine'"),
-            ({"augmentations": ("replacement",)}, "augmentation for such rows 'replacement'"),
+            ({"augmentations": ("replacement",)}, "augmentation for rows of shape .* 'replacement'"),
+            ({"augmentations": ("color",)}, "augmentation for rows of shape .* 'color'"),
+            ({"augmentations": None}, "got augmentations=None"),
             ({"class_shares": [0.5, 0.5]}, "wanted 10 positive numbers"),
+            ({"class_shares": "equal"}, "wanted 10 positive numbers"),
+            ({"class_shares": [np.nan, *[0.1] * 9]}, "wanted 10 positive numbers"),
             ({"device": "gpu"}, "device 'gpu'"),
         ],
     )
@@ -366,6 +370,11 @@ class TestRefusals:
     def test_rows_of_another_width_are_refused(self, digits_bundle: Path, X: NDArray[np.uint8]) -> None:
         with pytest.raises(InputError, match=r"wanted uint8 rows of shape \(n, 1, 8, 8\)"):
             quick(digits_bundle).fit(X[:100, :60], Y[:100])
+
+    @pytest.mark.parametrize("bundle", [None, 3])
+    def test_what_is_no_bundle_is_refused(self, bundle: Any, X: NDArray[np.uint8]) -> None:
+        with pytest.raises(BundleError, match="wanted the path of a bundle's folder, or a Bundle"):
+            quick(bundle).fit(X[:100], Y[:100])
 
     def test_folder_without_a_bundle_is_refused(self, tmp_path: Path, X: NDArray[np.uint8]) -> None:
         with pytest.raises(BundleError, match="wanted the folder of a bundle"):

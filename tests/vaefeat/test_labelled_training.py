@@ -87,11 +87,15 @@ def test_warm_up_starts_at_zero_and_ends_in_a_run_of_any_length(max_epochs: int,
     assert model.kl_weights[-1] == history[-1].kl_weight == 1
 
 
-def test_step_maximises_both_bounds_and_the_weighted_log_probability_of_labels() -> None:
+@pytest.mark.parametrize("consistency", [0.0, 0.5])
+def test_step_maximises_both_bounds_and_the_weighted_log_probability_of_labels(consistency: float) -> None:
     """The gradient of one step, against that of the objective written out for its minibatches."""
     rows, labels = table()
     torch.manual_seed(0)
     model = M2(CONFIG, (4,), log_prior_K=UNIFORM)
+    with torch.no_grad():
+        model.logits.bias.copy_(torch.tensor([0.0, 3.7, 0.0]))
+    augmentations = ("replacement",) if consistency else ()
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     config = TrainConfig(
         batch_size=40,
@@ -106,7 +110,16 @@ def test_step_maximises_both_bounds_and_the_weighted_log_probability_of_labels()
         device="cpu",
         seed=3,
     )
-    trainer = LabelledTrainer(model, rows, labels, config, labelled_batch_size=10, classification_weight=7.0)
+    trainer = LabelledTrainer(
+        model,
+        rows,
+        labels,
+        config,
+        labelled_batch_size=10,
+        classification_weight=7.0,
+        consistency=consistency,
+        augmentations=augmentations,
+    )
     assert trainer.steps_per_epoch == 1
     (record,) = trainer.run()
     steps = {name: weight.detach() - before[name] for name, weight in model.named_parameters()}
@@ -114,17 +127,42 @@ def test_step_maximises_both_bounds_and_the_weighted_log_probability_of_labels()
     labelled = torch.from_numpy(rows[labels >= 0])[next(trainer.labelled.epoch(0))]
     y = torch.from_numpy(labels[labels >= 0])[next(trainer.labelled.epoch(0))]
     assert trainer.unlabelled is not None
+    unlabelled = next(trainer.unlabelled.epoch(0))
     torch.manual_seed(3)
-    known = model.train().labelled(labelled, y)
-    unknown = model.unlabelled(next(trainer.unlabelled.epoch(0)))
-    log_q = -torch.nn.functional.cross_entropy(model.look(labelled).logits_BK, y)
+    changed = model.observe(labelled, augmentations)
+    known = model.train().labelled(changed, y)
+    unknown = model.unlabelled(model.observe(unlabelled, augmentations))
+    log_q = -torch.nn.functional.cross_entropy(model.look(changed).logits_BK, y)
     objective = (known.bound.sum() + unknown.bound.sum()) / 50 + 7 * log_q
+    # Of rows as they are the classifier is certain or not; what it learns then is of the changed ones.
+    highest, guess = torch.softmax(model.look(unlabelled).logits_BK, dim=1).max(dim=1)
+    assert 0 < (highest > 0.95).sum() < 40
+    objective = objective + 7 * consistency * (unknown.log_q[torch.arange(40), guess] * (highest > 0.95)).mean()
     found = torch.autograd.grad(objective, list(model.parameters()))
     for step, gradient in zip(steps.values(), found, strict=True):
         torch.testing.assert_close(step, gradient, rtol=1e-4, atol=1e-5)
     assert record.objective == pytest.approx(objective.item(), rel=1e-4)
     assert record.log_q == pytest.approx(log_q.item(), rel=1e-4)
     assert record.unlabelled_bound == pytest.approx(unknown.bound.mean().item(), rel=1e-4)
+
+
+def test_gradient_is_clipped_to_its_largest_norm() -> None:
+    rows, labels = table()
+    settings: dict[str, Any] = {"optimizer": "sgd", "momentum": 0.0, "lr_schedule": "constant", "lr_warmup": 0.0}
+    torch.manual_seed(0)
+    before = Recording(CONFIG, (4,), log_prior_K=UNIFORM).state_dict()
+    model, _ = trained(
+        rows,
+        labels,
+        max_epochs=1,
+        batch_size=40,
+        learning_rate=1.0,
+        gradient_clip=0.5,
+        labelled_batch_size=10,
+        **settings,
+    )
+    steps = [weight.detach() - before[name] for name, weight in model.named_parameters()]
+    assert float(torch.nn.utils.get_total_norm(steps)) == pytest.approx(0.5, rel=1e-3)
 
 
 def test_minibatch_in_parts_has_the_gradient_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

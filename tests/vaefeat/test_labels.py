@@ -57,8 +57,15 @@ def test_labels_in_which_numpy_turned_the_mark_into_text_are_refused() -> None:
         encode_labels(np.array(["cat", -1, "dog"]), estimator="Classifier")
 
 
+def test_labels_in_which_the_mark_is_a_text_among_objects_are_refused() -> None:
+    """As columns of a table that was read as text have them: they would be a class of their own."""
+    for y in (np.array(["cat", "-1", "dog"], dtype=object), pd.Series(["cat", "nan", "dog"]), ["cat", "None", "dog"]):
+        with pytest.raises(InputError, match=r"got the text '.*' among labels, wanted the number -1"):
+            encode_labels(y, estimator="Classifier")
+
+
 def test_labels_of_two_types_are_refused() -> None:
-    with pytest.raises((InputError, ValueError, TypeError)):
+    with pytest.raises(InputError, match="got labels of several types, wanted one"):
         encode_labels(np.array(["cat", 3, None], dtype=object), estimator="Classifier")
 
 

@@ -63,3 +63,10 @@ def test_spread_labels_do_not_depend_on_what_the_features_are_measured_in() -> N
     scale = np.random.default_rng(0).uniform(0.1, 10, X.shape[1])
     same = spread_labels(X, labels, shares) == spread_labels(X * scale, labels, shares)
     assert same.mean() > 0.99
+
+
+def test_spread_labels_of_rows_that_tell_little_come_in_the_shares_that_are_given() -> None:
+    rows = np.random.default_rng(0).normal(size=(600, 6))
+    labels = np.where(np.arange(600) < 20, np.arange(600) % 2, -1)
+    few, many = ((spread_labels(rows, labels, np.array([1 - s, s])) == 1).mean() for s in (0.2, 0.8))
+    assert few < 0.35 < 0.65 < many

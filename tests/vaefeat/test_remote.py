@@ -62,7 +62,7 @@ def renamed(bundle: Path, folder: Path, name: str) -> Path:
 
 def test_remote_encoder_describes_the_bundle_as_the_local_one_does(url: str, local: OnnxEncoder) -> None:
     with RemoteEncoder(url) as remote:
-        for attribute in ("name", "digest", "input", "outputs", "latent_dim", "active_units", "provider"):
+        for attribute in ("name", "digest", "input", "outputs", "classes", "latent_dim", "active_units", "provider"):
             assert getattr(remote, attribute) == getattr(local, attribute)
         assert local.name in repr(remote)
 

@@ -64,7 +64,7 @@ def test_long_run_takes_the_faster_precision_and_says_how_much_it_gains(
     digits_rows: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend_runs_are_long(monkeypatch, compiling_s=1e9)
-    monkeypatch.setattr(tuning, "_time", lambda step, rows, n_rows, names: {"float32": 3.0, "bfloat16": 1.5})
+    monkeypatch.setattr(tuning, "_time", lambda vae, compute, names: {"float32": 3.0, "bfloat16": 1.5})
     result, notes, vae = train(digits_rows)
     assert result.engine.precision == "bfloat16"
     assert vae.network_dtype == torch.bfloat16
@@ -83,7 +83,7 @@ def test_measuring_for_real_settles_on_one_of_the_two(
 
 def test_slower_precision_is_left_alone(digits_rows: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_runs_are_long(monkeypatch, compiling_s=1e9)
-    monkeypatch.setattr(tuning, "_time", lambda step, rows, n_rows, names: {"float32": 1.0, "bfloat16": 1.0})
+    monkeypatch.setattr(tuning, "_time", lambda vae, compute, names: {"float32": 1.0, "bfloat16": 1.0})
     result, _, _ = train(digits_rows)
     assert result.engine.precision == "float32"
 
@@ -93,7 +93,7 @@ def test_later_runs_of_a_process_take_what_the_first_measured(
 ) -> None:
     pretend_runs_are_long(monkeypatch, compiling_s=1e9)
     times = iter([{"float32": 2.0, "bfloat16": 1.0}, {"float32": 1.0, "bfloat16": 2.0}])
-    monkeypatch.setattr(tuning, "_time", lambda step, rows, n_rows, names: next(times))
+    monkeypatch.setattr(tuning, "_time", lambda vae, compute, names: next(times))
     first, _, first_vae = train(digits_rows)
     second, _, second_vae = train(digits_rows)
     assert first.engine.precision == second.engine.precision == "bfloat16"
@@ -120,7 +120,7 @@ def test_compiling_that_gains_nothing_is_dropped(
 ) -> None:
     pretend_runs_are_long(monkeypatch, compiling_s=0.0)
     monkeypatch.setattr(TrainingStep, "compile", lambda self, rows: None)
-    monkeypatch.setattr(tuning, "_time", lambda step, rows, n_rows, names: dict.fromkeys(names, 1.0))
+    monkeypatch.setattr(tuning, "_time", lambda vae, compute, names: dict.fromkeys(names, 1.0))
     result, notes, _ = train(digits_rows)
     assert not result.engine.compiled
     assert any("made it 1.0 times as fast" in note for note in notes)
@@ -143,7 +143,7 @@ def test_resume_computes_as_the_run_before_did(
 
     checkpoint = tmp_path / "checkpoint.safetensors"
     pretend_runs_are_long(monkeypatch, compiling_s=1e9)
-    monkeypatch.setattr(tuning, "_time", lambda step, rows, n_rows, names: {"float32": 2.0, "bfloat16": 1.0})
+    monkeypatch.setattr(tuning, "_time", lambda vae, compute, names: {"float32": 2.0, "bfloat16": 1.0})
     _whole, _, whole_vae = train(digits_rows, max_epochs=3)
     with fixed_noise(0, torch.device("cpu")):
         vae = VAE.for_rows(MODEL, digits_rows)
@@ -153,7 +153,7 @@ def test_resume_computes_as_the_run_before_did(
     assert read_checkpoint(checkpoint)[1]["engine"]["precision"] == "bfloat16"
     # On this machine now the other one is faster: a run that is continued must not change over.
     monkeypatch.setattr(tuning, "_MEASURED", {})
-    monkeypatch.setattr(tuning, "_time", lambda step, rows, n_rows, names: {"float32": 1.0, "bfloat16": 2.0})
+    monkeypatch.setattr(tuning, "_time", lambda vae, compute, names: {"float32": 1.0, "bfloat16": 2.0})
     result, _, resumed = train(digits_rows, max_epochs=3, checkpoint=checkpoint, checkpoint_seconds=1e-9)
     assert result.engine.precision == "bfloat16"
     for name, value in whole_vae.state_dict().items():

@@ -283,7 +283,10 @@ def test_settings_that_cannot_be_are_refused_in_fit(X: NDArray[np.uint8]) -> Non
         ({"classification_weight": -1.0}, "got classification_weight=-1.0"),
         ({"labelled_batch_size": 0}, "got labelled_batch_size=0"),
         ({"augmentations": "affine"}, "wanted 'auto' or a tuple of names"),
-        ({"augmentations": ("replacement",)}, "augmentation of images 'replacement'"),
+        ({"augmentations": ("replacement",)}, "augmentation for rows of shape .* 'replacement'"),
+        ({"augmentations": ("color",)}, "augmentation for rows of shape .* 'color'"),
+        ({"augmentations": ("affine",), "likelihood": "tokens"}, "augmentation for ids of shape .* 'affine'"),
+        ({"augmentations": 3}, "got augmentations=3"),
         ({"encoder": "somewhere"}, "got an encoder for model='m2'"),
         ({"model_options": {"prior": "vamp"}}, "got 'prior' in model_options"),
         ({"train_options": {"patience": 3}}, "got train_options key 'patience'"),
@@ -303,6 +306,9 @@ def test_requests_that_cannot_be_met_are_refused(X: NDArray[np.uint8]) -> None:
         fitted.sample(y=11)
     with pytest.raises(InputError, match="got 2 labels for n_samples=3"):
         fitted.sample(y=[1, 2], n_samples=3)
+    with pytest.raises(InputError, match="got no label in y"):
+        fitted.sample(y=[])
+    assert fitted.sample(n_samples=np.int64(2)).shape == (2, 64)  # type: ignore[arg-type]  # as grids have numbers
     with pytest.raises(InputError, match="got n_samples=0"):
         fitted.sample(n_samples=0)
     with pytest.raises(ValueError, match="63 features, but VAEClassifier is expecting 64"):

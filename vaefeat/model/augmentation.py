@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vaefeat.errors import ConfigError
+from vaefeat.settings import unknown_name
 
 __all__ = ["IMAGE_AUGMENTATIONS", "TABLE_AUGMENTATIONS", "augment", "suitable"]
 
@@ -62,24 +62,25 @@ def augment(x: Tensor, names: Sequence[str], *, strength: float = 1.0) -> Tensor
     return x
 
 
-def suitable(row_shape: Sequence[int], names: str | Sequence[str] = "auto") -> tuple[str, ...]:
+def suitable(row_shape: Sequence[int], names: str | Sequence[str] = "auto", *, ids: bool = False) -> tuple[str, ...]:
     """Give what ``auto`` stands for with rows of a shape, and any other names as they are.
 
-    Images are not mirrored: whether they may be cannot be told from their shape.
+    Images are not mirrored: whether they may be cannot be told from their shape. Ids, unlike pixels, have no values in
+    between, so those of an image are a table's too.
 
     Raises
     ------
     ConfigError
         Names that rows of this shape have no meaning for.
     """
-    channels = row_shape[0] if len(row_shape) == 3 else 0
+    channels = row_shape[0] if len(row_shape) == 3 and not ids else 0
     if isinstance(names, str):
         return {0: ("replacement",), 3: _COLOR_IMAGES}.get(channels, _GREY_IMAGES)
     possible = set(IMAGE_AUGMENTATIONS) - (set() if channels == 3 else {"color"}) if channels else TABLE_AUGMENTATIONS
-    if wrong := [name for name in names if name not in possible]:
-        raise ConfigError(
-            f"got augmentations {wrong} for rows of shape {tuple(row_shape)}, wanted names among {sorted(possible)}"
-        )
+    for name in names:
+        if name not in possible:
+            what = "ids" if ids else "rows"
+            raise unknown_name(f"augmentation for {what} of shape {tuple(row_shape)}", name, possible)
     return tuple(names)
 
 
@@ -121,8 +122,7 @@ def _brightness(x_BCHW: Tensor, strength: float) -> Tensor:
     mean, spread = x_BCHW.mean(dim=(1, 2, 3), keepdim=True), x_BCHW.std(dim=(1, 2, 3), keepdim=True)
     contrast = 1 + _uniform(x_BCHW, -_CONTRAST * strength, _CONTRAST * strength, 1, 1, 1)
     shift = _uniform(x_BCHW, -_BRIGHTNESS * strength, _BRIGHTNESS * strength, 1, 1, 1)
-    # Within what values there are: a likelihood may know no others.
-    return (mean + (x_BCHW - mean) * contrast + shift * spread).clamp(x_BCHW.min(), x_BCHW.max())
+    return mean + (x_BCHW - mean) * contrast + shift * spread
 
 
 def _color(x_BCHW: Tensor, strength: float) -> Tensor:
@@ -132,7 +132,7 @@ def _color(x_BCHW: Tensor, strength: float) -> Tensor:
     depth = 1 + _uniform(x_BCHW, -_SATURATION * strength, _SATURATION * strength, 1, 1, 1)
     depth = torch.where(_uniform(x_BCHW, 0, 1, 1, 1, 1) < _GREY * strength, 0.0, depth)
     tint = 1 + _uniform(x_BCHW, -_SATURATION * strength / 2, _SATURATION * strength / 2, 3, 1, 1)
-    return ((grey + (x_BCHW - grey) * depth) * tint).clamp(x_BCHW.min(), x_BCHW.max())
+    return (grey + (x_BCHW - grey) * depth) * tint
 
 
 def _erasing(x_BCHW: Tensor, strength: float) -> Tensor:

@@ -58,7 +58,8 @@ def info_nce(first_BL: Tensor, second_BL: Tensor, *, temperature: float) -> Tens
 
     Views are compared by the cosine of their angle, over `temperature`; each looks for its other among the 2B - 1 that
     are not itself, and both directions are averaged. 0 is the best; log(2B - 1) is chance. log(2B - 1) minus the mean
-    bounds the mutual information of the views from below.
+    is near a lower bound on the mutual information of the views: a bound it would be if the others were independent
+    of each other, but two of them are of each row.
 
     References
     ----------

@@ -177,7 +177,7 @@ class Contrastive(Objective):
     both views' content must find each other among the views of the minibatch. Of a table's row, whose views have values of
     other rows, one is the row itself, which must also come out of the other. What differs between views, and so is
     needed for t but not for the other term, is left to the ``style_dim`` last latents. For evaluation the first view is
-    the row itself: the bound is that of the data.
+    the row itself: the bound is that of the data. Where views are corrupted, it is the clean one that must come out.
 
     After a share ``neighbours_after`` of training it is no longer the other view that looks, but one of its
     ``neighbours`` nearest among the last ``remembered`` views (:func:`vaefeat.model.contrast.neighbour_info_nce`).
@@ -218,8 +218,9 @@ class Contrastive(Objective):
     def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
         """Estimate bound and contrast; in a minibatch of one row there is nothing to contrast with."""
         x, n_content = vae.observe(rows), vae.config.latent_dim - vae.config.style_dim
-        first, second, whole = self._views(x, training=vae.training)
-        h_2BF = vae.hidden(torch.cat([first, second]))
+        first, second, whole = self._views(vae, x)
+        given = corrupt(torch.cat([first, second]), self.config.corruption, self.config.corruption_level)
+        h_2BF = vae.hidden(given)
         content_BL, other_BL = vae.posterior.statistics(h_2BF)[0][:, :n_content].chunk(2)
         contrast_B = self._contrast(content_BL, other_BL, remember=vae.training)
         q, p = vae.posterior(h_2BF[: len(x)]), vae.prior_distribution()
@@ -244,18 +245,19 @@ class Contrastive(Objective):
             self.memory.remember(second_BL)
         return chosen_B
 
-    def _views(self, x: Tensor, *, training: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def _views(self, vae: VAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Give two views of each row, and what must come out of the first one."""
-        names = suitable(x.shape[1:], self.config.augmentations)
+        scaling = vae.preprocessing
+        names = suitable(x.shape[1:], self.config.augmentations, ids=scaling.whole)
 
         def view() -> Tensor:
-            changed = augment(x, names, strength=self.config.augmentation_strength)
-            return corrupt(changed, self.config.corruption, self.config.corruption_level)
+            # A Bernoulli likelihood of what is brighter than 1 has no upper bound.
+            return augment(x, names, strength=self.config.augmentation_strength).clamp(scaling.low, scaling.high)
 
+        if not vae.training:
+            return x, view(), x
         # A moved image is an image, and has its own style; values of other rows are noise, to be seen through.
         noise = set(names) <= set(TABLE_AUGMENTATIONS)
-        if not training:
-            return x, view(), x
         first = view()
         return (first, x, x) if noise else (first, view(), first)
 

@@ -110,7 +110,27 @@ def test_replaced_values_come_from_the_same_column(digits: Tensor) -> None:
     view = augment(x, ["replacement"])
     for column in range(4):
         assert set(view[:, column].tolist()) <= set(x[:, column].tolist())
+        replaced = view[view[:, column] != x[:, column], column]
+        assert len(replaced.unique()) == len(replaced), "each from a row of its own"
     assert 0.35 < (view != x).float().mean() < 0.6
+
+
+def test_brightness_moves_the_mean_by_a_share_of_the_spread_and_turns_contrast_about_it(photographs: Tensor) -> None:
+    torch.manual_seed(0)
+    view = augment(photographs, ["brightness"])
+    moved = view.mean(dim=(1, 2, 3)) - photographs.mean(dim=(1, 2, 3))
+    assert (moved.abs() <= 0.2 * photographs.std(dim=(1, 2, 3)) * 1.001).all()
+    contrast = view.std(dim=(1, 2, 3)) / photographs.std(dim=(1, 2, 3))
+    assert 0.6 <= contrast.min() < 0.9 < 1.1 < contrast.max() <= 1.4
+
+
+def test_color_tints_what_was_grey(photographs: Tensor) -> None:
+    torch.manual_seed(0)
+    grey = photographs[:, :1].expand(-1, 3, -1, -1).contiguous()
+    ratio = augment(grey, ["color"]) / grey.clamp_min(1e-6)
+    by_channel = ratio.flatten(2).median(dim=2).values
+    assert by_channel.std(dim=1).min() > 1e-3
+    assert 0.79 <= by_channel.min() < by_channel.max() <= 1.21
 
 
 def test_auto_suits_the_kind_of_the_rows() -> None:
@@ -119,6 +139,13 @@ def test_auto_suits_the_kind_of_the_rows() -> None:
     assert "color" not in suitable((1, 28, 28))
     assert "flip" not in suitable((3, 32, 32))
     assert suitable((1, 8, 8), ("affine",)) == ("affine",)
+
+
+def test_ids_of_an_image_are_replaced_and_not_moved() -> None:
+    assert suitable((1, 8, 8), ids=True) == ("replacement",)
+    assert suitable((1, 8, 8), ("replacement",), ids=True) == ("replacement",)
+    with pytest.raises(ConfigError, match="augmentation for ids of shape"):
+        suitable((1, 8, 8), ("affine",), ids=True)
 
 
 @pytest.mark.parametrize(

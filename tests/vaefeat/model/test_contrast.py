@@ -13,6 +13,7 @@ from torch import Tensor
 from vaefeat import ModelConfig, TrainConfig
 from vaefeat.combinations import refuse_pair
 from vaefeat.errors import ConfigError
+from vaefeat.model.augmentation import augment, suitable
 from vaefeat.model.contrast import Memory, info_nce, neighbour_info_nce
 from vaefeat.model.distributions import factors
 from vaefeat.model.evaluation import evaluate
@@ -114,10 +115,14 @@ def test_objective_is_the_sum_of_its_weighted_terms(rows: Tensor) -> None:
     torch.manual_seed(3)
     terms = Contrastive(config)(vae, rows, kl_weight=0.5)
     kl_BL = factors(vae.encode(vae.observe(rows)), vae.prior_distribution())
+    torch.manual_seed(3)
+    x = vae.observe(rows)
+    second = augment(x, suitable(x.shape[1:])).clamp(0, 1)
+    means = (vae.encode(each).mean[:, :7] for each in (x, second))
+    wanted = info_nce(*means, temperature=config.contrastive_temperature)
     contrast = (terms.log_likelihood - terms.objective - 0.5 * (0.25 * kl_BL[:, :7].sum(1) + kl_BL[:, 7:].sum(1))) / 7
     assert torch.allclose(terms.kl, kl_BL.sum(1), atol=1e-5)
-    assert (contrast > 0).all()
-    assert contrast.mean() < math.log(79) + 1
+    torch.testing.assert_close(contrast, wanted, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(contrast, contrast[0], atol=1e-3), "each row has its own"
 
 
@@ -143,6 +148,43 @@ def test_held_out_bound_is_that_of_the_rows_not_of_views(rows: Tensor) -> None:
     with torch.no_grad():
         kl = factors(vae.encode(vae.observe(rows)), vae.prior_distribution()).sum(dim=1).mean()
     assert found.kl == pytest.approx(float(kl), rel=1e-5)
+
+
+def judged(vae: VAE, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Give a list that the rows which must come out are put into."""
+    rows, likelihood = [], vae.log_likelihood
+
+    def listening(x: Tensor, z: Tensor) -> Tensor:
+        rows.append(x)
+        return likelihood(x, z)
+
+    monkeypatch.setattr(vae, "log_likelihood", listening)
+    return rows
+
+
+def test_views_that_must_come_out_stay_where_the_likelihood_has_a_meaning(
+    rows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Bernoulli likelihood of values within [0, 1] is never positive; beyond, it has no upper bound."""
+    vae = model(rows).train()
+    wanted = judged(vae, monkeypatch)
+    config = TrainConfig(objective="contrastive", augmentations=("brightness",), augmentation_strength=2.0)
+    Contrastive(config)(vae, rows, kl_weight=1.0)
+    assert wanted[0].min() >= 0
+    assert wanted[0].max() <= 1
+    assert not torch.equal(wanted[0], vae.observe(rows)), "a view, and not the row"
+
+
+def test_corrupted_views_are_encoded_and_clean_ones_must_come_out(
+    rows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = model(rows).train()
+    wanted, given = judged(vae, monkeypatch), list[Tensor]()
+    vae.encoder.register_forward_hook(lambda _, inputs, output: given.append(inputs[0]))
+    config = TrainConfig(objective="contrastive", corruption="masking", corruption_level=1.0, augmentations=("affine",))
+    Contrastive(config)(vae, rows, kl_weight=1.0)
+    assert not given[0].any()
+    assert wanted[0].flatten(1).any(dim=1).all()
 
 
 def test_one_row_alone_has_nothing_to_be_contrasted_with_and_a_finite_objective(rows: Tensor) -> None:

@@ -237,15 +237,19 @@ def test_prediction_of_a_row_is_the_same_beside_others_and_in_training_mode(kind
         torch.testing.assert_close(model.train().class_log_probabilities(x), whole)
 
 
-def test_prediction_with_an_auxiliary_variable_averages_over_it() -> None:
+def test_prediction_with_an_auxiliary_variable_averages_over_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("adgm")
     x = torch.rand(1, N_FEATURES)
     with torch.no_grad():
-        # Certain of one class or another, as the first auxiliary value has it.
+        # So that a matters, and the mean of a's classes is not the class of a's mean.
+        model.get_parameter("logits.weight").mul_(6)
         torch.manual_seed(0)
         drawn = torch.stack([model.look(x).logits_BK.softmax(dim=1)[0] for _ in range(4000)])
+        monkeypatch.setattr("vaefeat.model.labelled._PREDICTION_SAMPLES", 4000)
         predicted = model.class_log_probabilities(x).exp()[0]
-    torch.testing.assert_close(predicted.float(), drawn.mean(dim=0), atol=4 * float(drawn.std(dim=0).max()) / 4, rtol=0)
+    error = float(drawn.std(dim=0).max()) / math.sqrt(4000)
+    assert drawn.std(dim=0).max() > 0.05
+    torch.testing.assert_close(predicted.float(), drawn.mean(dim=0), atol=6 * error, rtol=0)
 
 
 def test_m2_over_m1_sees_m1s_posterior_means_while_training_too(rows: Tensor) -> None:
@@ -268,6 +272,42 @@ def test_style_and_generation_have_the_shape_and_range_of_rows(kind: str, rows: 
     assert (made >= 0).all()
     assert (made <= 1).all()
     torch.testing.assert_close(made, again, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["m2", "adgm", "sdgm"])
+def test_style_and_generation_are_at_the_means_of_what_they_depend_on(kind: str, rows: Tensor) -> None:
+    model, y = build(kind).eval(), one_hot(1, N_ROWS)
+    with torch.no_grad():
+        h_BF = model.encoder(rows)
+        a_BA = h_BF[:, :0]
+        if isinstance(model, ADGM):
+            a_BA = model.auxiliary_posterior.statistics(h_BF)[0]
+        wanted = model.latents.gaussian.mean(concatenated(model.latents.joined, h_BF, y, a_BA))
+        z = model.style(rows, y)
+        torch.testing.assert_close(z, wanted)
+        seen = [z, y]
+        if isinstance(model, SDGM):
+            seen.append(model.auxiliary_prior.gaussian.mean(concatenated(model.auxiliary_prior.joined, y, z)))
+        made = torch.sigmoid(model.decoder(concatenated(model.decoded, *seen)).squeeze(1))
+        torch.testing.assert_close(model.generate(z, y), made)
+
+
+def test_rows_that_are_coins_are_tossed_anew_at_each_look() -> None:
+    model = M2(ModelConfig(latent_dim=2, binarize=True), (N_FEATURES,), log_prior_K=LOG_PRIOR)
+    rows = torch.full((400, N_FEATURES), 0.25)
+    first, second = model.observe(rows), model.observe(rows)
+    assert set(first.unique().tolist()) == {0.0, 1.0}
+    assert first.mean() == pytest.approx(0.25, abs=0.05)
+    assert not torch.equal(first, second)
+
+
+def test_changed_rows_stay_where_the_likelihood_has_a_meaning() -> None:
+    config = ModelConfig(latent_dim=2, network="mlp", hidden_dims=(8,))
+    images = torch.randint(0, 2, (6, 1, 8, 8), generator=torch.Generator().manual_seed(0)).float().numpy()
+    model = M2.for_rows(config, images, log_prior_K=LOG_PRIOR)
+    changed = model.observe(torch.from_numpy(images), ["brightness"])
+    assert 0 <= changed.min() < changed.max() <= 1
+    assert not torch.equal(changed, torch.from_numpy(images))
 
 
 def test_images_are_enumerated_with_convolutional_encoders() -> None:
