@@ -8,6 +8,7 @@ sense (:mod:`vaefeat.combinations`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 from vaefeat.combinations import refuse_model, refuse_training
 from vaefeat.settings import (
     Settings,

@@ -67,7 +67,8 @@ def choose_settings(
         ``features`` makes two views of each row agree (``objective="contrastive"``), with sizes by the kind and shape
         of the rows. ``textbook`` maximises the evidence lower bound.
     effort : {"fast", "best"}
-        ``fast`` takes minutes on two processor cores for tens of thousands of small images, ``best`` eight times as long.
+        ``fast`` takes minutes on two processor cores for tens of thousands of small images, ``best`` eight times as
+        long.
     model, train : mapping or configuration, optional
         A mapping changes the preset field by field. A :class:`ModelConfig` or :class:`TrainConfig` is the whole answer:
         then no preset is used, and what is missing of the two has its class's defaults.

@@ -379,7 +379,7 @@ class Trainer:
             observer.on_epoch(record)
 
     def _judge(self, record: EpochRecord, last_step: int) -> None:
-        """Keep the best weights (or the last), and stop when they have not improved for `patience` epochs after the warm-up."""
+        """Keep the best weights, or the last; stop when none were better for `patience` epochs after the warm-up."""
         judged = self.best_epoch and self.objective.comparable
         best = self.history[self.best_epoch - 1].heldout_objective if judged else -math.inf
         if record.heldout_objective > best:

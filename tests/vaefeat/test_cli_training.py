@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +10,10 @@ import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
-from vaefeat import TrainConfig, cli, load_bundle
+from vaefeat import cli, load_bundle
 from vaefeat.blocks_arrays import Blocks
 from vaefeat.cli import app
-from vaefeat.errors import ConfigError, InputError
+from vaefeat.errors import InputError
 
 SMALL = ("--set", "model.hidden_dims=[8]", "--set", "model.network=mlp", "--set", "model.latent_dim=2")
 

@@ -109,7 +109,7 @@ def test_method_exports_loads_embeds_and_decodes(name: str, mnist_rows: NDArray[
 def test_method_is_written_in_toml_and_read_back_the_same(name: str, tmp_path: Path) -> None:
     model, train = settings(name)
     config = load_config(toml_file(tmp_path, model, train))
-    assert (config.model, config.train) == (model, train)
+    assert (ModelConfig.from_dict(config.model), TrainConfig.from_dict(config.train)) == (model, train)
 
 
 @pytest.mark.parametrize("name", ["denoising_autoencoder", "joint_latents", "iwae_5_dreg"])

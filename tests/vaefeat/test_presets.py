@@ -108,9 +108,8 @@ def test_what_features_cannot_train_names_the_preset_that_can() -> None:
 
 
 def test_transformer_takes_the_preset_for_what_it_is_not_told() -> None:
-    short = {"max_epochs": 1, "random_state": 0}
-    features = VAETransformer(**short).fit(TABLE).bundle_.manifest
-    textbook = VAETransformer(preset="textbook", **short).fit(TABLE).bundle_.manifest
+    features = VAETransformer(max_epochs=1, random_state=0).fit(TABLE).bundle_.manifest
+    textbook = VAETransformer(preset="textbook", max_epochs=1, random_state=0).fit(TABLE).bundle_.manifest
     assert (features.objective, textbook.objective) == ("contrastive", "elbo")
     assert textbook.latent_dim == ModelConfig().latent_dim
     assert features.latent_dim == choose_settings(TABLE, n_rows=len(TABLE))[0].latent_dim

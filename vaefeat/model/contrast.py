@@ -46,7 +46,7 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def neighbours(self, views_BL: Tensor, n_nearest: int) -> Tensor:
-        """Give for each view one of the nearest in memory, by the cosine, each of them as likely: unit vectors (B, L)."""
+        """Give for each view one of the nearest in memory, by the cosine, each as likely: unit vectors (B, L)."""
         similarity_BM = functional.normalize(views_BL, dim=1) @ self.views.T
         nearest_BK = similarity_BM.topk(min(n_nearest, len(self.views)), dim=1, sorted=False).indices
         drawn_B1 = torch.randint(nearest_BK.shape[1], (len(views_BL), 1), device=views_BL.device)

@@ -83,9 +83,11 @@ class Objective(ABC):
 
     def start(self, vae: VAE) -> None:
         """Make what it keeps, on the model's device, for a run of training; elsewhere it does without."""
+        return
 
     def anneal(self, progress: float) -> None:
         """Turn what changes with the share of training that is done."""
+        return
 
     def finish(self, vae: VAE, active: Sequence[int]) -> bool:
         """Change a trained model of which only `active` latents vary; tell whether anything was changed."""
@@ -174,8 +176,8 @@ class Contrastive(Objective):
 
     log p(t|z) - kl_weight * (content_kl_weight * KL_content + KL_style) - contrastive_weight * InfoNCE, for two views t
     and t' of a row (:mod:`vaefeat.model.augmentation`): the first is encoded and must come out again, and the means of
-    both views' content must find each other among the views of the minibatch. Of a table's row, whose views have values of
-    other rows, one is the row itself, which must also come out of the other. What differs between views, and so is
+    both views' content must find each other among the views of the minibatch. Of a table's row, whose views have values
+    of other rows, one is the row itself, which must also come out of the other. What differs between views, and so is
     needed for t but not for the other term, is left to the ``style_dim`` last latents. For evaluation the first view is
     the row itself: the bound is that of the data. Where views are corrupted, it is the clean one that must come out.
 
