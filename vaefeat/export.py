@@ -64,7 +64,7 @@ def export_encoder(model: VAE | Classifier, example: NDArray[Any]) -> bytes:
 
 
 def export_decoder(vae: VAE) -> bytes:
-    """Export latents -> rows in the units of the training rows, float32; see :func:`export_encoder`."""
+    """Export features -> rows in the units of the training rows, float32; see :func:`export_encoder`."""
     return _export(_Decoder(vae), torch.zeros(2, vae.config.latent_dim), name="latents", outputs=("rows",))
 
 
@@ -98,7 +98,7 @@ def measure_parity(model: VAE | Classifier, bundle: Bundle, rows: NDArray[Any]) 
         wanted = dict(
             zip(encoder.outputs, (t.numpy() for t in model.features(torch.from_numpy(np.array(rows)))), strict=True)
         )
-        wanted["reconstruction"] = vae.reconstruct(torch.from_numpy(wanted["mean"])).numpy()
+        wanted["reconstruction"] = vae.reconstruct(vae.latents(torch.from_numpy(wanted["mean"]))).numpy()
     got = {name: encoder.embed(rows, output=name) for name in encoder.outputs}
     got["reconstruction"] = OnnxDecoder(bundle, device="cpu").decode(wanted["mean"])
 
@@ -145,7 +145,7 @@ class _Decoder(nn.Module):
         self.vae = vae
 
     def forward(self, latents: Tensor) -> Tensor:
-        return self.vae.reconstruct(latents)
+        return self.vae.reconstruct(self.vae.latents(latents))
 
 
 def _export(module: nn.Module, example: Tensor, *, name: str, outputs: Sequence[str]) -> bytes:

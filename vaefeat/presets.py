@@ -177,7 +177,7 @@ def _features(
     if image:
         own["neighbours"] = 50
     else:
-        own["contrastive_weight"] = 10.0
+        own["contrastive_weight"] = 50.0
     objective = train_changes.get("objective", "contrastive")
     if image and objective == "contrastive" and "augmentations" not in train_changes:
         own["augmentations"] = _augmentations(rows)

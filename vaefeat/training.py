@@ -202,9 +202,8 @@ class Trainer:
                 self._run_epochs()
             self.vae.load_state_dict(self.best_weights)
             evaluation = self._evaluate()
-            if self.objective.finish(self.vae, evaluation.active):
-                evaluation = self._evaluate()
         self.vae.eval()
+        self.objective.finish(self.vae, self.feed.heldout_rows)
         return TrainingResult(
             tuple(self.history), evaluation, self.feed.heldout, self.feed.heldout_rows, self.engine or Engine()
         )

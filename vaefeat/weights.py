@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import nn
 
 from vaefeat.bundle import Bundle
@@ -31,7 +32,10 @@ def restore_vae(bundle: Bundle) -> VAE:
     weights = bundle.read("weights.safetensors")
     try:
         vae = VAE(ModelConfig.from_dict(bundle.manifest.model), bundle.manifest.input.shape)
-        vae.load_state_dict(safetensors.torch.load(weights))
+        tensors = safetensors.torch.load(weights)
+        if "basis" in tensors:
+            vae.basis = torch.empty_like(tensors["basis"])
+        vae.load_state_dict(tensors)
     except (ConfigError, RuntimeError, safetensors.SafetensorError) as error:
         raise BundleError(
             f"got weights in bundle {bundle.name!r} that do not fit its configuration: {error}"

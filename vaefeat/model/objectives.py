@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
 from vaefeat.config import TrainConfig
+from vaefeat.data import batches
 from vaefeat.model.augmentation import TABLE_AUGMENTATIONS, augment, suitable
+from vaefeat.model.basis import equal_variance_basis
 from vaefeat.model.contrast import Memory, info_nce, neighbour_info_nce
 from vaefeat.model.corruption import corrupt
 from vaefeat.model.distributions import factors
 from vaefeat.model.divergences import maximum_mean_discrepancy, sliced_wasserstein
-from vaefeat.model.posteriors import DiagonalGaussian
 
 if TYPE_CHECKING:
     from vaefeat.model.vae import VAE
@@ -89,9 +91,9 @@ class Objective(ABC):
         """Turn what changes with the share of training that is done."""
         return
 
-    def finish(self, vae: VAE, active: Sequence[int]) -> bool:
-        """Change a trained model of which only `active` latents vary; tell whether anything was changed."""
-        return False
+    def finish(self, vae: VAE, rows: NDArray[Any]) -> None:
+        """Bring a trained model into the form in which it is exported; rows (n, ...) are held-out ones."""
+        return
 
     @abstractmethod
     def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
@@ -177,7 +179,7 @@ class Contrastive(Objective):
     log p(t|z) - kl_weight * (content_kl_weight * KL_content + KL_style) - contrastive_weight * InfoNCE, for two views t
     and t' of a row (:mod:`vaefeat.model.augmentation`): the first is encoded and must come out again, and the means of
     both views' content must find each other among the views of the minibatch. Of a table's row, whose views have values
-    of other rows, one is the row itself, which must also come out of the other. What differs between views, and so is
+    of other rows, the first is the row itself. What differs between views, and so is
     needed for t but not for the other term, is left to the ``style_dim`` last latents. For evaluation the first view is
     the row itself: the bound is that of the data. Where views are corrupted, it is the clean one that must come out.
 
@@ -210,12 +212,16 @@ class Contrastive(Objective):
         """Let neighbours look, once enough of training is done."""
         self._by_neighbours.fill_(progress >= self.config.neighbours_after)
 
-    def finish(self, vae: VAE, active: Sequence[int]) -> bool:
-        """Silence the latents that do not vary."""
-        passive = sorted(set(range(vae.config.latent_dim)) - set(active))
-        assert isinstance(vae.posterior, DiagonalGaussian)  # others are refused
-        vae.posterior.silence(passive)
-        return bool(passive)
+    def finish(self, vae: VAE, rows: NDArray[Any]) -> None:
+        """Give the features axes along which all of them vary alike: a scaler behind them changes nothing then."""
+        device = next(vae.parameters()).device
+        with torch.no_grad():
+            parts = [vae.features(torch.from_numpy(np.array(chunk)).to(device))[0] for chunk in batches(rows, 512)]
+        means_NL = torch.cat(parts).double().cpu().numpy()
+        # One row, all that a handful leaves, has no covariance.
+        if len(means_NL) > 1:
+            covariance_LL = np.atleast_2d(np.cov(means_NL.T))
+            vae.basis = torch.from_numpy(equal_variance_basis(covariance_LL)).float().to(device)
 
     def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
         """Estimate bound and contrast; in a minibatch of one row there is nothing to contrast with."""
@@ -258,10 +264,10 @@ class Contrastive(Objective):
 
         if not vae.training:
             return x, view(), x
-        # A moved image is an image, and has its own style; values of other rows are noise, to be seen through.
+        # A moved image is an image, and has its own style; values of other rows are noise, and nothing to reconstruct.
         noise = set(names) <= set(TABLE_AUGMENTATIONS)
         first = view()
-        return (first, x, x) if noise else (first, view(), first)
+        return (x, first, x) if noise else (first, view(), first)
 
 
 class Reconstruction(Objective):

@@ -6,7 +6,6 @@ B batch, F width of the hidden layer, L latents, S samples, V categorical variab
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -147,16 +146,6 @@ class DiagonalGaussian(GaussianPosterior):
     def statistics(self, h_BF: Tensor) -> tuple[Tensor, Tensor]:
         """Give mean and log-variance, each (B, L)."""
         return self.mean(h_BF), _bounded(self.logvar(h_BF))
-
-    @torch.no_grad()
-    def silence(self, latents: Sequence[int]) -> None:
-        """Give latents the mean 0 for every row, that of the prior.
-
-        What is left of a latent that carries nothing is noise, and whoever standardises features would make it as large
-        as all others.
-        """
-        self.mean.weight[list(latents)] = 0
-        self.mean.bias[list(latents)] = 0
 
 
 class FullGaussian(GaussianPosterior):

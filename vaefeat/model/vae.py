@@ -40,6 +40,9 @@ class VAE(nn.Module):
     network_dtype : torch.dtype
         Of the networks' arithmetic; weights, latents and everything after the networks are float32.
 
+    basis : Tensor of shape (L, L) or None
+        Orthogonal axes, one a row, that features are coordinates along; None for the latents themselves.
+
     Raises
     ------
     ConfigError
@@ -49,6 +52,8 @@ class VAE(nn.Module):
     ----------
     Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114.
     """
+
+    basis: Tensor | None
 
     def __init__(
         self, config: ModelConfig, row_shape: tuple[int, ...], *, preprocessing: Preprocessing | None = None
@@ -66,6 +71,7 @@ class VAE(nn.Module):
             raise unknown_name("prior", config.prior, PRIORS)
         self.posterior = POSTERIORS[config.posterior](config, self.encoder.hidden_dim)
         self.prior = PRIORS[config.prior](config, row_shape)
+        self.register_buffer("basis", None)
 
     @classmethod
     def for_rows(cls, config: ModelConfig, rows: NDArray[Any]) -> VAE:
@@ -124,7 +130,13 @@ class VAE(nn.Module):
         """Give what is exported for rows as they come: mean (B, L), log-variance (B, L), last hidden layer (B, F)."""
         h_BF = self.encoder(self.preprocessing(rows))
         mu_BL, logvar_BL = self.posterior.statistics(h_BF)
+        if self.basis is not None:
+            mu_BL, logvar_BL = mu_BL @ self.basis.T, (logvar_BL.exp() @ self.basis.square().T).log()
         return mu_BL, logvar_BL, h_BF
+
+    def latents(self, features_BL: Tensor) -> Tensor:
+        """Give the latents (B, L) that features are the coordinates of."""
+        return features_BL if self.basis is None else features_BL @ self.basis
 
     def reconstruct(self, z_BL: Tensor) -> Tensor:
         """Give E[x|z] in the units of the rows, float32 of shape (B, ...)."""
