@@ -311,11 +311,11 @@ class VAETransformer(_Features):
 
     def _model_changes(self) -> Mapping[str, Any]:
         own = {"latent_dim": self.n_components, **{name: getattr(self, name) for name in _MODEL_FIELDS}}
-        return plain_settings(_given(own), self.model_options, what="model_options")
+        return _given(plain_settings(own, self.model_options, what="model_options"))
 
     def _train_changes(self, seed: int) -> Mapping[str, Any]:
         own = {"device": self.device, "seed": seed, **{name: getattr(self, name) for name in _TRAIN_FIELDS}}
-        return plain_settings(_given(own), self.train_options, what="train_options")
+        return _given(plain_settings(own, self.train_options, what="train_options"))
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
