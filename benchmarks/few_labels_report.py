@@ -43,7 +43,13 @@ _HEADLINES: Mapping[str, Mapping[str, tuple[str, str, str]]] = {
 }
 _BASELINES = ("raw", "pca", "textbook", "random")
 #: Labels in all that are 10 and 100 a class.
-_COMPARED = {"mnist": (100, 1000), "cifar10": (100, 1000), "digits": (100, 1000), "table": (40, 400)}
+_COMPARED = {
+    "mnist": (100, 1000),
+    "cifar10": (100, 1000),
+    "digits": (100, 1000),
+    "table": (40, 400),
+    "traits": (20, 200),
+}
 _CURVES = (("ours", "lr_scaled"), ("ours", "lr"), ("ours", "auto"), ("finetune", "finetune"))
 #: Lines of the figure: what is pretrained here in blue, with labels alone in orange, the rest in grey.
 _DRAWN: Mapping[tuple[str, str], Mapping[str, Any]] = {

@@ -45,7 +45,7 @@ _FEW_LABEL: Mapping[str, Callable[[], Any]] = {
 _FEW_DRAWS, _DRAWS = 3, 10
 _SUPERVISED_STEPS, _EPOCHS = 1000, 20
 #: Of fine-tuning, in labels; other rows take all that a data set has.
-_FINETUNED = {"mnist": (20, 100), "cifar10": (250, 4000), "digits": (10, 100), "table": (4, 40)}
+_FINETUNED = {"mnist": (20, 100), "cifar10": (250, 4000), "digits": (10, 100), "table": (4, 40), "traits": (2, 20)}
 _GENERATIVE_LABELS = {"mnist": 100, "digits": 100}
 
 #: Gives a class for each row that judges, and the seconds of fitting.
@@ -240,14 +240,18 @@ def _supervised(task: Task, plan: Plan, n_draws: int, *, augmented: bool) -> tup
 def _generative(task: Task, plan: Plan, n_draws: int, *, name: str) -> tuple[Ledger, float, Mapping[str, Any]]:
     epochs = 1 if plan.quick else _EPOCHS
     make = partial(VAEClassifier, name, max_epochs=epochs, train_options={"threads": plan.threads})
-    settings = make().get_params()
+    settings, seconds = make().get_params(), 0.0
+    if name == "m1m2":
+        bundle = bundle_of(task, plan, "ours", lambda out: pretrain_ours(task.train, "best", out, plan=plan))
+        make = partial(make, encoder=bundle)
+        settings, seconds = {**settings, "encoder": bundle.digest}, FEATURES["ours"](task, plan).seconds
     ledger = _ledger(task, plan, name, settings)
     rows, truth = task.judges()
     for budget, seed in _draws_of(task, n_draws, among=(_GENERATIVE_LABELS[task.name],)):
         labels = task.partial(task.draw(budget, seed))
         fit = partial(_fit, partial(make, random_state=seed), np.array(task.train), labels, np.array(rows))
         ledger.measure(name, budget, seed, truth, fit)
-    return ledger, 0.0, settings
+    return ledger, seconds, settings
 
 
 def _ledger(task: Task, plan: Plan, name: str, settings: Mapping[str, Any]) -> Ledger:

@@ -21,7 +21,7 @@ from vaefeat.data import Rows, load_rows
 from vaefeat.errors import InputError
 from vaefeat.settings import unknown_name
 
-__all__ = ["ALL", "BUDGETS", "TASKS", "Task", "make_table", "open_task"]
+__all__ = ["ALL", "BUDGETS", "TASKS", "Task", "make_table", "make_traits", "open_task"]
 
 #: In the place of a number of labels: every training row's.
 ALL = "all"
@@ -31,11 +31,13 @@ BUDGETS: Mapping[str, tuple[int, ...]] = {
     "cifar10": (10, 100, 250, 1000, 4000),
     "digits": (10, 100, 1000),
     "table": (4, 40, 400),
+    "traits": (2, 20, 200),
 }
 _FOLDERS = {"mnist": "MNIST", "cifar10": "CIFAR10"}
 _N_VALIDATION = 10_000
 _N_TEST_DIGITS = 500
 _N_TABLE, _N_TEST_TABLE = 12_000, 3000
+_N_TRAITS, _N_TEST_TRAITS = 20_000, 6000
 #: Draws of up to so many labels are listed row by row, larger ones by their hash.
 _LISTED_LABELS = 100
 
@@ -102,7 +104,7 @@ def open_task(name: str, data: Path | None, *, validation: bool) -> Task:
 
     Parameters
     ----------
-    name : {"mnist", "cifar10", "digits", "table"}
+    name : {"mnist", "cifar10", "digits", "table", "traits"}
     data : Path or None
         Folder with MNIST's IDX files in ``MNIST/`` and CIFAR-10 in ``CIFAR10/``; the others need none.
     validation : bool
@@ -161,6 +163,42 @@ def make_table(n: int, *, seed: int) -> tuple[NDArray[np.float32], NDArray[np.in
     return np.hstack([values, *columns]).astype(np.float32), (cluster % n_classes).astype(np.int64)
 
 
+def make_traits(n: int, *, seed: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Generate a mixed table without clusters, in the manner of a census.
+
+    People have five traits, two of them related. Columns are: an age, years of schooling, gains and losses that most do
+    not have, hours of work, a weight that says nothing, and six categorical columns of 2 to 14 values, one-hot. The
+    class is whether a noisy sum of four traits is over a threshold. The maps are the same for every `seed`.
+
+    Returns
+    -------
+    rows : ndarray of shape (n, 48), float32
+    labels : ndarray of shape (n,), int64
+        0 or 1, about a fifth of them 1.
+    """
+    n_traits, categories = 5, (8, 7, 14, 6, 5, 2)
+    fixed, random = np.random.default_rng(7), np.random.default_rng(seed)
+    maps = [(0.9 * fixed.normal(size=(n_traits, k)), 0.8 * fixed.normal(size=k)) for k in categories]
+    traits = random.normal(size=(n, n_traits))
+    traits[:, 1] = 0.5 * traits[:, 0] + 0.86 * traits[:, 1]
+    noise = random.normal(size=(n, 7))
+    gains = random.random(n) < 1 / (1 + np.exp(2.6 - 0.8 * traits[:, 2] - 0.5 * traits[:, 1]))
+    numbers = [
+        38 + 13 * traits[:, 0] + 4 * noise[:, 0],
+        np.clip(np.round(10 + 2.4 * traits[:, 1] + 0.8 * noise[:, 1]), 1, 16),
+        np.where(gains, np.exp(8 + noise[:, 2]), 0),
+        np.where(random.random(n) < 0.05, np.exp(7.4 + 0.3 * noise[:, 3]), 0),
+        40 + 8 * traits[:, 3] + 5 * noise[:, 4],
+        np.exp(12 + 0.5 * noise[:, 5]),
+    ]
+    columns = [
+        np.eye(len(bias))[(traits @ weights + bias + random.gumbel(size=(n, len(bias)))).argmax(axis=1)]
+        for weights, bias in maps
+    ]
+    score = traits[:, :4] @ [0.9, 1.2, 0.8, 0.5] + 0.7 * gains + 0.8 * noise[:, 6]
+    return np.hstack([np.stack(numbers, axis=1), *columns]).astype(np.float32), (score > 1.6).astype(np.int64)
+
+
 def _read(name: str, data: Path | None) -> Iterator[Rows]:
     if data is None:
         raise InputError(f"got no --data, wanted the folder that has {name} in {_FOLDERS[name]}/")
@@ -191,10 +229,17 @@ def _table(data: Path | None) -> Iterator[Rows]:
     yield Rows(array=rows[-_N_TEST_TABLE:], labels=labels[-_N_TEST_TABLE:], source="table")
 
 
+def _traits(data: Path | None) -> Iterator[Rows]:
+    rows, labels = make_traits(_N_TRAITS, seed=0)
+    yield Rows(array=rows[:-_N_TEST_TRAITS], labels=labels[:-_N_TEST_TRAITS], source="traits")
+    yield Rows(array=rows[-_N_TEST_TRAITS:], labels=labels[-_N_TEST_TRAITS:], source="traits")
+
+
 #: Each gives its training rows and then, to who asks on, its test rows.
 TASKS: Mapping[str, Callable[[Path | None], Iterator[Rows]]] = {
     "mnist": _mnist,
     "cifar10": _cifar10,
     "digits": _digits,
     "table": _table,
+    "traits": _traits,
 }

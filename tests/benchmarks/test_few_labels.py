@@ -69,7 +69,7 @@ def test_quick_run_says_what_was_measured_and_lists_its_draws(tmp_path: Path) ->
     assert json.loads(again.stdout.splitlines()[-1])["rows"]["digits/ours"]["heads"] == ours["heads"]
 
 
-@pytest.mark.parametrize("name", ["digits", "table"])
+@pytest.mark.parametrize("name", ["digits", "table", "traits"])
 @pytest.mark.parametrize("validation", [False, True])
 def test_draws_are_balanced_apart_from_the_judges_and_listed(name: str, validation: bool) -> None:
     task = open_task(name, None, validation=validation)
