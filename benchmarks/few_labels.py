@@ -89,7 +89,7 @@ def main(
             console.print(f"{'holds' if check.holds else 'FAILS'}: {check.claim} ({check.because})", highlight=False)
     verdict = {word: sum(check.holds is value for check in judged) for word, value in _VERDICTS.items()}
     console.print(f"claims: {verdict['hold']} hold, {verdict['fail']} fail, {verdict['open']} not measured")
-    print(json.dumps({"split": split, **headlines(rows), "claims": verdict, "rows": found}))
+    print(json.dumps({"split": split, **headlines(rows), "claims": verdict, "rows": found, "draws": listed}))
 
 
 _VERDICTS: dict[str, bool | None] = {"hold": True, "fail": False, "open": None}
