@@ -38,6 +38,8 @@ _CHANNELS = (32, 64, 128, 256, 256, 256)
 _IMAGE_LATENTS, _TABLE_LATENTS = 144, 36
 #: One latent in nine may say what differs between views.
 _STYLE_SHARE = 9
+#: Neighbours among so many views; of fewer rows, of which a class has fewer, fewer.
+_NEIGHBOURS, _REMEMBERED = 50, 16_384
 #: Rows looked at for the choice of mirroring, and how well mirrored ones may be told apart where they belong.
 _LOOKED_AT = 2000
 _TOLD_APART = 0.6
@@ -175,7 +177,8 @@ def _features(
         "weight_decay": 1e-2,
     }
     if image:
-        own["neighbours"] = 50
+        own["remembered"] = min(_REMEMBERED, n_rows)
+        own["neighbours"] = max(1, round(_NEIGHBOURS * own["remembered"] / _REMEMBERED))
     else:
         own["contrastive_weight"] = 50.0
     objective = train_changes.get("objective", "contrastive")

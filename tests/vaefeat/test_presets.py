@@ -57,6 +57,17 @@ def test_features_of_larger_images_end_in_as_few_places() -> None:
     assert [math.ceil(side / 2 ** len(channels)) for side, channels in sides.items()] == [4, 4, 4]
 
 
+def test_neighbours_are_as_large_a_part_of_few_rows_as_of_many() -> None:
+    rows = noise(64, 1, 28, 28)
+    found = {n: choose_settings(rows, n_rows=n)[1] for n in (64, 1638, 16_384, 1_000_000)}
+    assert [(train.neighbours, train.remembered) for train in found.values()] == [
+        (1, 64),
+        (5, 1638),
+        (50, 16_384),
+        (50, 16_384),
+    ]
+
+
 def test_best_trains_eight_times_as_long_as_fast() -> None:
     rows = noise(64, 1, 28, 28)
     fast, best = (choose_settings(rows, n_rows=60_000, effort=effort)[1] for effort in ("fast", "best"))
