@@ -35,6 +35,8 @@ __all__ = ["RunResult", "run"]
 
 _ROWS_A_CALL = 4096
 _ROWS_COMPARED = 256
+#: As data sets are commonly reduced for few labels.
+_PCA_COMPONENTS = 32
 _FEATURES = {"mean": "vaefeat, posterior mean", "hidden": "vaefeat, last hidden layer"}
 
 
@@ -102,7 +104,7 @@ def run(config: RunConfig, *, console: Console, resume: bool = False) -> RunResu
             resume=resume,
         )
     features, rows_per_s = _embed(config, out, data, seconds)
-    features |= _baselines(data, n_components=bundle.manifest.latent_dim, seed=config.probe.seed)
+    features |= _baselines(data, seed=config.probe.seed)
     with _timed(seconds, "classify"), _progress() as progress:
         task = progress.add_task("classify", total=len(features) * len(HEADS) * len(draws))
         probes = probe(
@@ -166,14 +168,12 @@ def _embed_rows(
     return np.concatenate(parts)
 
 
-def _baselines(
-    data: Dataset, *, n_components: int, seed: int
-) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+def _baselines(data: Dataset, *, seed: int) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Give what the features must beat, from the rows that the encoder was trained on."""
     scale = max(1.0, float(np.abs(data.pretraining.array[:1000]).max()))
     raw = [(part.reshape(len(part), -1) / scale).astype(np.float32) for part in (data.train, data.test)]
     fitted_on = (data.pretraining.array.reshape(len(data.pretraining), -1) / scale).astype(np.float32)
-    pca = PCA(min(n_components, *fitted_on.shape), random_state=seed).fit(fitted_on)
+    pca = PCA(min(_PCA_COMPONENTS, *fitted_on.shape), random_state=seed).fit(fitted_on)
     name = "pixels" if data.train.ndim == 4 else "columns"
     return {
         f"raw {name}": (raw[0], raw[1]),

@@ -25,7 +25,6 @@ from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.labelled import LABELLED_MODELS, M1M2, LabelledVAE
 from vaefeat.model.vae import VAE
 from vaefeat.observers import ProgressBar
-from vaefeat.presets import choose_settings
 from vaefeat.pretraining import ONE_AT_A_TIME, refuse_untrainable
 from vaefeat.settings import unknown_name
 from vaefeat.training import Trainer
@@ -179,9 +178,7 @@ def _augmentations(asked: str | tuple[str, ...], row_shape: tuple[int, ...], *, 
 
 
 def _train_base(model: ModelConfig, train: TrainConfig, rows: NDArray[Any], *, progress: bool) -> VAE:
-    """Train M1 on all rows, with and without labels, as the preset for features does; labels are not looked at."""
-    shared = {name: getattr(train, name) for name in ("max_epochs", "device", "threads", "seed")}
-    sized, settings = choose_settings(rows, n_rows=len(rows), model={"latent_dim": _BASE_LATENTS}, train=shared)
-    vae = VAE.for_rows(replace(model, latent_dim=_BASE_LATENTS, style_dim=sized.style_dim), rows)
-    Trainer(vae, rows, settings, observers=[ProgressBar()] if progress else []).run()
+    """Train M1 on all rows, with and without labels; labels are not looked at."""
+    vae = VAE.for_rows(replace(model, latent_dim=_BASE_LATENTS), rows)
+    Trainer(vae, rows, train, observers=[ProgressBar()] if progress else []).run()
     return vae.cpu()

@@ -44,7 +44,7 @@ def test_run_prints_a_table_of_features_and_baselines(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     out, done = finished
-    for name in ("vaefeat, posterior mean", "vaefeat, last hidden layer", "raw pixels", "PCA, 16 components"):
+    for name in ("vaefeat, posterior mean", "vaefeat, last hidden layer", "raw pixels", "PCA, 32 components"):
         assert re.search(rf"{name}.*\d+\.\d ± \d+\.\d.*\d+\.\d ± \d+\.\d", done.stdout), name
     assert str(out) in done.stdout.replace("\n", "")
 
