@@ -129,6 +129,9 @@ METHODS: Mapping[str, Method] = {
     "infovae": Method(train={"objective": "infovae", "kl_weight": 0.5}),
     "sliced_wasserstein": Method(_POINT, {"objective": "sliced_wasserstein"}),
     "contrastive": Method({"latent_dim": 72, "style_dim": 8}, {"objective": "contrastive"}),
+    "neighbours": Method(
+        {"latent_dim": 72, "style_dim": 8}, {"objective": "contrastive", "neighbours": 12, "remembered": 4096}
+    ),
     "denoising_vae_gaussian": Method(train={"corruption": "gaussian"}),
     "denoising_vae_masking": Method(train={"corruption": "masking"}),
     "denoising_vae_salt_and_pepper": Method(train={"corruption": "salt_and_pepper"}),
