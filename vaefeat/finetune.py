@@ -54,9 +54,10 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         See :class:`vaefeat.finetune_config.FineTuneConfig`.
     augmentations : {"auto"} or tuple of str
         Changes that leave a row's class alone, keys of :data:`vaefeat.model.augmentation.IMAGE_AUGMENTATIONS` or, for
-        tables, of :data:`~vaefeat.model.augmentation.TABLE_AUGMENTATIONS`. ``auto`` moves and brightens images and
-        erases parts of them; those of three channels are also cropped and mirrored and get other colours. For tables it
-        takes values from other rows. Name them where mirror images, say, are of another class.
+        tables, of :data:`~vaefeat.model.augmentation.TABLE_AUGMENTATIONS`. ``auto`` takes those that the bundle was
+        pretrained with, which its rows decided. Where there are none, it moves and brightens images and erases parts of
+        them; those of three channels are also cropped and mirrored and get other colours. For tables it takes values
+        from other rows. Name them where mirror images, say, are of another class.
     strength : float
         Of these changes.
     class_shares : array-like of shape (n_classes,), optional
@@ -241,6 +242,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         # Ids, unlike pixels, have no values in between.
         moving = image and base.manifest.model["likelihood"] != "tokens"
         if self.augmentations == "auto":
+            pretrained = base.manifest.train
+            if pretrained["objective"] == "contrastive" and isinstance(pretrained["augmentations"], list):
+                return tuple(pretrained["augmentations"])
             colour = moving and base.manifest.input.shape[0] == 3
             return _AUTO_COLOUR if colour else _AUTO_IMAGE if moving else _AUTO_TABLE
         return named_augmentations(self.augmentations)

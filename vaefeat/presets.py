@@ -23,7 +23,7 @@ EFFORTS = ("fast", "best")
 
 Changes = Mapping[str, Any]
 
-#: Minibatches of the features preset, and how many of the smallest images they are made for.
+#: Minibatches of the features preset for images of this many values; of larger ones fewer are taken.
 _STEPS = {"fast": 2500, "best": 20_000}
 _PIXELS = 28 * 28
 #: Of the textbook preset: epochs, the fewest steps, and what differs from the classes' defaults.
@@ -31,6 +31,9 @@ _TEXTBOOK: dict[str, tuple[int, int, dict[str, Any]]] = {
     "fast": (8, 1000, {"learning_rate": 4e-3}),
     "best": (100, 5000, {}),
 }
+#: The log-likelihood of an image grows with its values, and what outweighs it must; 100 for the smallest of them.
+_LEAST_CONTRAST, _MOST_CONTRAST = 20.0, 400.0
+_TABLE_CONTRAST = 50.0
 _BATCH, _SMALLEST_BATCH = 256, 32
 #: Images are halved until their shorter side is at most this.
 _LAST_SIDE = 4
@@ -178,9 +181,11 @@ def _features(
     }
     if image:
         own["remembered"] = min(_REMEMBERED, n_rows)
+        n_values = math.prod(rows.shape[1:])
+        own["contrastive_weight"] = min(max(100.0 * n_values / _PIXELS, _LEAST_CONTRAST), _MOST_CONTRAST)
         own["neighbours"] = max(1, round(_NEIGHBOURS * own["remembered"] / _REMEMBERED))
     else:
-        own["contrastive_weight"] = 50.0
+        own["contrastive_weight"] = _TABLE_CONTRAST
     objective = train_changes.get("objective", "contrastive")
     if image and objective == "contrastive" and "augmentations" not in train_changes:
         own["augmentations"] = _augmentations(rows)

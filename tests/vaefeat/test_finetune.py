@@ -379,3 +379,13 @@ class TestRefusals:
     def test_folder_without_a_bundle_is_refused(self, tmp_path: Path, X: NDArray[np.uint8]) -> None:
         with pytest.raises(BundleError, match="wanted the folder of a bundle"):
             quick(tmp_path).fit(X[:100], Y[:100])
+
+
+def test_rows_are_changed_as_in_pretraining_where_the_bundle_says_how(
+    digits_rows: NDArray[np.uint8], digits_bundle: Path
+) -> None:
+    train = {"max_epochs": 1, "augmentations": ("affine",)}
+    bundle = pretrain(digits_rows[:200], model={"hidden_dims": (16,)}, train=train, progress=False)
+    assert FineTuneClassifier(bundle)._augmentations(bundle) == ("affine",)
+    textbook = load_bundle(digits_bundle)
+    assert FineTuneClassifier(textbook)._augmentations(textbook) == ("affine", "brightness", "erasing")
