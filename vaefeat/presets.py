@@ -31,7 +31,7 @@ _TEXTBOOK: dict[str, tuple[int, int, dict[str, Any]]] = {
     "fast": (8, 1000, {"learning_rate": 4e-3}),
     "best": (100, 5000, {}),
 }
-#: The log-likelihood of an image grows with its values, and what outweighs it must; 100 for the smallest of them.
+#: The log-likelihood of an image grows with its values, and what must outweigh it grows along: it is 100 for that many.
 _LEAST_CONTRAST, _MOST_CONTRAST = 20.0, 400.0
 _TABLE_CONTRAST = 50.0
 _BATCH, _SMALLEST_BATCH = 256, 32
