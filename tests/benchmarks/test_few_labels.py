@@ -184,16 +184,16 @@ def test_checks_tell_a_baseline_that_is_better_and_a_curve_that_turns_up() -> No
         f"mnist/{name}": row(lr_scaled={"100": 20.0, "1000": 10.0}) for name in ("raw", "pca", "textbook", "random")
     }
     rows["mnist/ours"] = row(lr_scaled={"10": 30.0, "100": 5.0, "1000": 3.0, "all": 2.0})
-    assert verdict(rows, "mnist, 100 labels, lr_scaled") is True
-    assert verdict(rows, "mnist, 1000 labels, lr_scaled") is True
+    assert verdict(rows, "mnist, ours, 100 labels, lr_scaled") is True
+    assert verdict(rows, "mnist, ours, 1000 labels, lr_scaled") is True
     assert verdict(rows, "mnist, ours, lr_scaled") is True
-    assert verdict(rows, "mnist, 100 labels, lr:") is None
+    assert verdict(rows, "mnist, ours, 100 labels, lr:") is None
     rows["mnist/random"] = row(lr_scaled={"100": 5.0, "1000": 10.0})
-    assert verdict(rows, "mnist, 100 labels, lr_scaled") is False, "as good is not better"
+    assert verdict(rows, "mnist, ours, 100 labels, lr_scaled") is False, "as good is not better"
     del rows["mnist/random"]
-    assert verdict(rows, "mnist, 100 labels, lr_scaled") is None, "a baseline is missing"
+    assert verdict(rows, "mnist, ours, 100 labels, lr_scaled") is None, "a baseline is missing"
     rows["mnist/raw"] = row(lr_scaled={"100": 4.0})
-    assert verdict(rows, "mnist, 100 labels, lr_scaled") is False, "one that is better is enough"
+    assert verdict(rows, "mnist, ours, 100 labels, lr_scaled") is False, "one that is better is enough"
     rows["mnist/ours"] = row(lr_scaled={"10": 30.0, "100": 5.0, "1000": 5.1, "all": 2.0})
     assert verdict(rows, "mnist, ours, lr_scaled") is False
     assert {check.holds for check in checks({})} == {None}
