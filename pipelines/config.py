@@ -182,7 +182,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         check_choice("preset", self.preset, PRESETS)
         check_choice("effort", self.effort, EFFORTS)
-        refuse_changes(self.model, self.train)
+        refuse_changes(self.model, self.train, preset=self.preset)
 
     @property
     def device(self) -> str:

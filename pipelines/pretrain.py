@@ -176,6 +176,9 @@ def _has_test_rows(path: str) -> bool:
 def _open_launch(folder: Path, config: RunConfig, *, launch: str, resume: bool) -> None:
     """Remove the checkpoint of an earlier launch, which workers that are started again would take for their own."""
     world = World.current()
+    # Before anything of the launch before is removed.
+    if (given := config.train.get("batch_size", world.size)) < world.size:
+        raise ConfigError(f"got train.batch_size={given} for {world.size} workers, wanted a row each")
     if world.leads:
         folder.mkdir(parents=True, exist_ok=True)
         mark = folder / _LAUNCH_FILE

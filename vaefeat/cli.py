@@ -68,7 +68,7 @@ def pretrain(
     settings = with_overrides({"model": {}, "train": {}}, override or ())
     if unknown := sorted(settings.keys() - {"model", "train"}):
         raise unknown_name("--set table", unknown[0], ("model", "train"))
-    refuse_changes(**settings)
+    refuse_changes(**settings, preset=preset)
     if resume and stream is None:
         # Not by the memory that is free today: rows that are streamed come in another order.
         stream = _was_streamed(out)

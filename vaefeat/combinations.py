@@ -18,6 +18,8 @@ _CATEGORICAL = {"categorical", "joint"}
 _FLOWS = {"planar", "iaf"}
 _TRAINED_PRIORS = {"learned", "mixture", "vamp", "flow"}
 _PRIORS_WITHOUT_CLOSED_FORM = {"mixture", "vamp", "flow"}
+#: Whose KL divergence is no sum over latents, or none.
+_OTHER_POSTERIORS = {*_CATEGORICAL, *_FLOWS, "full", "deterministic"}
 _BOUNDS = {"elbo", "iwae", "infovae"}
 
 
@@ -80,6 +82,14 @@ def refuse_training(config: TrainConfig) -> None:
             f"got gradient='doubly_reparameterized' with objective={config.objective!r}: only weighted samples have "
             "one; take gradient='auto', or objective='iwae' with n_samples above 1"
         )
+    if config.objective == "contrastive" and config.batch_size == 1:
+        raise ConfigError(
+            "got batch_size=1 with objective='contrastive', which tells rows of a minibatch from each other"
+        )
+    if config.neighbours > config.remembered:
+        raise ConfigError(
+            f"got neighbours={config.neighbours} of remembered={config.remembered} views; take as many of them or fewer"
+        )
     if config.objective == "contrastive" and config.patience is not None:
         raise ConfigError(
             f"got patience={config.patience} with objective='contrastive', whose values in different epochs cannot be "
@@ -108,7 +118,9 @@ def refuse_pair(model: ModelConfig, train: TrainConfig) -> None:
             "posterior='diagonal'"
         )
     if train.objective == "contrastive" and (
-        model.posterior != "diagonal" or model.prior in _PRIORS_WITHOUT_CLOSED_FORM or train.kl_estimator == "sampled"
+        model.posterior in _OTHER_POSTERIORS
+        or model.prior in _PRIORS_WITHOUT_CLOSED_FORM
+        or train.kl_estimator == "sampled"
     ):
         raise ConfigError(
             f"got objective='contrastive' with {pair} and kl_estimator={train.kl_estimator!r}: it weighs the KL "

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vaefeat.combinations import refuse_model, refuse_training
+from vaefeat.errors import ConfigError
 from vaefeat.settings import (
     Settings,
     check_bool,
@@ -312,7 +313,11 @@ class TrainConfig(Settings):
         ):
             check_number(name, getattr(self, name), above=0)
         if self.augmentations != "auto":
-            for augmentation in check_tuple("augmentations", self.augmentations):
+            if not isinstance(self.augmentations, tuple):
+                raise ConfigError(
+                    f"got augmentations={self.augmentations!r}, wanted 'auto' or a tuple of names, () for none"
+                )
+            for augmentation in self.augmentations:
                 check_choice("every name in augmentations", augmentation, _AUGMENTATIONS)
         if self.weight_prior_std is not None:
             check_number("weight_prior_std", self.weight_prior_std, above=0)

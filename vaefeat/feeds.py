@@ -21,11 +21,19 @@ from vaefeat.errors import InputError
 from vaefeat.streams import RowStream
 from vaefeat.world import World
 
-__all__ = ["ArrayFeed", "DeviceFeed", "Feed", "StreamFeed", "make_feed", "split_heldout"]
+__all__ = ["ArrayFeed", "DeviceFeed", "Feed", "StreamFeed", "make_feed", "sample_of", "split_heldout"]
 
 _MAX_HELDOUT_ROWS = 10_000
+_SAMPLED_ROWS = 4096
 #: Of the memory that is free on a device, what the rows may take.
 _DEVICE_SHARE = 0.5
+
+
+def sample_of(rows: NDArray[Any] | RowStream) -> NDArray[Any]:
+    """Give some thousands of the rows (n, ...), spread over them, which may be sorted."""
+    if isinstance(rows, RowStream):
+        return rows.sample
+    return rows[:: max(1, len(rows) // _SAMPLED_ROWS)][:_SAMPLED_ROWS]
 
 
 class Feed(ABC):

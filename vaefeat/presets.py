@@ -14,9 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaefeat.config import ModelConfig, TrainConfig
+from vaefeat.errors import ConfigError
 from vaefeat.settings import check_choice, check_int
 
-__all__ = ["EFFORTS", "PRESETS", "backgrounds_differ", "choose_settings", "mirrored_rows_belong", "refuse_changes"]
+__all__ = [
+    "EFFORTS",
+    "PRESETS",
+    "backgrounds_differ",
+    "choose_settings",
+    "mirrored_rows_belong",
+    "plain_changes",
+    "refuse_changes",
+]
 
 PRESETS = ("features", "textbook")
 EFFORTS = ("fast", "best")
@@ -25,6 +34,10 @@ Changes = Mapping[str, Any]
 
 #: Minibatches of the features preset for images of this many values; of larger ones fewer are taken.
 _STEPS = {"fast": 2500, "best": 20_000}
+#: However few rows there are.
+_MOST_EPOCHS = {"fast": 500, "best": 4000}
+#: Checkpoints of a whole run, at most about twice as many.
+_CHECKPOINTS = 50
 _PIXELS = 28 * 28
 #: Of the textbook preset: epochs, the fewest steps, and what differs from the classes' defaults.
 _TEXTBOOK: dict[str, tuple[int, int, dict[str, Any]]] = {
@@ -35,7 +48,7 @@ _TEXTBOOK: dict[str, tuple[int, int, dict[str, Any]]] = {
 _LEAST_CONTRAST, _MOST_CONTRAST = 20.0, 400.0
 _TABLE_CONTRAST = 50.0
 _BATCH, _SMALLEST_BATCH = 256, 32
-#: Images are halved until their shorter side is at most this.
+#: Images are halved until their shorter side is at most this, or as often as there are widths.
 _LAST_SIDE = 4
 _CHANNELS = (32, 64, 128, 256, 256, 256)
 _IMAGE_LATENTS, _TABLE_LATENTS = 144, 36
@@ -43,8 +56,9 @@ _IMAGE_LATENTS, _TABLE_LATENTS = 144, 36
 _STYLE_SHARE = 9
 #: Neighbours among so many views; of fewer rows, of which a class has fewer, fewer.
 _NEIGHBOURS, _REMEMBERED = 50, 16_384
-#: Rows looked at for the choice of mirroring, and how well mirrored ones may be told apart where they belong.
-_LOOKED_AT = 2000
+#: Images looked at, and pixels of a side, for the choice of mirroring; how well mirrored ones may be told apart where
+#: they belong.
+_LOOKED_AT, _LOOKED_AT_SIDE = 2000, 32
 _TOLD_APART = 0.6
 #: Changes of light, and how far backgrounds must be spread to allow them, as a share of the range of values.
 _LIGHT = ("brightness", "color")
@@ -73,7 +87,7 @@ def choose_settings(
         of the rows. ``textbook`` maximises the evidence lower bound.
     effort : {"fast", "best"}
         ``fast`` takes minutes on two processor cores for tens of thousands of small images, ``best`` eight times as
-        long.
+        long (``textbook``: 100 epochs at most against 8).
     model, train : mapping or configuration, optional
         A mapping changes the preset field by field. A :class:`ModelConfig` or :class:`TrainConfig` is the whole answer:
         then no preset is used, and what is missing of the two has its class's defaults.
@@ -96,7 +110,13 @@ def choose_settings(
     check_choice("preset", preset, PRESETS)
     check_choice("effort", effort, EFFORTS)
     check_int("n_rows", n_rows, at_least=1)
+    model, train = plain_changes(model, what="model"), plain_changes(train, what="train")
     if isinstance(model, ModelConfig) or isinstance(train, TrainConfig):
+        if (preset, effort) != ("features", "fast"):
+            raise ConfigError(
+                f"got preset={preset!r} and effort={effort!r} with a whole configuration, which takes their place; "
+                "give a mapping of the fields to change, such as {'latent_dim': 16}, or leave preset and effort out"
+            )
         return (
             model if isinstance(model, ModelConfig) else ModelConfig.from_dict(model or {}),
             train if isinstance(train, TrainConfig) else TrainConfig.from_dict(train or {}),
@@ -107,8 +127,19 @@ def choose_settings(
     return _features(rows, effort, n_rows, model_changes, train_changes)
 
 
-def refuse_changes(model: Changes, train: Changes) -> None:
-    """Refuse changes that no preset can be meant to have, before any row is read.
+def plain_changes(given: Any, *, what: str) -> Any:
+    """Take a mapping with Python's numbers for NumPy's, or a configuration as it is; refuse anything else."""
+    if given is None or isinstance(given, ModelConfig if what == "model" else TrainConfig):
+        return given
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"got {what}={given!r}, wanted a mapping of fields to values, or a whole configuration")
+    return {
+        key: value.tolist() if isinstance(value, np.generic | np.ndarray) else value for key, value in given.items()
+    }
+
+
+def refuse_changes(model: Changes, train: Changes, *, preset: str = "features") -> None:
+    """Refuse changes that the preset cannot be meant to have, before any row is read.
 
     Raises
     ------
@@ -116,7 +147,7 @@ def refuse_changes(model: Changes, train: Changes) -> None:
         An unknown setting, or an impossible value.
     """
     # Room for any style that the preset's own width would have room for.
-    ModelConfig.from_dict({"latent_dim": _IMAGE_LATENTS, **model})
+    ModelConfig.from_dict({**({"latent_dim": _IMAGE_LATENTS} if preset == "features" else {}), **model})
     TrainConfig.from_dict(train)
 
 
@@ -137,8 +168,10 @@ def mirrored_rows_belong(images: NDArray[Any]) -> bool:
 
     if len(images) < 2 * _SMALLEST_BATCH:
         return False
-    chosen = images[:: max(1, len(images) // _LOOKED_AT)][:_LOOKED_AT].astype(np.float32)
+    chosen = _looked_at(images)
     halves = chosen[::2], chosen[1::2]
+    if not halves[0].reshape(len(halves[0]), -1).var(axis=0).any():
+        return False
     rows, mirrored = zip(*(_with_mirrored(half) for half in halves), strict=True)
     n_components = min(30, len(rows[0]) // 4, rows[0].shape[1])
     judge = make_pipeline(PCA(n_components, random_state=0), LinearDiscriminantAnalysis())
@@ -154,9 +187,16 @@ def backgrounds_differ(images: NDArray[Any]) -> bool:
     ----------
     images : ndarray of shape (n, C, H, W)
     """
-    chosen = images[:: max(1, len(images) // _LOOKED_AT)][:_LOOKED_AT].astype(np.float32)
+    chosen = _looked_at(images)
     border = np.concatenate([chosen[:, :, 0], chosen[:, :, -1], chosen[..., 0], chosen[..., -1]], axis=2)
     return bool(np.median(border, axis=2).std(axis=0).max() > _LEAST_LIGHT * np.ptp(chosen))
+
+
+def _looked_at(images: NDArray[Any]) -> NDArray[np.float32]:
+    """Give some of the images, with few enough of their pixels to be held several times."""
+    step = max(1, len(images) // _LOOKED_AT)
+    down, across = (math.ceil(side / _LOOKED_AT_SIDE) for side in images.shape[2:])
+    return np.asarray(images[::step][:_LOOKED_AT, :, ::down, ::across], dtype=np.float32)
 
 
 def _with_mirrored(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -168,33 +208,41 @@ def _features(
     rows: NDArray[Any], effort: str, n_rows: int, model_changes: dict[str, Any], train_changes: dict[str, Any]
 ) -> tuple[ModelConfig, TrainConfig]:
     image = rows.ndim == 4
+    contrastive = train_changes.get("objective", "contrastive") == "contrastive"
     sizes = _image_sizes(rows.shape[1:]) if image else {"latent_dim": _TABLE_LATENTS, "hidden_dims": (256, 256)}
     latent_dim = model_changes.get("latent_dim", sizes["latent_dim"])
-    if image and train_changes.get("objective", "contrastive") == "contrastive" and isinstance(latent_dim, int):
+    if image and contrastive and isinstance(latent_dim, int):
         sizes["style_dim"] = latent_dim // _STYLE_SHARE
     model = ModelConfig.from_dict({**sizes, **model_changes})
 
-    own: dict[str, Any] = {
-        "objective": "contrastive",
-        "batch_size": max(_SMALLEST_BATCH, min(_BATCH, n_rows // 8)),
-        "weight_decay": 1e-2,
-    }
-    if image:
-        own["remembered"] = min(_REMEMBERED, n_rows)
-        n_values = math.prod(rows.shape[1:])
-        own["contrastive_weight"] = min(max(100.0 * n_values / _PIXELS, _LEAST_CONTRAST), _MOST_CONTRAST)
-        own["neighbours"] = max(1, round(_NEIGHBOURS * own["remembered"] / _REMEMBERED))
-    else:
-        own["contrastive_weight"] = _TABLE_CONTRAST
-    objective = train_changes.get("objective", "contrastive")
-    if image and objective == "contrastive" and "augmentations" not in train_changes:
-        own["augmentations"] = _augmentations(rows)
     n_steps = _STEPS[effort]
     if image:
         n_steps = round(n_steps / max(1.0, math.sqrt(math.prod(rows.shape[1:]) / _PIXELS)))
+    own: dict[str, Any] = {"batch_size": max(_SMALLEST_BATCH, min(_BATCH, n_rows // 8)), "weight_decay": 1e-2}
+    if contrastive:
+        own |= {"objective": "contrastive", "contrastive_weight": _TABLE_CONTRAST}
+        if image:
+            own |= _image_contrast(rows, n_rows, model, train_changes)
     given = TrainConfig.from_dict({**own, **train_changes})
-    own["max_epochs"] = math.ceil(n_steps / _steps_per_epoch(given, n_rows))
+    own["max_epochs"] = min(math.ceil(n_steps / _steps_per_epoch(given, n_rows)), _MOST_EPOCHS[effort])
+    own["checkpoint_every"] = max(1, own["max_epochs"] // _CHECKPOINTS)
     return model, TrainConfig.from_dict({**own, **train_changes})
+
+
+def _image_contrast(
+    images: NDArray[Any], n_rows: int, model: ModelConfig, train_changes: dict[str, Any]
+) -> dict[str, Any]:
+    weight = 100.0 * math.prod(images.shape[1:]) / _PIXELS
+    remembered = min(_REMEMBERED, n_rows)
+    own: dict[str, Any] = {
+        "contrastive_weight": min(max(weight, _LEAST_CONTRAST), _MOST_CONTRAST),
+        "remembered": remembered,
+        "neighbours": max(1, round(_NEIGHBOURS * train_changes.get("remembered", remembered) / _REMEMBERED)),
+    }
+    # Ids, unlike pixels, have no values in between: `auto` leaves them alone.
+    if "augmentations" not in train_changes and model.likelihood != "tokens":
+        own["augmentations"] = _augmentations(images)
+    return own
 
 
 def _image_sizes(shape: tuple[int, ...]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from vaefeat.model.networks import network_name
 from vaefeat.model.vae import VAE, likelihood_name
 from vaefeat.model_card import model_card, reconstruction_picture
 from vaefeat.observers import EventLog, Observer, ProgressBar, shown_activity
-from vaefeat.presets import choose_settings
+from vaefeat.presets import choose_settings, plain_changes, refuse_changes
 from vaefeat.streams import RowStream
 from vaefeat.training import Trainer, TrainingResult
 from vaefeat.weights import weights_of
@@ -58,7 +58,7 @@ HISTORY_FILE = "history.json"
 #: threads of it would disturb each other, so the second waits.
 ONE_AT_A_TIME = threading.RLock()
 _LOG = logging.getLogger("vaefeat")
-#: Fields of TrainConfig that no preset sets.
+#: Fields of TrainConfig that the split of the rows depends on; no preset sets them.
 _SPLIT = ("heldout", "seed")
 _PARITY_ROWS = 1000
 _DIAGNOSED_ROWS = 256
@@ -142,6 +142,9 @@ def pretrain(
     >>> bundle.manifest.latent_dim
     8
     """
+    model, train = plain_changes(model, what="model"), plain_changes(train, what="train")
+    if not isinstance(model, ModelConfig) and not isinstance(train, TrainConfig):
+        refuse_changes(model or {}, train or {}, preset=preset)
     folder = Path(out) if out is not None else None
     name = name or (folder.resolve().name if folder else "encoder")
     check_name(name)

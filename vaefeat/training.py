@@ -40,7 +40,7 @@ from vaefeat.checkpoint import (
 from vaefeat.combinations import refuse_pair, refuse_workers
 from vaefeat.config import TrainConfig
 from vaefeat.errors import CompileError, NonFiniteLossError, TrainingInterrupted
-from vaefeat.feeds import make_feed
+from vaefeat.feeds import make_feed, sample_of
 from vaefeat.heldout import HeldOut
 from vaefeat.interruption import StopRequest, stop_on_signals
 from vaefeat.memory import explaining_memory
@@ -74,7 +74,7 @@ class TrainingResult:
     ----------
     history : tuple of EpochRecord
     evaluation : Evaluation
-        On the held-out rows, of the best weights.
+        On the held-out rows, of the weights that were kept.
     heldout : ndarray of shape (m,)
         Indices of the rows that were never trained on.
     heldout_rows : ndarray of shape (m, ...)
@@ -96,7 +96,7 @@ class Trainer:
     Parameters
     ----------
     vae : VAE
-        Trained in place; on return it holds the weights with the best held-out objective.
+        Trained in place; on return it holds the weights with the best held-out objective, or the last ones.
     rows : ndarray of shape (n, ...) or RowStream
         uint8 or float32, n of at least 2; an array is indexed by the minibatch, so a memory map works.
     config : TrainConfig
@@ -142,6 +142,7 @@ class Trainer:
             device=self.device,
             world=self.world,
         )
+        self.sample = sample_of(rows)
         self.batch_size, self.steps_per_epoch = self.feed.batch_size, self.feed.steps_per_epoch
         self.total_steps = config.max_epochs * self.steps_per_epoch
         self.take_step = TrainingStep(
@@ -201,9 +202,9 @@ class Trainer:
             with self._observed():
                 self._run_epochs()
             self.vae.load_state_dict(self.best_weights)
+            self.vae.eval()
+            self.objective.finish(self.vae, self.sample)
             evaluation = self._evaluate()
-        self.vae.eval()
-        self.objective.finish(self.vae, self.feed.heldout_rows)
         return TrainingResult(
             tuple(self.history), evaluation, self.feed.heldout, self.feed.heldout_rows, self.engine or Engine()
         )

@@ -34,7 +34,7 @@ def restore_vae(bundle: Bundle) -> VAE:
         vae = VAE(ModelConfig.from_dict(bundle.manifest.model), bundle.manifest.input.shape)
         tensors = safetensors.torch.load(weights)
         if "basis" in tensors:
-            vae.basis = torch.empty_like(tensors["basis"])
+            vae.basis = torch.empty(vae.config.latent_dim, vae.config.latent_dim)
         vae.load_state_dict(tensors)
     except (ConfigError, RuntimeError, safetensors.SafetensorError) as error:
         raise BundleError(

@@ -118,6 +118,57 @@ def test_changes_are_refused_before_any_row_is_read() -> None:
         refuse_changes({"latent_dim": 0}, {})
 
 
+def test_numpys_numbers_are_numbers() -> None:
+    model, train = choose_settings(
+        TABLE, n_rows=300, model={"latent_dim": np.int64(9)}, train={"max_epochs": np.int32(2)}
+    )
+    assert (model.latent_dim, train.max_epochs) == (9, 2)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"model": "conv"}, {"train": [2]}, {"model": TrainConfig()}, {"train": ModelConfig()}]
+)
+def test_what_is_neither_mapping_nor_configuration_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="wanted a mapping"):
+        pretrain(TABLE, progress=False, **settings)
+
+
+@pytest.mark.parametrize("chosen", [{"effort": "best"}, {"preset": "textbook"}])
+def test_preset_beside_a_whole_configuration_is_refused(chosen: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="takes their place"):
+        choose_settings(TABLE, n_rows=300, model=ModelConfig(), **chosen)  # type: ignore[arg-type]
+
+
+def test_few_rows_make_for_more_epochs_within_reason() -> None:
+    for effort, most in (("fast", 500), ("best", 4000)):
+        _, train = choose_settings(TABLE[:5], n_rows=5, effort=effort)
+        assert train.max_epochs == most
+        assert most // train.checkpoint_every <= 100
+
+
+def test_ids_are_left_alone() -> None:
+    _, train = choose_settings(noise(40, 1, 8, 8), n_rows=40, model={"likelihood": "tokens"})
+    assert train.augmentations == "auto"
+
+
+def test_a_typing_error_is_told_as_such() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'diagonal'"):
+        pretrain(TABLE, model={"posterior": "diag"}, progress=False)
+
+
+def test_large_images_are_looked_at_in_part() -> None:
+    images = np.random.default_rng(0).integers(0, 100, size=(200, 3, 300, 200), dtype=np.uint8)
+    assert mirrored_rows_belong(images)
+    images[..., :100] += 100
+    assert not mirrored_rows_belong(images)
+
+
+def test_blank_images_say_nothing_of_mirroring() -> None:
+    images = np.zeros((5000, 1, 8, 8), dtype=np.uint8)
+    images[17] = 3
+    assert not mirrored_rows_belong(images)
+
+
 def test_what_features_cannot_train_names_the_preset_that_can() -> None:
     with pytest.raises(ConfigError, match="preset='textbook'"):
         pretrain(TABLE, model={"posterior": "iaf"}, progress=False)

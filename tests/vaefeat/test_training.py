@@ -147,7 +147,7 @@ def test_resume_of_any_kind_of_run_equals_one_that_was_never_stopped(
 
 def test_last_weights_are_kept_where_objectives_of_epochs_cannot_be_compared(digits_rows: NDArray[np.uint8]) -> None:
     settings: dict[str, Any] = {"objective": "contrastive", "neighbours": 5, "remembered": 64, "max_epochs": 24}
-    run = trainer(digits_rows[:400], batch_size=64, neighbours_after=0.5, learning_rate=5e-3, **settings)
+    run = trainer(digits_rows[:400], batch_size=64, contrastive_temperature=0.02, learning_rate=5e-3, **settings)
     history = run.run().history
     assert max(record.heldout_objective for record in history) > history[-1].heldout_objective
     assert run.best_epoch == 24

@@ -31,11 +31,6 @@ class Memory(nn.Module):
         self.register_buffer("views", torch.zeros(size, width))
         self.register_buffer("n_seen", torch.zeros((), dtype=torch.int64))
 
-    @property
-    def full(self) -> Tensor:
-        """Whether there is a view in every place: a scalar that is not waited for."""
-        return self.n_seen >= len(self.views)
-
     @torch.no_grad()
     def remember(self, views_BL: Tensor) -> None:
         """Put views in the places of the oldest ones."""
@@ -48,6 +43,9 @@ class Memory(nn.Module):
     def neighbours(self, views_BL: Tensor, n_nearest: int) -> Tensor:
         """Give for each view one of the nearest in memory, by the cosine, each as likely: unit vectors (B, L)."""
         similarity_BM = functional.normalize(views_BL, dim=1) @ self.views.T
+        # A place that is still empty is near to nothing.
+        empty_M = torch.arange(len(self.views), device=views_BL.device) >= self.n_seen
+        similarity_BM = similarity_BM.masked_fill(empty_M, float("-inf"))
         nearest_BK = similarity_BM.topk(min(n_nearest, len(self.views)), dim=1, sorted=False).indices
         drawn_B1 = torch.randint(nearest_BK.shape[1], (len(views_BL), 1), device=views_BL.device)
         return self.views[nearest_BK.gather(1, drawn_B1).squeeze(1)]

@@ -92,7 +92,7 @@ class Objective(ABC):
         return
 
     def finish(self, vae: VAE, rows: NDArray[Any]) -> None:
-        """Bring a trained model into the form in which it is exported; rows (n, ...) are held-out ones."""
+        """Bring a trained model into the form in which it is exported, by some of the rows (n, ...)."""
         return
 
     @abstractmethod
@@ -214,14 +214,9 @@ class Contrastive(Objective):
 
     def finish(self, vae: VAE, rows: NDArray[Any]) -> None:
         """Give the features axes along which all of them vary alike: a scaler behind them changes nothing then."""
-        device = next(vae.parameters()).device
-        with torch.no_grad():
-            parts = [vae.features(torch.from_numpy(np.array(chunk)).to(device))[0] for chunk in batches(rows, 512)]
-        means_NL = torch.cat(parts).double().cpu().numpy()
-        # One row, all that a handful leaves, has no covariance.
-        if len(means_NL) > 1:
-            covariance_LL = np.atleast_2d(np.cov(means_NL.T))
-            vae.basis = torch.from_numpy(equal_variance_basis(covariance_LL)).float().to(device)
+        vae.basis = None
+        means_NL = _exported_means(vae, rows).double().cpu().numpy()
+        vae.basis = torch.from_numpy(equal_variance_basis(np.atleast_2d(np.cov(means_NL.T)))).to(next(vae.parameters()))
 
     def __call__(self, vae: VAE, rows: Tensor, *, kl_weight: float | Tensor) -> Terms:
         """Estimate bound and contrast; in a minibatch of one row there is nothing to contrast with."""
@@ -248,7 +243,8 @@ class Contrastive(Objective):
         by_neighbours_B = neighbour_info_nce(
             first_BL, second_BL, self.memory, n_nearest=self.config.neighbours, temperature=temperature
         )
-        chosen_B = torch.where(self._by_neighbours & self.memory.full, by_neighbours_B, contrast_B)
+        enough = self.memory.n_seen >= self.config.neighbours
+        chosen_B = torch.where(self._by_neighbours & enough, by_neighbours_B, contrast_B)
         if remember:
             self.memory.remember(second_BL)
         return chosen_B
@@ -358,6 +354,12 @@ class SlicedWasserstein(_Matching):
     def divergence(self, z_NL: Tensor, prior_NL: Tensor) -> Tensor:
         """Give the squared sliced Wasserstein-2 distance."""
         return sliced_wasserstein(z_NL, prior_NL, n_projections=self.config.n_projections)
+
+
+@torch.no_grad()
+def _exported_means(vae: VAE, rows: NDArray[Any]) -> Tensor:
+    device = next(vae.parameters()).device
+    return torch.cat([vae.features(torch.from_numpy(np.array(chunk)).to(device))[0] for chunk in batches(rows, 512)])
 
 
 def kl_of(q: Distribution, p: Distribution, z_SBL: Tensor) -> Tensor:

@@ -61,12 +61,12 @@ def test_length_of_the_mean_does_not_count() -> None:
     assert torch.allclose(longer, info_nce(first, second, temperature=0.3), atol=1e-6)
 
 
-def test_memory_holds_the_last_views_and_is_full_when_every_place_is_taken() -> None:
+def test_memory_holds_the_last_views() -> None:
     memory, views = Memory(5, 3), torch.randn(7, 3)
     memory.remember(views[:4])
-    assert not memory.full
+    assert int(memory.n_seen) == 4
+    assert not memory.views[4].any()
     memory.remember(views[4:])
-    assert memory.full
     unit = views / views.norm(dim=1, keepdim=True)
     assert sorted(memory.views.tolist()) == sorted(unit[2:].tolist())
 
@@ -81,6 +81,15 @@ def test_memory_draws_each_of_the_nearest_and_no_other() -> None:
     places = [int(np.flatnonzero((memory.views.numpy() == row).all(axis=1))[0]) for row in drawn.numpy()]
     assert set(places) == nearest
     assert min(places.count(place) for place in nearest) > 20
+
+
+def test_places_that_are_empty_yet_are_nobodys_neighbours() -> None:
+    torch.manual_seed(0)
+    memory = Memory(50, 4)
+    # All of them point away from what looks.
+    memory.remember(-torch.rand(3, 4) - 0.1)
+    drawn = memory.neighbours(torch.rand(200, 4) + 0.1, 3)
+    assert {tuple(row) for row in drawn.tolist()} == {tuple(row) for row in memory.views[:3].tolist()}
 
 
 def test_neighbours_term_is_the_cross_entropy_written_out() -> None:
@@ -185,6 +194,29 @@ def test_corrupted_views_are_encoded_and_clean_ones_must_come_out(
     Contrastive(config)(vae, rows, kl_weight=1.0)
     assert not given[0].any()
     assert wanted[0].flatten(1).any(dim=1).all()
+
+
+def test_what_must_come_out_is_the_view_of_an_image_and_the_row_of_a_table_itself(rows: Tensor) -> None:
+    objective = Contrastive(TrainConfig(objective="contrastive"))
+    vae = model(rows)
+    x = vae.observe(rows)
+    first, second, whole = objective._views(vae.train(), x)
+    assert torch.equal(first, whole)
+    assert not torch.equal(first, x)
+    assert not torch.equal(first, second)
+    first, second, whole = objective._views(vae.eval(), x)
+    assert torch.equal(first, x)
+    assert torch.equal(whole, x)
+    assert not torch.equal(second, x)
+
+    table = torch.randn(40, 6)
+    vae = VAE.for_rows(ModelConfig(latent_dim=4, hidden_dims=(8,)), table.numpy())
+    x = vae.observe(table)
+    for training in (True, False):
+        first, second, whole = objective._views(vae.train(training), x)
+        assert torch.equal(first, x)
+        assert torch.equal(whole, x)
+        assert not torch.equal(second, x)
 
 
 def test_one_row_alone_has_nothing_to_be_contrasted_with_and_a_finite_objective(rows: Tensor) -> None:
