@@ -197,8 +197,8 @@ def _fit(make: Callable[[], Any], X: NDArray[Any], y: NDArray[np.int64], judges:
 
 
 def _finetune(task: Task, plan: Plan, n_draws: int) -> tuple[Ledger, float, Mapping[str, Any]]:
-    bundle = bundle_of(task, plan, "ours", lambda out: pretrain_ours(task.train, "best", out, plan=plan))
-    features: Features = FEATURES["ours"](task, plan)
+    bundle = bundle_of(task, plan, "ours_fast", lambda out: pretrain_ours(task.train, "fast", out, plan=plan))
+    features: Features = FEATURES["ours_fast"](task, plan)
     shorter: dict[str, Any] = {"max_steps": 20, "patience": None} if plan.quick else {}
     make = partial(FineTuneClassifier, bundle, threads=plan.threads, **shorter)
     shown = {key: value for key, value in make().get_params().items() if key != "bundle"}
@@ -242,9 +242,9 @@ def _generative(task: Task, plan: Plan, n_draws: int, *, name: str) -> tuple[Led
     make = partial(VAEClassifier, name, max_epochs=epochs, train_options={"threads": plan.threads})
     settings, seconds = make().get_params(), 0.0
     if name == "m1m2":
-        bundle = bundle_of(task, plan, "ours", lambda out: pretrain_ours(task.train, "best", out, plan=plan))
+        bundle = bundle_of(task, plan, "ours_fast", lambda out: pretrain_ours(task.train, "fast", out, plan=plan))
         make = partial(make, encoder=bundle)
-        settings, seconds = {**settings, "encoder": bundle.digest}, FEATURES["ours"](task, plan).seconds
+        settings, seconds = {**settings, "encoder": bundle.digest}, FEATURES["ours_fast"](task, plan).seconds
     ledger = _ledger(task, plan, name, settings)
     rows, truth = task.judges()
     for budget, seed in _draws_of(task, n_draws, among=(_GENERATIVE_LABELS[task.name],)):
@@ -275,7 +275,7 @@ ROWS: Mapping[str, Row] = {
     "pythae": Row("pythae's VAE, mean", partial(_frozen, name="pythae")),
     "ours_fast": Row("vaefeat, fast, mean", partial(_frozen, name="ours_fast", few_label=True)),
     "ours": Row("vaefeat, best, mean", partial(_frozen, name="ours", few_label=True)),
-    "finetune": Row("vaefeat, best, fine-tuned", _finetune, _FEW_DRAWS),
+    "finetune": Row("vaefeat, fast, fine-tuned", _finetune, _FEW_DRAWS),
     "supervised": Row("the same network, labels alone", partial(_supervised, augmented=False), _FEW_DRAWS),
     "supervised_augmented": Row(
         "the same with vaefeat's augmentations", partial(_supervised, augmented=True), _FEW_DRAWS

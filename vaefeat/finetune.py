@@ -20,7 +20,7 @@ from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import requiring
 from vaefeat.estimator_inputs import flat_images, named_augmentations
 from vaefeat.finetune_config import FineTuneConfig
-from vaefeat.labels import class_names, class_shares, encode_labels, given_shares
+from vaefeat.labels import class_names, class_shares, encode_labels, given_shares, labelled_accuracy
 from vaefeat.model_card import renamed
 
 __all__ = ["FineTuneClassifier"]
@@ -204,6 +204,10 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Give the most probable class of each row, an ndarray of shape (n,)."""
         probability = self.predict_proba(X)
         return np.asarray(self.classes_[probability.argmax(axis=1)])
+
+    def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+        """Give the accuracy on the rows that have a label: in a search, folds hold rows without one, too."""
+        return labelled_accuracy(self.predict(X), y, sample_weight)
 
     def save_bundle(self, path: str | PathLike[str], *, name: str | None = None) -> Bundle:
         """Write the bundle to a folder, for the service and for :class:`vaefeat.VAEFeatures`.

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import chisquare
+from sklearn.metrics import accuracy_score
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import column_or_1d
+from sklearn.utils.validation import check_consistent_length, column_or_1d
 
 from vaefeat.errors import InputError
 
-__all__ = ["UNLABELLED", "class_names", "class_shares", "encode_labels", "given_shares"]
+__all__ = ["UNLABELLED", "class_names", "class_shares", "encode_labels", "given_shares", "labelled_accuracy"]
 
 #: scikit-learn's mark for a row without a label.
 UNLABELLED = -1
@@ -85,6 +86,25 @@ def encode_labels(y: ArrayLike | None, *, estimator: str) -> tuple[NDArray[Any],
     encoded = np.full(len(values), UNLABELLED, dtype=np.int64)
     encoded[known] = codes
     return classes, encoded
+
+
+def labelled_accuracy(predicted: NDArray[Any], y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+    """Give the share of labelled rows whose class was predicted; rows marked as unlabelled say nothing.
+
+    Raises
+    ------
+    InputError
+        No row has a label.
+    """
+    if isinstance(y, list | tuple) and any(isinstance(label, str) for label in y):
+        y = np.array(y, dtype=object)
+    values = column_or_1d(y)
+    check_consistent_length(predicted, values)
+    known = ~_unlabelled(values)
+    if not known.any():
+        raise InputError(f"got no label among {len(values)} rows to score, wanted at least one")
+    weights = None if sample_weight is None else np.asarray(sample_weight)[known]
+    return float(accuracy_score(_natural(values[known]), predicted[known], sample_weight=weights))
 
 
 def class_names(classes: NDArray[Any]) -> tuple[str | int | float | bool, ...]:

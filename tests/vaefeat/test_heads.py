@@ -233,3 +233,24 @@ def test_heads_need_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_auto_takes_a_line_where_labels_flow_astray() -> None:
+    """One direction of thirty tells the classes: neighbours know nothing of it."""
+    X = np.random.default_rng(0).normal(size=(2000, 30)).astype(np.float32)
+    y = (X[:, 0] > 0).astype(np.int64)
+    head = few_label_head(random_state=0).fit(X, few(y, 40))
+    assert head.kind_ == "logistic"
+    assert head.score(X, y) > few_label_head("spread", random_state=0).fit(X, few(y, 40)).score(X, y)
+
+
+def test_auto_spreads_where_there_are_too_few_labels_to_compare() -> None:
+    X = np.random.default_rng(0).normal(size=(500, 30)).astype(np.float32)
+    assert few_label_head(random_state=0).fit(X, few((X[:, 0] > 0).astype(np.int64), 2)).kind_ == "spread"
+
+
+def test_rows_without_a_label_are_not_scored(digits: tuple[NDArray[np.float32], NDArray[np.int64]]) -> None:
+    X, y = digits
+    partial = few(y, 20)
+    head = few_label_head("logistic").fit(X, partial)
+    assert head.score(X, partial) == (head.predict(X) == y)[partial >= 0].mean()
