@@ -263,9 +263,7 @@ class FewLabelHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             partial[asked] = UNLABELLED
             line = LogisticRegression(C=_C, max_iter=_MAX_ITER).fit(features[places[shown]], known[places[shown]])
             spread = spread_labels(features, partial, self.class_shares_)[asked]
-            lead += float(np.count_nonzero(spread == known[asked])) - float(np.count_nonzero(
-                line.predict(features[asked]) == known[asked]
-            )
+            lead += (spread == known[asked]).sum() - (line.predict(features[asked]) == known[asked]).sum()
         return "spread" if lead >= 0 else "logistic"
 
     def _sample(
