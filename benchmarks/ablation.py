@@ -54,12 +54,13 @@ _LABELS_A_CLASS, _DRAWS = 10, 10
 @app.command()
 def main(
     data: Annotated[Path | None, typer.Option(help="Folder with MNIST/; without it MNIST is left out.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A data set; may be repeated. All when not given.")] = None,
     results: Annotated[Path | None, typer.Option(help="A JSON file that takes the figures in.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Processor threads.")] = 1,
 ) -> None:
     """Train every variant on every data set, and print a table and one line of JSON."""
     found: dict[str, Any] = json.loads(results.read_text()) if results is not None and results.is_file() else {}
-    for name in (["mnist"] if data is not None else []) + ["digits", "table", "traits"]:
+    for name in only or (["mnist"] if data is not None else []) + ["digits", "table", "traits"]:
         task = open_task(name, data, validation=True)
         for part in PARTS:
             if not _differs(task, part) or part in found.get(name, {}):
