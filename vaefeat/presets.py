@@ -33,9 +33,9 @@ EFFORTS = ("fast", "best")
 Changes = Mapping[str, Any]
 
 #: Minibatches of the features preset for images of this many values; of larger ones fewer are taken.
-_STEPS = {"fast": 2500, "best": 20_000}
+_STEPS = {"fast": 2500, "best": 5000}
 #: However few rows there are.
-_MOST_EPOCHS = {"fast": 500, "best": 4000}
+_MOST_EPOCHS = {"fast": 500, "best": 1000}
 #: Checkpoints of a whole run, at most about twice as many.
 _CHECKPOINTS = 50
 _PIXELS = 28 * 28
@@ -86,7 +86,7 @@ def choose_settings(
         ``features`` makes two views of each row agree (``objective="contrastive"``), with sizes by the kind and shape
         of the rows. ``textbook`` maximises the evidence lower bound.
     effort : {"fast", "best"}
-        ``fast`` takes minutes on two processor cores for tens of thousands of small images, ``best`` eight times as
+        ``fast`` takes minutes on two processor cores for tens of thousands of small images, ``best`` twice as
         long (``textbook``: 100 epochs at most against 8).
     model, train : mapping or configuration, optional
         A mapping changes the preset field by field. A :class:`ModelConfig` or :class:`TrainConfig` is the whole answer:

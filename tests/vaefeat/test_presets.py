@@ -73,10 +73,10 @@ def test_contrast_keeps_up_with_the_likelihood_of_larger_images() -> None:
     assert list(sides.values()) == [20, 100, 225, 400]
 
 
-def test_best_trains_eight_times_as_long_as_fast() -> None:
+def test_best_trains_twice_as_long_as_fast() -> None:
     rows = noise(64, 1, 28, 28)
     fast, best = (choose_settings(rows, n_rows=60_000, effort=effort)[1] for effort in ("fast", "best"))
-    assert 7 < n_steps(best, 60_000) / n_steps(fast, 60_000) < 9
+    assert 1.8 < n_steps(best, 60_000) / n_steps(fast, 60_000) < 2.2
 
 
 def test_mapping_changes_a_preset_field_by_field() -> None:
@@ -140,7 +140,7 @@ def test_preset_beside_a_whole_configuration_is_refused(chosen: dict[str, str]) 
 
 
 def test_few_rows_make_for_more_epochs_within_reason() -> None:
-    for effort, most in (("fast", 500), ("best", 4000)):
+    for effort, most in (("fast", 500), ("best", 1000)):
         _, train = choose_settings(TABLE[:5], n_rows=5, effort=effort)
         assert train.max_epochs == most
         assert most // train.checkpoint_every <= 100
