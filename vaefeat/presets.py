@@ -55,7 +55,8 @@ _IMAGE_LATENTS, _TABLE_LATENTS = 144, 36
 #: One latent in nine may say what differs between views.
 _STYLE_SHARE = 9
 #: Neighbours among so many views; of fewer rows, of which a class has fewer, fewer.
-_NEIGHBOURS, _REMEMBERED = 50, 16_384
+#: A longer run cuts classes into finer groups, unless it looks further.
+_NEIGHBOURS, _REMEMBERED = {"fast": 50, "best": 200}, 16_384
 #: Images looked at, and pixels of a side, for the choice of mirroring; how well mirrored ones may be told apart where
 #: they belong.
 _LOOKED_AT, _LOOKED_AT_SIDE = 2000, 32
@@ -222,7 +223,7 @@ def _features(
     if contrastive:
         own |= {"objective": "contrastive", "contrastive_weight": _TABLE_CONTRAST}
         if image:
-            own |= _image_contrast(rows, n_rows, model, train_changes)
+            own |= _image_contrast(rows, effort, n_rows, model, train_changes)
     given = TrainConfig.from_dict({**own, **train_changes})
     own["max_epochs"] = min(math.ceil(n_steps / _steps_per_epoch(given, n_rows)), _MOST_EPOCHS[effort])
     own["checkpoint_every"] = max(1, own["max_epochs"] // _CHECKPOINTS)
@@ -230,14 +231,14 @@ def _features(
 
 
 def _image_contrast(
-    images: NDArray[Any], n_rows: int, model: ModelConfig, train_changes: dict[str, Any]
+    images: NDArray[Any], effort: str, n_rows: int, model: ModelConfig, train_changes: dict[str, Any]
 ) -> dict[str, Any]:
     weight = 100.0 * math.prod(images.shape[1:]) / _PIXELS
     remembered = min(_REMEMBERED, n_rows)
     own: dict[str, Any] = {
         "contrastive_weight": min(max(weight, _LEAST_CONTRAST), _MOST_CONTRAST),
         "remembered": remembered,
-        "neighbours": max(1, round(_NEIGHBOURS * train_changes.get("remembered", remembered) / _REMEMBERED)),
+        "neighbours": max(1, round(_NEIGHBOURS[effort] * train_changes.get("remembered", remembered) / _REMEMBERED)),
     }
     # Ids, unlike pixels, have no values in between: `auto` leaves them alone.
     if "augmentations" not in train_changes and model.likelihood != "tokens":

@@ -68,6 +68,12 @@ def test_neighbours_are_as_large_a_part_of_few_rows_as_of_many() -> None:
     ]
 
 
+def test_longer_run_looks_further_for_neighbours() -> None:
+    rows = noise(64, 1, 28, 28)
+    found = {effort: choose_settings(rows, n_rows=60_000, effort=effort)[1].neighbours for effort in ("fast", "best")}
+    assert found == {"fast": 50, "best": 200}
+
+
 def test_contrast_keeps_up_with_the_likelihood_of_larger_images() -> None:
     sides = {side: choose_settings(noise(4, 1, side, side), n_rows=4)[1].contrastive_weight for side in (8, 28, 42, 99)}
     assert list(sides.values()) == [20, 100, 225, 400]
