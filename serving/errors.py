@@ -17,15 +17,21 @@ type                       status  when
 ``invalid_parameter``      400     an unknown query parameter, output or key, or no model named where several are served
 ``not_found``              404     no such address
 ``unknown_model``          404     no such model
+``unauthorized``           401     no API key, or one that is not known
+``forbidden``              403     a key without the scope that this route asks for
 ``method_not_allowed``     405
 ``not_acceptable``         406     Accept leaves neither npy nor JSON
 ``body_timeout``           408     the body did not arrive in time
+``conflict``               409     a model that cannot be loaded or unloaded as asked
+``length_required``        411     a body whose length no Content-Length announces
 ``too_large``              413     more bytes or rows than the limits allow
 ``unsupported_media_type`` 415     neither npy nor JSON, or compressed
 ``invalid_rows``           422     well-formed, but not what the bundle takes (:class:`vaefeat.errors.InputError`)
+``rate_limited``           429     more rows or bytes than the key may send; try again after Retry-After
 ``internal_error``         500     a defect of ours; the server's log has it under the request id
 ``non_finite_output``      500     the encoder computed NaN or infinity
-``overloaded``             503     too many requests at once, or no answer in time; try again after Retry-After
+``overloaded``             503     too many requests or rows at once; try again after Retry-After
+``deadline_exceeded``      504     not computed within the time that the request or the service allows
 =========================  ======  ====================================================================================
 """
 
@@ -91,9 +97,9 @@ def too_large(message: str) -> RequestError:
     return RequestError(413, "too_large", message, headers={"connection": "close"})
 
 
-def overloaded(message: str) -> RequestError:
+def overloaded(message: str, *, retry_after_s: int = 1) -> RequestError:
     """Answer 503 with a time after which to try again."""
-    return RequestError(503, "overloaded", message, headers={"retry-after": "1"})
+    return RequestError(503, "overloaded", message, headers={"retry-after": str(retry_after_s)})
 
 
 def as_request_error(error: Exception) -> RequestError:

@@ -8,6 +8,7 @@
 ``decoder.onnx``            latents -> rows in the units of the training rows (float32)
 ``weights.safetensors``     the torch weights, to fine-tune
 ``head.safetensors``        of a classifier: the weights of its last layer
+``reference.safetensors``   some rows with their means, and the means' distribution: what a server checks itself by
 ``README.md``, ``*.png``    model card and pictures, written by the code
 ==========================  =======================================================================================
 

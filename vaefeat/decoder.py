@@ -67,5 +67,5 @@ class OnnxDecoder:
         rows = np.empty((len(latents), *self.row_shape), dtype=np.float32)
         for start in range(0, len(latents), self.batch_size):
             stop = start + self.batch_size
-            rows[start:stop] = self._graph.run("rows", {"latents": latents[start:stop]})
+            (rows[start:stop],) = self._graph.run(["rows"], {"latents": latents[start:stop]})
         return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
@@ -123,8 +124,30 @@ class OnnxEncoder:
         features = np.empty((len(rows), self.outputs[output]), dtype=np.float32)
         for start in range(0, len(rows), self.batch_size):
             stop = start + self.batch_size
-            features[start:stop] = self._graph.run(output, {"rows": rows[start:stop]})
+            (features[start:stop],) = self.compute(rows[start:stop], [output])
         return features
+
+    def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Encode one micro-batch, for those who check and cut rows themselves; several threads may call it at a time.
+
+        Parameters
+        ----------
+        rows : ndarray of shape (n, ...)
+            As :meth:`InputSpec.prepare` gives them. `batch_size` is not observed.
+        outputs : sequence of str
+            Names among ``outputs``.
+
+        Returns
+        -------
+        list of ndarray of shape (n, outputs[output]), float32
+            In the order that they are named in.
+
+        Raises
+        ------
+        DeviceError
+            ONNX Runtime failed, for instance because the device's memory is full.
+        """
+        return self._graph.run(outputs, {"rows": rows})
 
     def __getstate__(self) -> dict[str, Any]:
         # A session cannot be pickled, but it opens in milliseconds where it arrives.

@@ -20,6 +20,7 @@ from vaefeat.model.objectives import OBJECTIVES
 from vaefeat.model_card import model_card, reconstruction_picture
 from vaefeat.observers import shown_activity
 from vaefeat.pretraining import ONE_AT_A_TIME
+from vaefeat.reference import REFERENCE_FILE, Reference
 from vaefeat.weights import restore_vae, weights_of
 
 __all__ = ["classifier_bundle", "fine_tune"]
@@ -139,7 +140,9 @@ def classifier_bundle(
         metrics={**manifest.metrics, **figures, "n_heldout": 0},
         parity={},
     )
-    manifest = replace(manifest, parity=measure_parity(classifier, Bundle.of(manifest, contents), shown))
+    exported = Bundle.of(manifest, contents)
+    manifest = replace(manifest, parity=measure_parity(classifier, exported, shown))
+    contents[REFERENCE_FILE] = Reference.of(exported, shown, seed=tuner.config.seed).to_bytes()
     picture = None
     if manifest.input.kind == "image":
         picture = "reconstructions.png"

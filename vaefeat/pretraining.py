@@ -34,6 +34,7 @@ from vaefeat.model.vae import VAE, likelihood_name
 from vaefeat.model_card import model_card, reconstruction_picture
 from vaefeat.observers import EventLog, Observer, ProgressBar, shown_activity
 from vaefeat.presets import choose_settings, plain_changes, refuse_changes
+from vaefeat.reference import REFERENCE_FILE, Reference
 from vaefeat.streams import RowStream
 from vaefeat.training import Trainer, TrainingResult
 from vaefeat.weights import weights_of
@@ -316,7 +317,9 @@ def make_bundle(
         parity={},
         versions={library: _version(library) for library in _LIBRARIES},
     )
-    manifest = replace(manifest, parity=measure_parity(vae, Bundle.of(manifest, contents), shown))
+    exported = Bundle.of(manifest, contents)
+    manifest = replace(manifest, parity=measure_parity(vae, exported, shown))
+    contents[REFERENCE_FILE] = Reference.of(exported, np.array(looked_at[:_PARITY_ROWS]), seed=train.seed).to_bytes()
     picture = None
     if manifest.input.kind == "image":
         picture = _PICTURE

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +49,8 @@ class OpenedGraph:
     device: str
     reason: str
 
-    def run(self, output: str, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """Compute one output.
+    def run(self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+        """Compute some of the outputs, in the order that they are named in; may be called by several threads.
 
         Raises
         ------
@@ -58,14 +58,13 @@ class OpenedGraph:
             ONNX Runtime failed, for instance because the device's memory is full.
         """
         try:
-            (result,) = self.session.run([output], inputs)
+            computed: list[NDArray[np.float32]] = self.session.run(list(outputs), inputs)
         except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
             n_rows = len(next(iter(inputs.values())))
             raise DeviceError(
                 f"ONNX Runtime failed on {n_rows} rows on {self.device}: {error}; "
                 "with a smaller batch_size it needs less memory"
             ) from error
-        computed: NDArray[np.float32] = result
         return computed
 
     @property

@@ -1,0 +1,495 @@
+"""The row-level batcher: rows of many requests become batches for the device, and vectors of batches answers again.
+
+A batch is cut the moment a lane (a thread that computes) is free, from whatever rows wait then: no timer holds rows
+back from a free device, and no batch is cut before a busy one could take it, which under load would make small batches
+of what arrives together. A request with more rows than a batch holds is split; requests with few are put together. What
+comes out for a row is the same to the last bit whatever batch it went through, because the encoders are invariant to
+their neighbours (tested), so that how rows are cut is a matter of speed alone.
+
+Everything but :meth:`Lane.run` happens on one event loop, and needs no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.errors import RequestError, overloaded
+
+__all__ = ["BatchFigures", "Computes", "Job", "RowBatcher"]
+
+#: Rows that are not worth splitting over lanes: handing over to a thread costs as much as computing them.
+_MIN_SHARE = 32
+#: Interactive batches after which one of bulk work is cut, so that it goes on under any load.
+_BULK_EVERY = 8
+#: How often deadlines of rows that wait are looked at, in seconds; only while some do.
+_SWEEP_S = 0.05
+#: Weight of the newest batch in the measured rate.
+_RATE_WEIGHT = 0.1
+_MAX_RETRY_AFTER_S = 30
+
+Features = dict[str, NDArray[np.float32]]
+
+
+class Computes(Protocol):
+    """What a job is computed by: a model of one version."""
+
+    def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Encode checked rows, in a lane's thread."""
+
+
+class Job:
+    """The rows of one request on their way.
+
+    Parameters
+    ----------
+    model : Computes
+    rows : ndarray of shape (n, ...)
+        As the model takes them, n > 0.
+    outputs : tuple of str
+    bulk : bool
+        Whether it gives way to others.
+    deadline : float
+        On the loop's clock; rows that wait longer are not computed.
+    future : Future
+        Its result is a dict of features by output.
+
+    Attributes
+    ----------
+    queued, cut, done : float
+        On the loop's clock: when it came, when its first rows were cut, when its last vector was there.
+    device_s : float
+        Seconds that the batches it took part in were computed for, at most; they may overlap.
+    """
+
+    __slots__ = (
+        "bulk",
+        "cut",
+        "deadline",
+        "device_s",
+        "done",
+        "future",
+        "model",
+        "outputs",
+        "parts",
+        "pending",
+        "queued",
+        "rows",
+        "span",
+        "taken",
+    )
+
+    def __init__(
+        self,
+        model: Computes,
+        rows: NDArray[Any],
+        outputs: tuple[str, ...],
+        *,
+        bulk: bool,
+        deadline: float,
+        queued: float,
+        future: asyncio.Future[Features],
+        span: Any = None,
+    ) -> None:
+        self.model, self.rows, self.outputs, self.bulk, self.deadline = model, rows, outputs, bulk, deadline
+        self.future, self.queued, self.span = future, queued, span
+        self.taken = 0
+        self.pending = len(rows)
+        self.parts: Features = {}
+        self.cut = self.done = queued
+        self.device_s = 0.0
+
+
+class BatchFigures(Protocol):
+    """Told of every batch, on the event loop."""
+
+    def __call__(self, batch: Batch) -> None:
+        """Take note."""
+
+
+class Batch:
+    """Rows of one model that are computed together.
+
+    Attributes
+    ----------
+    members : list of (Job, int, int)
+        Whose rows these are, from where to where.
+    device_s : float
+        Seconds of computing.
+    """
+
+    __slots__ = ("began", "device_s", "error", "features", "members", "model", "n_rows", "outputs", "unusable")
+
+    def __init__(self, model: Computes) -> None:
+        self.model = model
+        self.members: list[tuple[Job, int, int]] = []
+        self.n_rows = 0
+        self.outputs: tuple[str, ...] = ()
+        self.features: list[NDArray[np.float32]] = []
+        self.error: Exception | None = None
+        #: Which rows have features that are not finite; None where all have.
+        self.unusable: NDArray[np.bool_] | None = None
+        self.began = self.device_s = 0.0
+
+    def add(self, job: Job, n_rows: int) -> None:
+        self.members.append((job, job.taken, job.taken + n_rows))
+        job.taken += n_rows
+        self.n_rows += n_rows
+        if job.outputs != self.outputs:
+            self.outputs = job.outputs if not self.outputs else tuple(dict.fromkeys(self.outputs + job.outputs))
+
+    def compute(self) -> None:
+        """Compute, in a lane's thread; whatever goes wrong is kept."""
+        self.began = time.perf_counter()
+        try:
+            parts = [job.rows[start:stop] for job, start, stop in self.members]
+            rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            self.features = self.model.compute(rows, self.outputs)
+            for features in self.features:
+                # A sum is finite only if no term is NaN or infinite: one pass for the usual case.
+                if not np.isfinite(features.sum(dtype=np.float64)):
+                    bad = ~np.isfinite(features).all(axis=1)
+                    self.unusable = bad if self.unusable is None else self.unusable | bad
+        except Exception as error:  # to be told to the requests, by the event loop
+            self.error = error
+        self.device_s = time.perf_counter() - self.began
+
+
+class _Lane:
+    """A thread that computes one batch after the other."""
+
+    def __init__(self, number: int, done: Callable[[_Lane, Batch], None]) -> None:
+        self._inbox: SimpleQueue[Batch | None] = SimpleQueue()
+        self._done = done
+        self._thread = threading.Thread(target=self._run, name=f"lane-{number}", daemon=True)
+        self._thread.start()
+
+    def give(self, batch: Batch | None) -> None:
+        self._inbox.put(batch)
+
+    def _run(self) -> None:
+        while (batch := self._inbox.get()) is not None:
+            batch.compute()
+            self._done(self, batch)
+
+
+class _Line:
+    """The jobs of one model that wait: two lines, of which the second gives way."""
+
+    __slots__ = ("bulk", "bulk_is_due", "interactive", "model")
+
+    def __init__(self, model: Computes) -> None:
+        self.model = model
+        self.interactive: deque[Job] = deque()
+        self.bulk: deque[Job] = deque()
+        self.bulk_is_due = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.interactive or self.bulk)
+
+    def next(self) -> deque[Job]:
+        if self.bulk and (not self.interactive or self.bulk_is_due >= _BULK_EVERY):
+            self.bulk_is_due = 0
+            return self.bulk
+        self.bulk_is_due += 1
+        return self.interactive
+
+
+class RowBatcher:
+    """Takes rows of requests, gives features; see the module.
+
+    Parameters
+    ----------
+    lanes : int
+        Batches that are computed at the same time: processors, or 1 for a GPU.
+    max_batch_rows : int
+    max_queued_rows, max_queued_bytes : int
+        What may wait; more is refused at once.
+    told : BatchFigures
+        Called with every batch that was computed.
+
+    Attributes
+    ----------
+    queued_rows, queued_bytes : int
+        What waits.
+    rate : float
+        Rows per second that all lanes compute together, as measured lately; 0 before the first batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        lanes: int,
+        max_batch_rows: int,
+        max_queued_rows: int,
+        max_queued_bytes: int,
+        told: BatchFigures,
+    ) -> None:
+        self._n_lanes, self._max_batch_rows = lanes, max_batch_rows
+        self._max_queued_rows, self._max_queued_bytes = max_queued_rows, max_queued_bytes
+        self._told = told
+        self._lines: dict[Computes, _Line] = {}
+        self._turn: deque[_Line] = deque()
+        self._idle: list[_Lane] = []
+        self._lanes: list[_Lane] = []
+        self._running: dict[_Lane, tuple[Batch, float]] = {}
+        self._dispatch_is_due = False
+        self._sweep: asyncio.TimerHandle | None = None
+        self.queued_rows = self.queued_bytes = 0
+        self.rate = 0.0
+
+    def start(self) -> None:
+        """Start the lanes; on the event loop that all other calls come from."""
+        self._loop = asyncio.get_running_loop()
+        self._lanes = [_Lane(number, self._report) for number in range(self._n_lanes)]
+        self._idle = list(self._lanes)
+
+    def close(self) -> None:
+        """End the lanes after the batches that they compute; what waits gets an error."""
+        for lane in self._lanes:
+            lane.give(None)
+        for line in self._lines.values():
+            for job in [*line.interactive, *line.bulk]:
+                self._fail(job, overloaded("the service is stopping; try again"))
+        self._lines.clear()
+        self._turn.clear()
+        if self._sweep is not None:
+            self._sweep.cancel()
+
+    @property
+    def busy(self) -> int:
+        """Lanes that compute."""
+        return len(self._lanes) - len(self._idle)
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds for which the slowest lane has been computing its batch."""
+        now = self._loop.time()
+        return max((now - since for _, since in self._running.values()), default=0.0)
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds after which rows that come now are cut, as far as is known."""
+        return self.queued_rows / self.rate if self.rate else 0.0
+
+    def submit(
+        self,
+        model: Computes,
+        rows: NDArray[Any],
+        outputs: tuple[str, ...],
+        *,
+        timeout_s: float,
+        bulk: bool = False,
+        span: Any = None,
+    ) -> Job:
+        """Queue the rows of a request.
+
+        Returns
+        -------
+        Job
+            Whose future is awaited. Who stops waiting calls :meth:`abandon`.
+
+        Raises
+        ------
+        RequestError
+            503: the queue is full, or the rows could not be computed in time.
+        """
+        n_rows, n_bytes = len(rows), rows.nbytes
+        if self.queued_rows and (
+            self.queued_rows + n_rows > self._max_queued_rows
+            or self.queued_bytes + n_bytes > self._max_queued_bytes
+            or self.wait_s > timeout_s
+        ):
+            raise self.refusal()
+        now = self._loop.time()
+        job = Job(
+            model,
+            rows,
+            outputs,
+            bulk=bulk,
+            deadline=now + timeout_s,
+            queued=now,
+            future=self._loop.create_future(),
+            span=span,
+        )
+        line = self._lines.get(model)
+        if line is None:
+            line = self._lines[model] = _Line(model)
+        if not line:
+            self._turn.append(line)
+        (line.bulk if bulk else line.interactive).append(job)
+        self.queued_rows += n_rows
+        self.queued_bytes += n_bytes
+        if self._idle and not self._dispatch_is_due:
+            # After the other requests that this turn of the loop brings: they are there already.
+            self._dispatch_is_due = True
+            self._loop.call_soon(self._dispatch)
+        if self._sweep is None:
+            self._sweep = self._loop.call_later(_SWEEP_S, self._look_at_deadlines)
+        return job
+
+    def refusal(self) -> RequestError:
+        """Say that there is too much to do, and when to come again."""
+        seconds = min(max(1, -(-self.queued_rows // max(1, round(self.rate)))), _MAX_RETRY_AFTER_S)
+        return overloaded(
+            f"{self.queued_rows} rows wait, which is {self.wait_s:.1f} s of work; try again in {seconds} s",
+            retry_after_s=seconds,
+        )
+
+    def abandon(self, job: Job) -> None:
+        """Forget a job that nobody waits for: its rows that are not cut yet are not computed."""
+        if not job.future.done():
+            job.future.cancel()
+        left = len(job.rows) - job.taken
+        if left and (line := self._lines.get(job.model)) is not None:
+            waiting = line.bulk if job.bulk else line.interactive
+            if job in waiting:
+                waiting.remove(job)
+                self._forget(job, left)
+                self._leave(line)
+
+    def forget(self, model: Computes) -> None:
+        """Let go of a model that is served no more, once nothing of it waits."""
+        if model in self._lines and not self._lines[model]:
+            del self._lines[model]
+
+    def _dispatch(self) -> None:
+        self._dispatch_is_due = False
+        while self._idle and self._turn:
+            line = self._turn[0]
+            batch = self._cut(line)
+            self._turn.rotate(-1)
+            self._leave(line)
+            if batch.n_rows:
+                lane = self._idle.pop()
+                self._running[lane] = (batch, self._loop.time())
+                lane.give(batch)
+
+    def _leave(self, line: _Line) -> None:
+        if not line and line in self._turn:
+            self._turn.remove(line)
+
+    def _cut(self, line: _Line) -> Batch:
+        share = max(_MIN_SHARE, -(-self.queued_rows // len(self._idle)))
+        wanted = min(self._max_batch_rows, share)
+        batch = Batch(line.model)
+        now = self._loop.time()
+        while batch.n_rows < wanted and line:
+            waiting = line.next()
+            job = waiting[0]
+            left = len(job.rows) - job.taken
+            if job.future.done() or job.deadline < now:
+                waiting.popleft()
+                self._forget(job, left)
+                self._fail(job, _too_late())
+                continue
+            n_rows = min(left, wanted - batch.n_rows)
+            if not job.taken:
+                job.cut = now
+            batch.add(job, n_rows)
+            self._forget(job, n_rows)
+            if n_rows == left:
+                waiting.popleft()
+        return batch
+
+    def _forget(self, job: Job, n_rows: int) -> None:
+        self.queued_rows -= n_rows
+        self.queued_bytes -= n_rows * (job.rows.nbytes // len(job.rows))
+
+    def _report(self, lane: _Lane, batch: Batch) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._finish, lane, batch)
+        except RuntimeError:
+            pass  # the loop is closed: nobody waits any more
+
+    def _finish(self, lane: _Lane, batch: Batch) -> None:
+        self._idle.append(lane)
+        del self._running[lane]
+        now = self._loop.time()
+        if batch.error is None:
+            rate = batch.n_rows / max(batch.device_s, 1e-6) * self._n_lanes
+            # Small batches say little of how fast a long queue is worked off.
+            weight = _RATE_WEIGHT * min(1.0, batch.n_rows / _MIN_SHARE) if self.rate else 1.0
+            self.rate += weight * (rate - self.rate)
+            named = dict(zip(batch.outputs, batch.features, strict=True))
+        position = 0
+        for job, start, stop in batch.members:
+            there = slice(position, position + stop - start)
+            position = there.stop
+            job.device_s += batch.device_s
+            if job.future.done():
+                continue
+            if batch.error is not None:
+                self._fail(job, batch.error)
+            elif batch.unusable is not None and batch.unusable[there].any():
+                self._fail(job, _not_finite(start + int(np.flatnonzero(batch.unusable[there])[0])))
+            else:
+                _collect(job, named, start, stop, there)
+                if not job.pending:
+                    job.done = now
+                    job.future.set_result(job.parts)
+        self._told(batch)
+        if self._turn:
+            self._dispatch()
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        if not job.future.done():
+            job.future.set_exception(error)
+        # What is left of it is passed over when its turn comes.
+
+    def _look_at_deadlines(self) -> None:
+        self._sweep = None
+        now = self._loop.time()
+        for job in self._waiting():
+            if job.deadline < now:
+                self._fail(job, _too_late())
+        if self._turn or self.busy:
+            self._sweep = self._loop.call_later(_SWEEP_S, self._look_at_deadlines)
+
+    def _waiting(self) -> Iterator[Job]:
+        for line in self._turn:
+            yield from line.interactive
+            yield from line.bulk
+        # A device that hangs must not keep those waiting whose rows it has.
+        for batch, _ in self._running.values():
+            yield from (job for job, _, _ in batch.members)
+
+
+def _collect(job: Job, features: Mapping[str, NDArray[np.float32]], start: int, stop: int, there: slice) -> None:
+    """Put vectors of a batch where they belong in a job."""
+    job.pending -= stop - start
+    n_rows = len(job.rows)
+    if stop - start == n_rows:
+        # The whole job: a view, which keeps the batch's array alive no longer than the answer.
+        job.parts = {output: features[output][there] for output in job.outputs}
+        return
+    for output in job.outputs:
+        computed = features[output]
+        if output not in job.parts:
+            job.parts[output] = np.empty((n_rows, *computed.shape[1:]), computed.dtype)
+        job.parts[output][start:stop] = computed[there]
+
+
+def _too_late() -> RequestError:
+    return RequestError(
+        504,
+        "deadline_exceeded",
+        "got no place on the device before the request's time was over; send fewer rows, or allow more time",
+        headers={"retry-after": "1"},
+    )
+
+
+def _not_finite(row: int) -> RequestError:
+    return RequestError(
+        500,
+        "non_finite_output",
+        f"got NaN or infinity computed for row {row}, wanted numbers; leave such rows out, or check the bundle",
+    )
