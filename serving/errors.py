@@ -4,6 +4,7 @@
 
     SetupError      the service cannot start with these arguments; told at the command line, exit code 2
     EngineError     what was started failed, or died later; told at the command line, exit code 1
+    ModelError      a model cannot be loaded or computes something else; told to whoever asked for it
     RequestError    a request cannot be answered; told to the client in the envelope
 
 Every failed request is answered with one JSON envelope, whoever noticed the failure::
@@ -48,6 +49,7 @@ from vaefeat.errors import InputError
 __all__ = [
     "CodecError",
     "EngineError",
+    "ModelError",
     "RequestError",
     "SetupError",
     "as_request_error",
@@ -63,6 +65,10 @@ class SetupError(Exception):
 
 class EngineError(Exception):
     """What runs the service did not come up, or went down under it."""
+
+
+class ModelError(Exception):
+    """A bundle that cannot be served, or a device that computes something else than where it was exported."""
 
 
 class CodecError(ValueError):
@@ -110,6 +116,8 @@ def as_request_error(error: Exception) -> RequestError:
         return RequestError(400, "malformed_body", str(error))
     if isinstance(error, InputError):
         return RequestError(422, "invalid_rows", str(error))
+    if isinstance(error, ModelError):
+        return RequestError(409, "conflict", str(error))
     if isinstance(error, HTTPException):
         return _of_status(error.status_code, str(error.detail), error.headers)
     return RequestError(500, "internal_error", "the server failed on this request; its log has the details")
