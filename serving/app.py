@@ -1,276 +1,256 @@
-"""The routes: a Starlette application around encoders; it knows nothing of Ray.
+"""The ASGI application: guard, routes, errors in each protocol's form. It knows nothing of Ray.
 
-============================  =========================================================================================
-``POST /v1/embed``            rows in, features out; npy or JSON, each way
-``GET /v1/models``            what is served, and within which limits
-``GET /livez``                200 while the event loop turns
-``GET /readyz``               200 once every encoder has embedded a row, 503 before
-``GET /``                     how to use all this
-============================  =========================================================================================
-
-Whatever takes time (decoding, the encoder, encoding) happens in a bounded pool of threads, so that the event loop is
-free to answer ``/livez`` while a big batch is computed.
+It is written close to ASGI, because a request of one row is worth some ten microseconds of computing: layers of
+middleware and objects for requests and responses would cost several times that.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import orjson
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
-from serving.codec import EmbedBody, decode_json, decode_npy, encode_json, encode_npy
-from serving.edge import Edge
-from serving.errors import CodecError, RequestError, as_request_error, error_response, overloaded, too_large
-from serving.media import JSON, NPY, answer_type, body_type
-from serving.settings import Limits
+from serving.errors import RequestError, as_request_error, envelope, overloaded, too_large
+from serving.exchange import Answer, ClientGoneError, Exchange
+from serving.media import JSON
+from serving.models import ServedModel
+from serving.native import Native
+from serving.service import Service
 from vaefeat import __version__
-from vaefeat.errors import InputError
 
-if TYPE_CHECKING:
-    from vaefeat.encoder import OnnxEncoder
-    from vaefeat.input_spec import InputSpec
+__all__ = ["Application", "Route"]
 
-__all__ = ["EmbeddingService", "build_app"]
+_log = logging.getLogger("serving")
+_JSON = [(b"content-type", JSON.encode())]
+#: How often requests that wait are asked whether their client is still there, in seconds.
+_LOOK_FOR_CLIENTS_S = 0.1
 
-
-def build_app(encoders: Mapping[str, OnnxEncoder], *, limits: Limits | None = None) -> Starlette:
-    """Put encoders behind HTTP.
-
-    Parameters
-    ----------
-    encoders : mapping of str to OnnxEncoder
-        By the name under which each is served.
-    limits : Limits, optional
-
-    Returns
-    -------
-    Starlette
-        Its ``state.service`` is the :class:`EmbeddingService`. The lifespan must run for ``/readyz`` to become 200.
-    """
-    limits = limits or Limits()
-    service = EmbeddingService(encoders, limits)
-    app = Starlette(
-        routes=[
-            Route("/", service.index),
-            Route("/v1/embed", service.embed, methods=["POST"]),
-            Route("/v1/models", service.models),
-            Route("/livez", service.livez),
-            Route("/readyz", service.readyz),
-        ],
-        lifespan=service.lifespan,
-        middleware=[Middleware(Edge, limits=limits)],
-        exception_handlers={kind: _answer_error for kind in (RequestError, CodecError, InputError, HTTPException)},
-    )
-    app.state.service = service
-    return app
+Handler = Callable[[Exchange], Awaitable[Answer]]
+Form = Callable[[RequestError, bytes], bytes]
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """What the address and the headers of a request to embed say."""
-
-    model: str | None
-    output: str | None
-    body_type: str
-    answer_type: str
-
-    @classmethod
-    def of(cls, request: Request) -> _Asked:
-        query = request.query_params
-        if unknown := sorted(query.keys() - {"model", "output"}):
-            raise _invalid(f"got the unknown query parameters {unknown}, wanted only 'model' and 'output'")
-        received = body_type(request.headers)
-        wanted = answer_type(request.headers.get("accept"), default=received)
-        return cls(query.get("model"), query.get("output"), received, wanted)
-
-
-class EmbeddingService:
-    """Encoders, the threads they run in, and whether they are ready.
-
-    Parameters
-    ----------
-    encoders : mapping of str to OnnxEncoder
-    limits : Limits
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One address and method.
 
     Attributes
     ----------
-    ready : bool
-        Every encoder has embedded a row.
-    failure : str
-        Why that did not work, empty otherwise.
+    name : str
+        For logs and metrics.
+    handler : callable
+        From exchange to answer.
+    scope : str
+        What a key must allow; empty where no key is asked for.
+    takes_body : bool
+        A length must be announced, and room is kept for it.
+    form : callable
+        Writes an error in the protocol's form.
     """
 
-    def __init__(self, encoders: Mapping[str, OnnxEncoder], limits: Limits) -> None:
-        self.encoders = dict(encoders)
-        self.limits = limits
-        self.ready = False
-        self.failure = ""
-        self._in_flight = 0
-        self._pool = ThreadPoolExecutor(limits.worker_threads, thread_name_prefix="embed")
-        self._max_lists = 1 + limits.max_rows * max(_lists_in_a_row(encoder.input) for encoder in encoders.values())
-        cards = [_card(name, encoder, limits) for name, encoder in self.encoders.items()]
-        self._models = orjson.dumps({"object": "list", "data": cards})
+    name: str
+    handler: Handler
+    scope: str = ""
+    takes_body: bool = False
+    form: Form = envelope
 
-    @asynccontextmanager
-    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        """Warm up in the background, so that ``/livez`` and ``/readyz`` answer meanwhile."""
-        warming = asyncio.create_task(self._warm_up())
-        yield
-        warming.cancel()
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
-    async def _warm_up(self) -> None:
-        loop = asyncio.get_running_loop()
-        for name, encoder in self.encoders.items():
-            try:
-                await loop.run_in_executor(self._pool, _embed_one_row, encoder)
-            except Exception as error:
-                self.failure = f"model {name!r} failed on its first row: {error}"
+class Application:
+    """The service over HTTP, as an ASGI application.
+
+    Parameters
+    ----------
+    service : Service
+        Started and stopped by the lifespan.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self._limits = service.limits
+        self._in_flight: dict[Exchange, None] = {}
+        self._in_flight_bytes = 0
+        self._looking: asyncio.TimerHandle | None = None
+        self._cards: tuple[int, bytes] = (-1, b"")
+        native = Native(service)
+        self._routes: dict[str, dict[str, Route]] = {
+            "/": {"GET": Route("/", self._index)},
+            "/livez": {"GET": Route("/livez", self._livez)},
+            "/readyz": {"GET": Route("/readyz", self._readyz)},
+            "/v1/models": {"GET": Route("/v1/models", self._models, scope="embed")},
+            "/v1/embed": {"POST": Route("/v1/embed", native.embed, scope="embed", takes_body=True)},
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run one exchange, or the lifespan."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        exchange = Exchange(scope, receive, send)
+        route = None
+        try:
+            route = self._route(exchange)
+            if route.takes_body:
+                answer = await self._with_room(exchange, route)
+            else:
+                answer = await route.handler(exchange)
+        except ClientGoneError:
+            return
+        except asyncio.CancelledError:
+            if exchange.gone:
+                return  # by the watcher, whose client is not there any more
+            raise
+        except Exception as error:
+            answer = self._failed(exchange, route, error)
+        await exchange.answer(answer)
+
+    def _route(self, exchange: Exchange) -> Route:
+        methods = self._routes.get(exchange.path)
+        if methods is None:
+            raise RequestError(404, "not_found", "got an address that is not served; GET / lists those that are")
+        method = exchange.scope["method"]
+        route = methods.get(method) or (methods.get("GET") if method == "HEAD" else None)
+        if route is None:
+            raise RequestError(
+                405,
+                "method_not_allowed",
+                "got a method that is not served here; see the Allow header",
+                headers={"allow": ", ".join(methods)},
+            )
+        exchange.route = route.name
+        return route
+
+    async def _with_room(self, exchange: Exchange, route: Route) -> Answer:
+        """Keep room for a body of the announced length, refuse what finds none, and answer."""
+        if not self.service.ready:
+            raise overloaded(f"the service is not ready: {self.service.failure or self.service.state}")
+        announced = exchange.headers.get(b"content-length")
+        if announced is None or not announced.isdigit():
+            raise RequestError(
+                411,
+                "length_required",
+                "got a body without Content-Length, wanted it announced; send it in one piece, not chunked",
+                headers={"connection": "close"},
+            )
+        n_bytes = int(announced)
+        limits = self._limits
+        if n_bytes > limits.max_body_bytes:
+            raise too_large(
+                f"got a body of {n_bytes} bytes, wanted at most {limits.max_body_bytes}; send fewer rows at a time"
+            )
+        if len(self._in_flight) >= limits.max_in_flight or self._in_flight_bytes + n_bytes > limits.max_in_flight_bytes:
+            raise overloaded(f"{len(self._in_flight)} requests are being answered, which is the most at a time")
+        exchange.announced_bytes = n_bytes
+        self._in_flight[exchange] = None
+        self._in_flight_bytes += n_bytes
+        if self._looking is None:
+            loop = asyncio.get_running_loop()
+            self._looking = loop.call_later(_LOOK_FOR_CLIENTS_S, self._look_for_clients, loop)
+        exchange.task = asyncio.current_task()
+        try:
+            return await route.handler(exchange)
+        finally:
+            del self._in_flight[exchange]
+            self._in_flight_bytes -= n_bytes
+            if exchange.watcher is not None:
+                exchange.watcher.cancel()
+
+    def _look_for_clients(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Watch whether the clients of requests that wait for long are still there.
+
+        A watcher for each request would cost more than most requests do.
+        """
+        self._looking = None
+        for exchange in self._in_flight:
+            if exchange.body_is_read and exchange.watcher is None:
+                exchange.watcher = loop.create_task(_watch(exchange))
+        if self._in_flight:
+            self._looking = loop.call_later(_LOOK_FOR_CLIENTS_S, self._look_for_clients, loop)
+
+    def _failed(self, exchange: Exchange, route: Route | None, error: Exception) -> Answer:
+        failure = as_request_error(error)
+        if failure.kind == "internal_error":
+            _log.error("request %s failed", exchange.request_id.decode(), exc_info=error)
+        headers = [(name.encode(), value.encode("latin-1", "replace")) for name, value in failure.headers.items()]
+        form = route.form if route is not None else envelope
+        return Answer(failure.status, [*_JSON, *headers], form(failure, exchange.request_id))
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await self.service.start()
+                await send({"type": "lifespan.startup.complete"})
+            elif message["type"] == "lifespan.shutdown":
+                await self.service.stop()
+                await send({"type": "lifespan.shutdown.complete"})
                 return
-        self.ready = True
 
-    async def index(self, request: Request) -> Response:
+    async def _index(self, exchange: Exchange) -> Answer:
         """Tell a person who opens the address what is here."""
-        example = "curl --data-binary @rows.npy -H 'Content-Type: application/x-npy' {}v1/embed > features.npy"
+        host = exchange.headers.get(b"host", b"").decode("latin-1")
+        example = f"curl --data-binary @rows.npy -H 'Content-Type: application/x-npy' http://{host}/v1/embed > out.npy"
+        routes = [f"{method} {path}" for path, methods in self._routes.items() for method in methods]
         about = {
             "service": "vaefeat",
             "version": __version__,
-            "models": list(self.encoders),
-            "routes": ["POST /v1/embed", "GET /v1/models", "GET /livez", "GET /readyz"],
-            "example": example.format(request.base_url),
+            "models": self.service.models.names,
+            "routes": routes,
+            "example": example,
         }
-        return _json(about)
+        return json_answer(about)
 
-    async def models(self, request: Request) -> Response:
-        """List the models."""
-        return Response(self._models, media_type=JSON)
-
-    async def livez(self, request: Request) -> Response:
+    async def _livez(self, exchange: Exchange) -> Answer:
         """Answer, which is the news."""
-        return _json({"live": True})
+        return json_answer({"live": True})
 
-    async def readyz(self, request: Request) -> Response:
+    async def _readyz(self, exchange: Exchange) -> Answer:
         """Tell whether requests are going to be answered well."""
-        if self.ready:
-            return _json({"ready": True})
-        state = {"ready": False, "failed": bool(self.failure), "reason": self.failure or "warming up"}
-        return _json(state, status=503)
+        service = self.service
+        if service.ready:
+            return json_answer({"ready": True})
+        state = {"ready": False, "failed": bool(service.failure), "reason": service.failure or service.state}
+        return json_answer(state, status=503)
 
-    async def embed(self, request: Request) -> Response:
-        """Embed the rows of one request."""
-        asked = _Asked.of(request)
-        with self._slot():
-            body = await request.body()
-            return await self._compute(self._answer, asked, body)
+    async def _models(self, exchange: Exchange) -> Answer:
+        """List the models."""
+        models = self.service.models
+        if self._cards[0] != models.generation:
+            cards = [self._card(model) for model in models.current]
+            self._cards = (models.generation, orjson.dumps({"object": "list", "data": cards}))
+        return Answer(200, _JSON, self._cards[1])
 
-    @contextmanager
-    def _slot(self) -> Iterator[None]:
-        if self._in_flight >= self.limits.max_in_flight:
-            raise overloaded(f"{self._in_flight} requests are being answered, which is the most at a time; try again")
-        self._in_flight += 1
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
-
-    async def _compute(self, function: Callable[..., Response], *arguments: Any) -> Response:
-        running = asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
-        try:
-            # Cancels the work if it is still waiting for a thread; a thread that has begun cannot be stopped.
-            return await asyncio.wait_for(running, self.limits.compute_timeout_s)
-        except TimeoutError:
-            limit = self.limits.compute_timeout_s
-            raise overloaded(f"got no answer from the encoder within {limit:g} s; send fewer rows at a time") from None
-
-    def _answer(self, asked: _Asked, content: bytes) -> Response:
-        """Decode, embed, encode; runs in the pool."""
-        body = (
-            EmbedBody(decode_npy(content))
-            if asked.body_type == NPY
-            else decode_json(content, max_lists=self._max_lists)
-        )
-        name, encoder = self._encoder(_agreed("model", asked.model, body.model))
-        output = _agreed("output", asked.output, body.output) or "mean"
-        if output not in encoder.outputs:
-            raise _invalid(f"got output={output!r}, wanted one of {sorted(encoder.outputs)}")
-        n_rows = body.rows.shape[0] if body.rows.ndim else 0
-        if n_rows > self.limits.max_rows:
-            raise too_large(f"got {n_rows} rows, wanted at most {self.limits.max_rows} at a time; send them in parts")
-        features = encoder.embed(body.rows, output=output)
-        if not (finite := np.isfinite(features).all(axis=1)).all():
-            row = int(np.flatnonzero(~finite)[0])
-            message = f"model {name!r} computed NaN or infinity for row {row}; leave such rows out, or check the bundle"
-            raise RequestError(500, "non_finite_output", message)
-        headers = {"x-vaefeat-model": name, "x-vaefeat-digest": encoder.digest}
-        if asked.answer_type == NPY:
-            return Response(encode_npy(features), headers=headers, media_type=NPY)
-        answer = encode_json(features, model=name, digest=encoder.digest, output=output)
-        return Response(answer, headers=headers, media_type=JSON)
-
-    def _encoder(self, name: str | None) -> tuple[str, OnnxEncoder]:
-        served = ", ".join(map(repr, self.encoders))
-        if name is None:
-            if len(self.encoders) > 1:
-                raise _invalid(f"got no model, wanted one of {served}; name it with ?model=")
-            name = next(iter(self.encoders))
-        if name not in self.encoders:
-            raise RequestError(404, "unknown_model", f"got model={name[:100]!r}, wanted one of {served}")
-        return name, self.encoders[name]
+    def _card(self, model: ServedModel) -> dict[str, Any]:
+        limits = self._limits
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "vaefeat",
+            "digest": model.digest,
+            "versions": list(self.service.versions(model.name)),
+            "input": model.input.to_dict(),
+            "outputs": dict(model.outputs),
+            "classes": list(model.classes),
+            "latent_dim": model.latent_dim,
+            "active_units": model.active_units,
+            "provider": model.provider,
+            "limits": {"max_rows": limits.max_rows, "max_body_bytes": limits.max_body_bytes},
+        }
 
 
-async def _answer_error(request: Request, error: Exception) -> Response:
-    return error_response(as_request_error(error), request.headers["x-request-id"])
+async def _watch(exchange: Exchange) -> None:
+    await exchange.wait_for_end()
+    if not exchange.started and exchange.task is not None:
+        exchange.gone = True
+        exchange.task.cancel()
 
 
-def _invalid(message: str) -> RequestError:
-    return RequestError(400, "invalid_parameter", message)
-
-
-def _agreed(what: str, in_query: str | None, in_body: str | None) -> str | None:
-    if in_query is not None and in_body is not None and in_query != in_body:
-        raise _invalid(
-            f"got {what}={in_query[:100]!r} in the address and {in_body[:100]!r} in the body; send one of them"
-        )
-    return in_body if in_query is None else in_query
-
-
-def _embed_one_row(encoder: OnnxEncoder) -> None:
-    features = encoder.embed(np.zeros((1, *encoder.input.shape), dtype=encoder.input.dtype))
-    if not np.isfinite(features).all():
-        raise ValueError("it computed NaN or infinity for a row of zeros")
-
-
-def _lists_in_a_row(spec: InputSpec) -> int:
-    """Nested lists that hold one row: 1 + C + C * H for an image (C, H, W)."""
-    return 1 + int(np.cumprod(spec.shape[:-1], dtype=np.int64).sum())
-
-
-def _card(name: str, encoder: OnnxEncoder, limits: Limits) -> dict[str, Any]:
-    return {
-        "id": name,
-        "object": "model",
-        "digest": encoder.digest,
-        "input": encoder.input.to_dict(),
-        "outputs": encoder.outputs,
-        "classes": list(encoder.classes),
-        "latent_dim": encoder.latent_dim,
-        "active_units": encoder.active_units,
-        "provider": encoder.provider,
-        "limits": {"max_rows": limits.max_rows, "max_body_bytes": limits.max_body_bytes},
-    }
-
-
-def _json(values: Mapping[str, Any], *, status: int = 200) -> Response:
-    return Response(orjson.dumps(values), status, media_type=JSON)
+def json_answer(values: Any, *, status: int = 200) -> Answer:
+    """Put plain values into an answer."""
+    return Answer(status, _JSON, orjson.dumps(values))

@@ -156,8 +156,8 @@ class Batch:
             for features in self.features:
                 # A sum is finite only if no term is NaN or infinite: one pass for the usual case.
                 if not np.isfinite(features.sum(dtype=np.float64)):
-                    bad = ~np.isfinite(features).all(axis=1)
-                    self.unusable = bad if self.unusable is None else self.unusable | bad
+                    bad = np.logical_not(np.isfinite(features).all(axis=1))
+                    self.unusable = bad if self.unusable is None else np.logical_or(self.unusable, bad)
         except Exception as error:  # to be told to the requests, by the event loop
             self.error = error
         self.device_s = time.perf_counter() - self.began

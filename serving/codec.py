@@ -12,6 +12,7 @@ import io
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,9 @@ import orjson
 from numpy.typing import NDArray
 
 from serving.errors import CodecError
+from vaefeat.input_spec import InputSpec
 
-__all__ = ["EmbedBody", "decode_json", "decode_npy", "encode_json", "encode_npy"]
+__all__ = ["EmbedBody", "decode_json", "decode_npy", "decode_raw", "encode_json", "encode_npy"]
 
 _MAGIC = b"\x93NUMPY"
 _MAX_HEADER_BYTES = 4096
@@ -46,6 +48,21 @@ class EmbedBody:
     output: str | None = None
 
 
+def decode_raw(body: bytes, spec: InputSpec) -> NDArray[Any]:
+    """Read rows without any header: the model's dtype, little-endian, row after row.
+
+    Raises
+    ------
+    CodecError
+        Not a whole number of rows.
+    """
+    n_rows, left = divmod(len(body), spec.row_bytes)
+    if left:
+        raise CodecError(f"got {len(body)} bytes, wanted a multiple of {spec.row_bytes}, which one of {spec} takes")
+    rows = np.frombuffer(body, np.dtype(spec.dtype).newbyteorder("<")).reshape(n_rows, *spec.shape)
+    return np.require(rows.astype(spec.dtype, copy=False), requirements=["C", "A"])
+
+
 def decode_npy(body: bytes) -> NDArray[Any]:
     """Read one array of numbers in NumPy's npy format.
 
@@ -64,7 +81,13 @@ def decode_npy(body: bytes) -> NDArray[Any]:
     CodecError
         Not npy, objects or other things that are not numbers, or fewer or more bytes than the header announces.
     """
-    dtype, fortran, shape, start = _npy_header(body)
+    if body[:6] != _MAGIC or len(body) < 12:
+        raise CodecError(f"got a body that is not npy{_resembles(body)}; send what numpy.save(file, rows) writes")
+    width = {1: 2, 2: 4, 3: 4}.get(body[6])
+    if width is None:
+        raise CodecError(f"got npy version {body[6]}.{body[7]}, wanted 1.0, 2.0 or 3.0")
+    start = 8 + width + int.from_bytes(body[8 : 8 + width], "little")
+    dtype, fortran, shape = _npy_header(body[8 + width : min(start, 9 + width + _MAX_HEADER_BYTES)])
     wanted = math.prod(shape) * dtype.itemsize
     if len(body) - start != wanted:
         raise CodecError(
@@ -79,15 +102,9 @@ def decode_npy(body: bytes) -> NDArray[Any]:
     return np.require(array.astype(dtype.newbyteorder("="), copy=False), requirements=["C", "A"])
 
 
-def _npy_header(body: bytes) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]:
-    """Dtype, Fortran order, shape and where the data starts."""
-    if body[:6] != _MAGIC or len(body) < 12:
-        raise CodecError(f"got a body that is not npy{_resembles(body)}; send what numpy.save(file, rows) writes")
-    width = {1: 2, 2: 4, 3: 4}.get(body[6])
-    if width is None:
-        raise CodecError(f"got npy version {body[6]}.{body[7]}, wanted 1.0, 2.0 or 3.0")
-    start = 8 + width + int.from_bytes(body[8 : 8 + width], "little")
-    header = body[8 + width : start]
+@lru_cache(maxsize=1024)  # a client's requests mostly have one of a few headers
+def _npy_header(header: bytes) -> tuple[np.dtype[Any], bool, tuple[int, ...]]:
+    """Dtype, Fortran order and shape."""
     match = _HEADER.fullmatch(header) if len(header) <= _MAX_HEADER_BYTES else None
     if match is None:
         raise CodecError(f"got the npy header {header[:120]!r}, wanted one array of numbers, as numpy.save has it")
@@ -97,7 +114,7 @@ def _npy_header(body: bytes) -> tuple[np.dtype[Any], bool, tuple[int, ...], int]
     sizes = [size for size in match["shape"].replace(b" ", b"").split(b",") if size]
     if len(sizes) > _MAX_DIMENSIONS:
         raise CodecError(f"got an npy array of {len(sizes)} dimensions, wanted at most {_MAX_DIMENSIONS}")
-    return np.dtype(name), match["fortran"] == b"True", tuple(map(int, sizes)), start
+    return np.dtype(name), match["fortran"] == b"True", tuple(map(int, sizes))
 
 
 def _resembles(body: bytes) -> str:
@@ -114,9 +131,15 @@ def _resembles(body: bytes) -> str:
 
 
 def encode_npy(array: NDArray[Any]) -> bytes:
-    """Write one array in NumPy's npy format."""
+    """Write one array in NumPy's npy format, as :func:`numpy.save` does."""
+    return _npy_beginning(array.dtype, array.shape) + array.tobytes()
+
+
+@lru_cache(maxsize=4096)  # by number of rows; NumPy takes longer for it than for everything else
+def _npy_beginning(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     file = io.BytesIO()
-    np.save(file, array, allow_pickle=False)
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, described)
     return file.getvalue()
 
 

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 import typer
 
 from serving.address import claim, require_loopback
-from serving.catalogue import load_encoders
 from serving.errors import EngineError, SetupError
+from serving.models import Models, Place
 from serving.ray_environment import prepare_environment
 from serving.settings import Limits, ServiceSettings
 from vaefeat.errors import VaefeatError, requiring
@@ -32,7 +32,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
     engine: Annotated[Literal["ray", "local"], typer.Option(help="Ray Serve, or a single process.")] = "ray",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the encoders run.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads per operator; default: all processors.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Processors to compute on; default: all.")] = None,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Largest request body.")] = _DEFAULTS.max_body_bytes,
     max_rows: Annotated[int, typer.Option(min=1, help="Most rows in one request.")] = _DEFAULTS.max_rows,
     insecure: Annotated[
@@ -67,8 +67,8 @@ def _run_local(settings: ServiceSettings, listener: socket.socket, stop: threadi
 def _run_ray(settings: ServiceSettings, listener: socket.socket, stop: threading.Event) -> None:
     # Whatever can be found wrong is found before Ray is even imported, which takes seconds.
     choose_device(settings.device)
-    load_encoders(settings.bundles, device="cpu", threads=1)
-    prepare_environment(settings.limits)
+    Models.from_bundles(settings.bundles, place=Place(device="cpu"))
+    prepare_environment()
     if stop.is_set():
         return
     with requiring("serve", what="--engine ray"):

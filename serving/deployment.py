@@ -1,70 +1,130 @@
-"""The application as a Ray Serve deployment."""
+"""A replica of the service as a Ray Serve deployment.
+
+Serve starts replicas, watches over them, replaces them and changes them; requests do not go through it. A replica
+accepts connections from the socket that all replicas of this machine share (:mod:`serving.desk`) and runs the same
+server as the local engine does, in a thread with an event loop of its own: what Serve's proxies and its own loop would
+add to each request is several times what embedding a row takes.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.serve import Application
-from starlette.applications import Starlette
+from ray.serve import Application as ServeApplication
 
-from serving.app import build_app
-from serving.catalogue import load_encoders
+from serving.app import Application
+from serving.desk import fetch_listener
+from serving.errors import ModelError
+from serving.http_server import HttpServer, lanes_for, loop_factory, make_server
+from serving.models import Models
+from serving.service import Service
 from serving.settings import ServiceSettings
 
 __all__ = ["EmbeddingReplica", "application"]
 
+_TICK_S = 0.05
+
 
 class EmbeddingReplica:
-    """One process that is ingress and model at once, so that rows are not copied to a second one.
+    """One process that is ingress and model at once.
 
     Parameters
     ----------
     settings : ServiceSettings
-        The bundles are loaded here, in the replica.
+        The bundles are loaded here, in the replica, which takes connections once they are warmed up and proved.
+    desk : str
+        Where the listening socket is to be had.
     """
 
-    def __init__(self, settings: ServiceSettings) -> None:
+    def __init__(self, settings: ServiceSettings, desk: str) -> None:
         _keep_on_loopback()
         self._settings = settings
-        self._encoders = load_encoders(settings.bundles, device=settings.device, threads=settings.threads)
+        models = Models.from_bundles(settings.bundles, place=settings.place)
+        self._service = Service(models, settings.limits, lanes=lanes_for(models.current[0].device, settings.threads))
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(Path(desk),), name="http", daemon=True)
+        self._thread.start()
+        self._started.wait()
+        self.check_health()
 
-    def __serve_build_asgi_app__(self) -> Starlette:
-        """Build the application; Ray Serve calls this after the constructor."""
-        return build_app(self._encoders, limits=self._settings.limits)
+    def check_health(self) -> None:
+        """Raise what is wrong; Serve calls this again and again, and replaces the replica."""
+        if self._failure is not None:
+            raise ModelError(f"the server ended: {self._failure}") from self._failure
+        if self._service.failure:
+            raise ModelError(self._service.failure)
+
+    def __del__(self) -> None:
+        """Answer what is in flight and end; Serve calls this when the replica is to go."""
+        self._stop.set()
+        self._thread.join(self._settings.limits.compute_timeout_s)
+
+    def _run(self, desk: Path) -> None:
+        try:
+            with asyncio.Runner(loop_factory=loop_factory()) as runner:
+                runner.run(self._serve(desk))
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._started.set()
+
+    async def _serve(self, desk: Path) -> None:
+        server = make_server(Application(self._service), self._settings)
+        # Before the first connection is accepted: there are others to accept it.
+        await self._service.start()
+        while not (self._service.ready or self._service.failure):
+            await asyncio.sleep(_TICK_S)
+        if self._service.failure:
+            return
+        serving = asyncio.create_task(server.serve(sockets=[fetch_listener(desk)]))
+        await self._until_stopped(server, serving)
+        await serving
+
+    async def _until_stopped(self, server: HttpServer, serving: asyncio.Task[None]) -> None:
+        while not serving.done():
+            server.should_exit = server.should_exit or self._stop.is_set() or bool(self._service.failure)
+            if server.started:
+                self._started.set()
+            await asyncio.wait([serving], timeout=_TICK_S)
 
 
-def application(settings: ServiceSettings, *, num_gpus: int) -> Application:
+def application(settings: ServiceSettings, *, num_gpus: int, desk: str) -> ServeApplication:
     """Describe the deployment.
 
     Parameters
     ----------
     settings : ServiceSettings
     num_gpus : int
-        GPUs that the replica gets; Ray hides the others from it.
+        GPUs that a replica gets; Ray hides the others from it.
+    desk : str
+        As for :class:`EmbeddingReplica`.
     """
-    limits = settings.limits
     configure = serve.deployment(
         name="embedding",
-        # The application itself refuses what is over max_in_flight; probes must get through even then.
-        max_ongoing_requests=limits.max_in_flight * 2,
-        max_queued_requests=limits.max_in_flight,
+        num_replicas=settings.replicas,
         ray_actor_options={"num_cpus": 1, "num_gpus": num_gpus},
         graceful_shutdown_wait_loop_s=0.1,
-        graceful_shutdown_timeout_s=limits.compute_timeout_s,
+        graceful_shutdown_timeout_s=settings.limits.compute_timeout_s,
         # Every ten seconds by default: for so long nobody would notice that the replica is gone.
-        health_check_period_s=2.0,
+        health_check_period_s=1.0,
+        health_check_timeout_s=10.0,
         # The bundle was checked before; what fails here fails again.
         max_constructor_retry_count=1,
     )
-    return configure(serve.ingress()(EmbeddingReplica)).bind(settings)
+    return configure(EmbeddingReplica).bind(settings, desk)
 
 
 def _keep_on_loopback() -> None:
     """Bind the replica's internal gRPC server, which unpickles what it is sent, to loopback.
 
-    Ray 2.60 binds it to every interface, whatever the node's address. It asks for Ray's token, and it is not used
-    where the only caller is Serve's proxy; but there is no reason for it to be reachable.
+    Ray 2.60 binds it to every interface, whatever the node's address. It asks for Ray's token, and nobody calls it
+    here; but there is no reason for it to be reachable.
     """
     from ray.serve._private import replica
 

@@ -53,6 +53,7 @@ __all__ = [
     "RequestError",
     "SetupError",
     "as_request_error",
+    "envelope",
     "error_response",
     "overloaded",
     "too_large",
@@ -88,14 +89,25 @@ class RequestError(Exception):
         What was got, what was wanted, what to do; safe to show to the client.
     headers : mapping of str to str
         Further response headers.
+    param : str, optional
+        Which part of the request it is about.
     """
 
-    def __init__(self, status: int, kind: str, message: str, *, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        kind: str,
+        message: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        param: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.kind = kind
         self.message = message
         self.headers = dict(headers or {})
+        self.param = param
 
 
 def too_large(message: str) -> RequestError:
@@ -132,9 +144,13 @@ def _of_status(status: int, detail: str, headers: Mapping[str, str] | None) -> R
     return RequestError(status, kind, message, headers=headers)
 
 
-def error_response(error: RequestError, request_id: str) -> Response:
-    """Put an error into the envelope."""
-    body = {"error": {"type": error.kind, "message": error.message, "request_id": request_id}}
+def envelope(error: RequestError, request_id: bytes) -> bytes:
+    """Write an error in the form of the table above; OpenAI's clients find ``message`` and ``type`` where they look."""
     # A message may quote what the client sent, so it may hold what UTF-8 cannot.
-    body["error"]["message"] = error.message.encode("utf-8", "backslashreplace").decode()
-    return Response(orjson.dumps(body), error.status, error.headers, media_type="application/json")
+    message = error.message.encode("utf-8", "backslashreplace").decode()
+    return orjson.dumps({"error": {"type": error.kind, "message": message, "request_id": request_id.decode()}})
+
+
+def error_response(error: RequestError, request_id: str) -> Response:
+    """Put an error into the envelope, for what stands before the application."""
+    return Response(envelope(error, request_id.encode()), error.status, error.headers, media_type="application/json")

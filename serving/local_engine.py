@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import threading
-from collections.abc import Iterator
-
-import uvicorn
 
 from serving.address import base_url
 from serving.announcement import announce
-from serving.app import EmbeddingService, build_app
-from serving.catalogue import load_encoders
+from serving.app import Application
 from serving.errors import EngineError
+from serving.http_server import HttpServer, lanes_for, loop_factory, make_server
+from serving.models import Models
+from serving.service import Service
 from serving.settings import ServiceSettings
 
 __all__ = ["run"]
@@ -39,31 +37,16 @@ def run(settings: ServiceSettings, listener: socket.socket, stop: threading.Even
     SetupError, BundleError, DeviceError
         Before anything is served.
     EngineError
-        An encoder failed on its first row.
+        A model computes something else than its bundle says, or the device failed later.
     """
-    encoders = load_encoders(settings.bundles, device=settings.device, threads=settings.threads)
-    app = build_app(encoders, limits=settings.limits)
-    config = uvicorn.Config(
-        app,
-        lifespan="on",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=round(settings.limits.compute_timeout_s),
-    )
-    asyncio.run(_serve(_Server(config), app.state.service, listener, stop))
+    models = Models.from_bundles(settings.bundles, place=settings.place)
+    service = Service(models, settings.limits, lanes=lanes_for(models.current[0].device, settings.threads))
+    server = make_server(Application(service), settings)
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        runner.run(_serve(server, service, listener, stop))
 
 
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        # Signals are the command line's business: uvicorn would raise them again after a clean stop.
-        yield
-
-
-async def _serve(server: _Server, service: EmbeddingService, listener: socket.socket, stop: threading.Event) -> None:
+async def _serve(server: HttpServer, service: Service, listener: socket.socket, stop: threading.Event) -> None:
     url = base_url(listener)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     announced = False
@@ -71,8 +54,8 @@ async def _serve(server: _Server, service: EmbeddingService, listener: socket.so
         server.should_exit = server.should_exit or stop.is_set() or bool(service.failure)
         if server.started and service.ready and not announced and not server.should_exit:
             announced = True
-            providers = [encoder.provider for encoder in service.encoders.values()]
-            announce(url, engine="local", models=service.encoders, providers=providers)
+            providers = [model.provider for model in service.models.current]
+            announce(url, engine="local", models=service.models.names, providers=providers)
         await asyncio.wait([serving], timeout=_TICK_S)
     await serving
     if service.failure:

@@ -6,32 +6,37 @@ from collections.abc import Mapping
 
 from serving.errors import RequestError
 
-__all__ = ["JSON", "NPY", "answer_type", "body_type"]
+__all__ = ["IMAGES", "JSON", "MULTIPART", "NPY", "RAW", "answer_type", "body_type"]
 
 NPY = "application/x-npy"
 JSON = "application/json"
+RAW = "application/octet-stream"
+MULTIPART = "multipart/form-data"
+IMAGES = ("image/png", "image/jpeg", "image/webp")
+_BODIES = (NPY, JSON, RAW, MULTIPART, *IMAGES)
+_ANSWERS = (NPY, JSON, RAW)
 
 
-def body_type(headers: Mapping[str, str]) -> str:
+def body_type(headers: Mapping[bytes, bytes]) -> str:
     """Read Content-Type and Content-Encoding.
 
     Raises
     ------
     RequestError
-        415 for anything but uncompressed npy or JSON.
+        415 for anything but what is listed above, and for what is compressed.
     """
-    encoding = headers.get("content-encoding", "identity").strip().lower()
+    encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
     if encoding != "identity":
         raise _unsupported(f"got Content-Encoding: {encoding[:40]}, wanted a body that is not compressed")
-    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type not in {NPY, JSON}:
+    media_type = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+    if media_type not in _BODIES:
         got = f"Content-Type: {media_type[:80]}" if media_type else "no Content-Type"
-        raise _unsupported(f"got {got}, wanted {NPY} or {JSON}; with curl: -H 'Content-Type: {NPY}'")
+        raise _unsupported(f"got {got}, wanted one of {', '.join(_BODIES)}; with curl: -H 'Content-Type: {NPY}'")
     return media_type
 
 
 def answer_type(accept: str | None, *, default: str) -> str:
-    """Choose npy or JSON by an Accept header (RFC 9110, section 12.5.1).
+    """Choose the form of an answer by an Accept header (RFC 9110, section 12.5.1).
 
     Parameters
     ----------
@@ -43,15 +48,16 @@ def answer_type(accept: str | None, *, default: str) -> str:
     Raises
     ------
     RequestError
-        406 where neither is acceptable.
+        406 where none is acceptable.
     """
     if accept is None or not accept.strip():
         return default
-    other = JSON if default == NPY else NPY
-    qualities = {offered: _quality(accept, offered) for offered in (default, other)}
+    offers = (default, *(offered for offered in _ANSWERS if offered != default))
+    qualities = {offered: _quality(accept, offered) for offered in offers}
     best = max(qualities, key=lambda offered: qualities[offered])  # the first of equals, which is the default
     if qualities[best] <= 0:
-        raise RequestError(406, "not_acceptable", f"got Accept: {accept[:200]}, wanted it to allow {NPY} or {JSON}")
+        wanted = ", ".join(_ANSWERS)
+        raise RequestError(406, "not_acceptable", f"got Accept: {accept[:200]}, wanted it to allow one of {wanted}")
     return best
 
 

@@ -25,9 +25,10 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
-from serving.address import base_url, hand_over
+from serving.address import base_url
 from serving.announcement import announce
 from serving.deployment import application
+from serving.desk import Desk
 from serving.errors import EngineError
 from serving.settings import ServiceSettings
 from vaefeat.errors import DeviceError
@@ -35,10 +36,11 @@ from vaefeat.errors import DeviceError
 __all__ = ["run"]
 
 _OBJECT_STORE_BYTES = 256 * 2**20
-# Controller, proxy and replica: Ray starts as many worker processes ahead as it is told to have processors. It is an
-# account for scheduling only; the replica's threads use every processor there is.
+# Controller, replica and one to spare: Ray starts as many worker processes ahead as it is told to have processors. It is
+# an account for scheduling only; the replica's threads use every processor there is.
 _RAY_CPUS = 3
 _APPLICATION = "vaefeat"
+_DESK = "desk.sock"
 _START_TIMEOUT_S = 120.0
 _TICK_S = 0.05
 _WATCH_S = 1.0
@@ -57,7 +59,7 @@ def run(settings: ServiceSettings, listener: socket.socket, stop: threading.Even
     ----------
     settings : ServiceSettings
     listener : socket
-        From :func:`serving.address.claim`; Serve's proxy takes over its address.
+        From :func:`serving.address.claim`; the replicas accept from it.
     stop : threading.Event
         Set by the signal handlers. A start that is under way is finished first, because Ray's processes are only all
         known to Ray once they are all started.
@@ -71,7 +73,12 @@ def run(settings: ServiceSettings, listener: socket.socket, stop: threading.Even
     """
     stdout = sys.stdout
     # Ray prints what its processes report to standard output, which is for the one line of ours.
-    with _ray_errors_told_plainly(), _scratch_folder() as folder, contextlib.redirect_stdout(sys.stderr):
+    with (
+        _ray_errors_told_plainly(),
+        _scratch_folder() as folder,
+        Desk(folder / _DESK, listener),
+        contextlib.redirect_stdout(sys.stderr),
+    ):
         try:
             with contextlib.suppress(_Stopped):
                 models = _start(settings, listener, folder, stop)
@@ -90,13 +97,12 @@ def _start(
     _go_on_unless(stop)
     _start_ray(folder)
     _go_on_unless(stop)
-    host, port = listener.getsockname()[:2]
     quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
-    num_gpus = _gpus(settings.device)
-    hand_over(listener)
-    serve.start(http_options={"host": host, "port": port}, proxy_location="HeadOnly", logging_config=quiet)
+    # Requests do not go through Serve: see serving.deployment.
+    serve.start(proxy_location="Disabled", logging_config=quiet)
     _go_on_unless(stop)
-    target = serve.RunTarget(application(settings, num_gpus=num_gpus), name=_APPLICATION, logging_config=quiet)
+    described = application(settings, num_gpus=_gpus(settings.device), desk=str(folder / _DESK))
+    target = serve.RunTarget(described, name=_APPLICATION, route_prefix=None, logging_config=quiet)
     serve.run_many([target], wait_for_applications_running=False)
     _wait_for_replica(stop)
     return _wait_for_answers(base_url(listener), stop)

@@ -5,22 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from serving.proxy import LIMITS_VARIABLE
-from serving.settings import Limits
-
 __all__ = ["prepare_environment"]
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-def prepare_environment(limits: Limits) -> None:
-    """Set this process's environment for Ray; must run before Ray is imported.
-
-    Parameters
-    ----------
-    limits : Limits
-        Passed on to Serve's proxy.
-    """
+def prepare_environment() -> None:
+    """Set this process's environment for Ray; must run before Ray is imported."""
     # A service starts a Ray of its own, on one machine, whatever cluster the person works with otherwise.
     for variable in ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_REDIS_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         os.environ.pop(variable, None)
@@ -34,15 +25,11 @@ def prepare_environment(limits: Limits) -> None:
             # Fixed ports by default, which a second service on this machine would not get.
             "AUTOSCALER_METRIC_PORT": "0",
             "DASHBOARD_METRIC_PORT": "0",
-            # Every ten seconds by default, and three failures count: half a minute without a proxy.
-            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
             "RAY_USAGE_STATS_ENABLED": "0",
             # It prints a stack trace for the SIGTERM that is our ordinary way to stop.
             "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
             # Both bind to every interface.
             "RAY_SERVE_ENABLE_HA_PROXY": "0",
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "0",
-            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.proxy:middlewares",
-            LIMITS_VARIABLE: limits.to_json(),
         }
     )

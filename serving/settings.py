@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Self
 
 from serving.errors import SetupError
+from serving.models import Place
 
 __all__ = ["Limits", "ServiceSettings"]
 
@@ -23,14 +24,23 @@ class Limits:
     max_rows : int
         Most rows in one request.
     max_in_flight : int
-        Requests that may hold a body in memory at the same time; further ones are refused with 503. Together with
-        `max_body_bytes` it bounds the memory that clients can occupy.
+        Requests with a body that are answered at the same time; further ones are refused with 503.
+    max_in_flight_bytes : int
+        What their bodies may take together, which bounds the memory that clients can occupy.
     body_timeout_s : float
         Time within which a whole body must have arrived, in seconds; 408 after that.
     compute_timeout_s : float
         Time from a complete body to its answer, waiting included, in seconds; 503 after that.
     worker_threads : int
-        Threads that decode, embed and encode, away from the event loop.
+        Threads that decode and encode what is too large for the event loop.
+    max_batch_rows : int
+        Most rows in a batch; 256 keeps activations in a processor's cache.
+    max_queued_rows, max_queued_bytes : int
+        Rows that may wait for the device, and what they may take; further ones are refused with 503.
+    inline_bytes : int
+        Bodies up to this size are decoded on the event loop: handing them to a thread would take longer.
+    images_per_task : int
+        Images that one thread decodes before others get a turn.
 
     Raises
     ------
@@ -40,10 +50,16 @@ class Limits:
 
     max_body_bytes: int = 64 * 2**20
     max_rows: int = 16_384
-    max_in_flight: int = 32
+    max_in_flight: int = 1024
+    max_in_flight_bytes: int = 512 * 2**20
     body_timeout_s: float = 60.0
     compute_timeout_s: float = 60.0
     worker_threads: int = 4
+    max_batch_rows: int = 256
+    max_queued_rows: int = 262_144
+    max_queued_bytes: int = 512 * 2**20
+    inline_bytes: int = 65_536
+    images_per_task: int = 16
 
     def __post_init__(self) -> None:
         for bound in fields(self):
@@ -71,11 +87,19 @@ class ServiceSettings:
     device : {"auto", "cpu", "cuda"}
         Where the encoders run.
     threads : int, optional
-        Threads within an ONNX Runtime operator; all available processors when None.
+        Processors that a replica computes on; all that are available when None.
+    replicas : int
+        Processes, under Ray; each holds the models.
     limits : Limits
     """
 
     bundles: tuple[Path, ...]
     device: str = "auto"
     threads: int | None = None
+    replicas: int = 1
     limits: Limits = field(default_factory=Limits)
+
+    @property
+    def place(self) -> Place:
+        """Where models are computed."""
+        return Place(device=self.device, threads=self.threads, max_batch_rows=self.limits.max_batch_rows)

@@ -32,7 +32,7 @@ from vaefeat.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["DecodedImages", "OnError", "Reference", "class_folders", "decode_images", "find_images"]
+__all__ = ["DecodedImages", "OnError", "Reference", "class_folders", "decode_image", "decode_images", "find_images"]
 
 OnError = Literal["raise", "skip"]
 
@@ -212,6 +212,32 @@ def _blocks(items: Iterable[tuple[str, Path | bytes | None]]) -> Iterator[list[t
     iterator = iter(items)
     while block := list(islice(iterator, _BLOCK)):
         yield block
+
+
+def decode_image(encoded: bytes, *, name: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Decode one image to a row of a given shape.
+
+    Parameters
+    ----------
+    encoded : bytes
+        PNG, JPEG or WebP.
+    name : str
+        For error messages.
+    shape : (int, int, int)
+        Channels (1 or 3), height and width; another size is resized to it, grey is repeated over three channels.
+
+    Raises
+    ------
+    InputError
+        An image that cannot be read, or one in colour where `shape` is grey.
+    """
+    n_channels, *size = shape
+    (found,) = _decode_block([(name, encoded)], (size[0], size[1]), "raise", None)
+    pixels = found[1]
+    assert pixels is not None  # what cannot be read has raised
+    if pixels.ndim == 3 and n_channels == 1:
+        raise InputError(f"got {name} in colour, wanted grey as the rows that the encoder was trained on; convert it")
+    return np.ascontiguousarray(np.broadcast_to(pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1), shape))
 
 
 def _decode_block(

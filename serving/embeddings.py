@@ -1,0 +1,51 @@
+"""``POST /v1/embeddings`` over a service: :mod:`serving.protocols.openai` with what waits."""
+
+from __future__ import annotations
+
+from serving.errors import RequestError
+from serving.exchange import Answer, Exchange
+from serving.media import JSON
+from serving.protocols.openai import decode_embeddings, encode_embeddings
+from serving.service import Service
+
+__all__ = ["Embeddings"]
+
+
+class Embeddings:
+    """The route, over a service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def create(self, exchange: Exchange) -> Answer:
+        """Embed the items of one request."""
+        service = self._service
+        content = await exchange.body(service.limits)
+        most = service.limits.max_rows
+        asked = await service.off_loop(lambda: decode_embeddings(content, max_items=most))
+        # Clients insist on naming a model; where one is served, they may write what they like only by leaving it out.
+        model = service.find(asked.model or None)
+        exchange.model, exchange.version = model.name, model.version
+        if asked.dimensions not in (None, model.latent_dim):
+            raise RequestError(
+                400,
+                "invalid_parameter",
+                f"got dimensions={asked.dimensions}, wanted {model.latent_dim} or none: a part of this model's vector "
+                "is no embedding",
+                param="dimensions",
+            )
+        embedded = await service.embed(model, asked.batch, span=exchange.span)
+        features = embedded.features["mean"]
+        exchange.n_rows = len(features)
+        if embedded.errors:
+            position, message = next(iter(sorted(embedded.errors.items())))
+            raise RequestError(422, "invalid_rows", f"item {position} cannot be read: {message}", param="input")
+        answer = await service.off_loop(
+            lambda: encode_embeddings(features, model=model.name, digest=model.digest, as_base64=asked.as_base64)
+        )
+        headers = [
+            (b"content-type", JSON.encode()),
+            (b"x-vaefeat-model", model.name.encode()),
+            (b"x-vaefeat-digest", model.digest.encode()),
+        ]
+        return Answer(200, headers, answer)

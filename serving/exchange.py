@@ -1,0 +1,162 @@
+"""One HTTP exchange, close to the wire: ASGI messages, a request's id, its body within bounds, an answer whole."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+import time
+import uuid
+from typing import Any, NamedTuple
+
+from starlette.types import Receive, Scope, Send
+
+from serving.errors import RequestError, too_large
+from serving.settings import Limits
+
+__all__ = ["Answer", "ClientGoneError", "Exchange", "Headers"]
+
+Headers = list[tuple[bytes, bytes]]
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+#: An id of its own for each request costs a system call; a random beginning and a count are as unique.
+_PROCESS = uuid.uuid4().hex[:20].encode()
+_COUNT = itertools.count(1)
+
+
+class Answer(NamedTuple):
+    """Status, headers (without length and id) and body."""
+
+    status: int
+    headers: Headers
+    body: bytes
+
+
+class ClientGoneError(Exception):
+    """The client hung up before its body was complete; there is nobody to answer."""
+
+
+class Exchange:
+    """A request and the way to answer it.
+
+    Attributes
+    ----------
+    headers : dict of bytes to bytes
+        Names in lower case; the last of equal ones.
+    request_id : bytes
+        The client's ``x-request-id`` if it is a plain one, else ours.
+    announced_bytes : int
+        Content-Length; 0 without one.
+    body_is_read : bool
+        From then on the only message that can come is that the client has gone.
+    began : float
+        :func:`time.perf_counter` when it came.
+    route, model, version, key_id, n_rows, timing
+        What is noted of it on the way, for logs and metrics.
+    """
+
+    __slots__ = (
+        "_receive",
+        "_send",
+        "announced_bytes",
+        "began",
+        "body_is_read",
+        "gone",
+        "headers",
+        "key_id",
+        "model",
+        "n_rows",
+        "path",
+        "request_id",
+        "route",
+        "scope",
+        "span",
+        "started",
+        "task",
+        "timing",
+        "version",
+        "watcher",
+    )
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.began = time.perf_counter()
+        self.scope, self._receive, self._send = scope, receive, send
+        self.path: str = scope["path"]
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        given = self.headers.get(b"x-request-id")
+        if given is not None and _REQUEST_ID.fullmatch(given):
+            self.request_id = given
+        else:
+            self.request_id = b"%s%x" % (_PROCESS, next(_COUNT))
+        self.announced_bytes = 0
+        self.body_is_read = self.started = self.gone = False
+        self.route = "other"
+        self.model = self.version = self.key_id = ""
+        self.n_rows = 0
+        self.timing: tuple[float, ...] = ()
+        self.span: Any = None
+        self.task: asyncio.Task[Any] | None = None
+        self.watcher: asyncio.Task[None] | None = None
+
+    async def body(self, limits: Limits) -> bytes:
+        """Read the whole body.
+
+        Raises
+        ------
+        RequestError
+            408: it does not arrive in time; 413: more than was announced and is allowed.
+        ClientGoneError
+        """
+        message = await self._within(limits.body_timeout_s)
+        content: bytes = message.get("body", b"")
+        if message.get("more_body", False):
+            content = await self._rest(content, limits)
+        self.body_is_read = True
+        return content
+
+    async def _rest(self, first: bytes, limits: Limits) -> bytes:
+        deadline = asyncio.get_running_loop().time() + limits.body_timeout_s
+        whole = bytearray(first)
+        more = True
+        while more:
+            message = await self._within(deadline - asyncio.get_running_loop().time(), got=len(whole))
+            whole += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(whole) > limits.max_body_bytes:
+                raise too_large(
+                    f"got a body of more than {limits.max_body_bytes} bytes, wanted at most that; "
+                    "send fewer rows at a time"
+                )
+        return bytes(whole)
+
+    async def _within(self, timeout_s: float, *, got: int = 0) -> Any:
+        try:
+            async with asyncio.timeout(timeout_s):
+                message = await self._receive()
+        except TimeoutError:
+            raise RequestError(
+                408,
+                "body_timeout",
+                f"got {got} bytes of a body within the time that the service allows, wanted all of it; "
+                "send fewer rows at a time",
+                headers={"connection": "close"},
+            ) from None
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError
+        return message
+
+    async def wait_for_end(self) -> None:
+        """Return when the client has gone, or the answer is complete; only once the body is read."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def answer(self, answer: Answer) -> None:
+        """Send an answer."""
+        self.started = True
+        headers = [
+            *answer.headers,
+            (b"x-request-id", self.request_id),
+            (b"content-length", b"%d" % len(answer.body)),
+        ]
+        await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        body = b"" if self.scope["method"] == "HEAD" else answer.body
+        await self._send({"type": "http.response.body", "body": body})

@@ -1,0 +1,198 @@
+"""``POST /v1/embed``: rows or images in, features out, in the plainest form that each client has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import parse_qsl
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.codec import EmbedBody, decode_json, decode_npy, decode_raw, encode_json, encode_npy
+from serving.errors import RequestError
+from serving.exchange import Answer, Exchange, Headers
+from serving.media import IMAGES, JSON, MULTIPART, NPY, RAW, answer_type, body_type
+from serving.models import ServedModel
+from serving.multipart import split_parts
+from serving.service import Embedded, Service
+from vaefeat.input_spec import InputSpec
+
+__all__ = ["Native"]
+
+_PARAMETERS = {"model", "version", "output", "priority", "timeout_ms"}
+#: What addresses and headers say is the same for most requests of a client.
+_MOST_REMEMBERED = 512
+#: Values that JSON encodes on the event loop; more take a thread.
+_INLINE_VALUES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What the address and the headers of a request say."""
+
+    model: str | None
+    version: str | None
+    output: str | None
+    priority: int
+    timeout_s: float | None
+    body_type: str
+    answer_type: str
+
+    @classmethod
+    def of(cls, query_string: bytes, headers: Mapping[bytes, bytes]) -> _Asked:
+        query = dict(parse_qsl(query_string.decode("latin-1"), keep_blank_values=True))
+        if unknown := sorted(query.keys() - _PARAMETERS):
+            raise _invalid(f"got the unknown query parameters {unknown}, wanted only {sorted(_PARAMETERS)}")
+        received = body_type(headers)
+        preferred = JSON if received in (MULTIPART, *IMAGES) else received
+        wanted = answer_type(_text(headers.get(b"accept")), default=preferred)
+        return cls(
+            query.get("model"),
+            query.get("version"),
+            query.get("output"),
+            _number("priority", query.get("priority"), 0, 255) or 0,
+            None if (ms := _number("timeout_ms", query.get("timeout_ms"), 1, 2**31)) is None else ms / 1000,
+            received,
+            wanted,
+        )
+
+
+class Native:
+    """The route, over a service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._remembered: dict[tuple[bytes, ...], _Asked] = {}
+        self._labels: dict[ServedModel, dict[str, Headers]] = {}
+
+    async def embed(self, exchange: Exchange) -> Answer:
+        """Embed the rows of one request."""
+        asked = self._asked(exchange)
+        content = await exchange.body(self._service.limits)
+        if asked.body_type == NPY:
+            body = EmbedBody(decode_npy(content))
+        elif asked.body_type == JSON:
+            most = self._most_lists(asked.model)
+            body = (
+                decode_json(content, max_lists=most)
+                if len(content) <= self._service.limits.inline_bytes
+                else await self._service.off_loop(lambda: decode_json(content, max_lists=most))
+            )
+        else:
+            body = EmbedBody(np.empty(0))
+        model = self._service.find(_agreed("model", asked.model, body.model), asked.version)
+        exchange.model, exchange.version = model.name, model.version
+        output = _agreed("output", asked.output, body.output) or "mean"
+        embedded = await self._service.embed(
+            model,
+            await self._batch(asked.body_type, content, body, model.input, exchange),
+            outputs=(output,),
+            priority=asked.priority,
+            timeout_s=asked.timeout_s,
+            span=exchange.span,
+        )
+        return await self._answer(exchange, asked, model, output, embedded)
+
+    def _asked(self, exchange: Exchange) -> _Asked:
+        headers = exchange.headers
+        said = (
+            exchange.scope["query_string"],
+            headers.get(b"content-type", b""),
+            headers.get(b"accept", b""),
+            headers.get(b"content-encoding", b""),
+        )
+        asked = self._remembered.get(said)
+        if asked is None:
+            asked = _Asked.of(exchange.scope["query_string"], headers)
+            if len(self._remembered) >= _MOST_REMEMBERED:
+                self._remembered.clear()
+            self._remembered[said] = asked
+        return asked
+
+    async def _batch(
+        self, kind: str, content: bytes, body: EmbedBody, spec: InputSpec, exchange: Exchange
+    ) -> NDArray[np.generic] | list[bytes]:
+        if kind == RAW:
+            return decode_raw(content, spec)
+        if kind in IMAGES:
+            return [content]
+        if kind == MULTIPART:
+            return await self._service.off_loop(split_parts, content, exchange.headers[b"content-type"])
+        return body.rows
+
+    async def _answer(
+        self, exchange: Exchange, asked: _Asked, model: ServedModel, output: str, embedded: Embedded
+    ) -> Answer:
+        features = embedded.features[output]
+        exchange.n_rows = len(features)
+        if embedded.errors and asked.answer_type != JSON:
+            position, message = next(iter(sorted(embedded.errors.items())))
+            raise RequestError(
+                422,
+                "invalid_rows",
+                f"{len(embedded.errors)} of {len(features)} items cannot be read, the first is item {position}: "
+                f"{message}; with Accept: application/json the others are answered",
+            )
+        headers = self._headers(model, asked.answer_type)
+        if asked.answer_type == NPY:
+            return Answer(200, headers, encode_npy(features))
+        if asked.answer_type == RAW:
+            shape = b"%d,%d" % features.shape
+            return Answer(200, [*headers, (b"x-vaefeat-shape", shape)], features.tobytes())
+        errors = [{"index": position, "message": text} for position, text in sorted(embedded.errors.items())]
+        told = {"model": model.name, "version": model.version, "digest": model.digest, "output": output}
+        fields = {**told, "errors": errors} if errors else told
+        if features.size <= _INLINE_VALUES:
+            return Answer(200, headers, encode_json(features, **fields))
+        return Answer(200, headers, await self._service.off_loop(lambda: encode_json(features, **fields)))
+
+    def _headers(self, model: ServedModel, kind: str) -> Headers:
+        by_kind = self._labels.get(model)
+        if by_kind is None:
+            # Versions come and go; what belongs to those that have gone goes with them.
+            if len(self._labels) > 64:
+                self._labels.clear()
+            by_kind = self._labels[model] = {}
+        headers = by_kind.get(kind)
+        if headers is None:
+            headers = by_kind[kind] = [
+                (b"content-type", kind.encode()),
+                (b"x-vaefeat-model", model.name.encode()),
+                (b"x-vaefeat-digest", model.digest.encode()),
+            ]
+        return headers
+
+    def _most_lists(self, name: str | None) -> int:
+        """Bound the nested lists of a JSON body before it is parsed: by the rows that are allowed of any model."""
+        specs = [model.input for model in self._service.models.current if name in (None, model.name)]
+        return 1 + self._service.limits.max_rows * max((_lists_in_a_row(spec) for spec in specs), default=1)
+
+
+def _lists_in_a_row(spec: InputSpec) -> int:
+    """Nested lists that hold one row: 1 + C + C * H for an image (C, H, W)."""
+    return 1 + int(np.cumprod(spec.shape[:-1], dtype=np.int64).sum())
+
+
+def _agreed(what: str, in_query: str | None, in_body: str | None) -> str | None:
+    if in_query is not None and in_body is not None and in_query != in_body:
+        raise _invalid(
+            f"got {what}={in_query[:100]!r} in the address and {in_body[:100]!r} in the body; send one of them"
+        )
+    return in_body if in_query is None else in_query
+
+
+def _number(name: str, text: str | None, low: int, high: int) -> int | None:
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 12 and low <= int(text) <= high):
+        raise _invalid(f"got {name}={text[:40]!r}, wanted a whole number from {low} to {high}")
+    return int(text)
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("latin-1")
+
+
+def _invalid(message: str) -> RequestError:
+    return RequestError(400, "invalid_parameter", message)

@@ -1,0 +1,270 @@
+"""The one way from a request's rows to features, whatever protocol the request came by.
+
+Protocols decode bytes and encode answers; everything between is here: which model is meant, images made rows, rows
+given to the batcher, and whether all this works (warm-up, canary, stalled devices).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.batcher import Batch, Job, RowBatcher
+from serving.errors import ModelError, RequestError, too_large
+from serving.images import decode_into
+from serving.models import Models, ServedModel
+from serving.settings import Limits
+from vaefeat.errors import DeviceError
+
+__all__ = ["Embedded", "Service"]
+
+_log = logging.getLogger("serving")
+_T = TypeVar("_T")
+#: Between two comparisons with the reference while serving, in seconds.
+_PROVE_EVERY_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """What became of the rows of a request.
+
+    Attributes
+    ----------
+    features : mapping of str to ndarray of shape (n, width), float32
+        By output; finite.
+    errors : mapping of int to str
+        Images that could not be read: position and why. Their features are zeros.
+    job : Job or None
+        With its times; None where no image could be read.
+    decode_s : float
+        Seconds that images took.
+    """
+
+    features: Mapping[str, NDArray[np.float32]]
+    job: Job | None
+    errors: Mapping[int, str] = field(default_factory=dict)
+    decode_s: float = 0.0
+
+
+class Service:
+    """Models, the batcher, threads for what is slow, and whether it all works.
+
+    Parameters
+    ----------
+    models : Models
+    limits : Limits
+    lanes : int
+        Batches that are computed at the same time.
+    told : callable, optional
+        Hears of every :class:`Batch` that was computed.
+
+    Attributes
+    ----------
+    ready : bool
+        Every model is warmed up, agrees with its reference, and no device has failed since.
+    failure : str
+        Why not, empty otherwise; nothing but a new process mends it.
+    """
+
+    def __init__(
+        self, models: Models, limits: Limits, *, lanes: int, told: Callable[[Batch], None] | None = None
+    ) -> None:
+        self.models, self.limits = models, limits
+        self.ready = False
+        self.failure = ""
+        self.state = "warming up"
+        self._told = told
+        self.batcher = RowBatcher(
+            lanes=lanes,
+            max_batch_rows=limits.max_batch_rows,
+            max_queued_rows=limits.max_queued_rows,
+            max_queued_bytes=limits.max_queued_bytes,
+            told=self._batch_done,
+        )
+        self._pool = ThreadPoolExecutor(limits.worker_threads, thread_name_prefix="codec")
+        # Loading takes seconds; it must not stand in the way of bodies that wait to be decoded.
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Start the lanes, and warm up in the background so that probes are answered meanwhile; only once."""
+        if self._tasks:
+            return
+        self.batcher.start()
+        self._tasks.append(asyncio.create_task(self._watch_over()))
+
+    async def stop(self) -> None:
+        """End everything; requests in flight were answered before."""
+        for task in self._tasks:
+            task.cancel()
+        self.batcher.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    def find(self, name: str | None, version: str | None = None) -> ServedModel:
+        """Find a model; see :meth:`serving.models.Models.find`."""
+        return self.models.find(name, version)
+
+    def versions(self, name: str) -> tuple[str, ...]:
+        """Give the versions of a name, the newest first."""
+        return self.models.versions(name)
+
+    async def embed(
+        self,
+        model: ServedModel,
+        batch: NDArray[Any] | Sequence[bytes],
+        *,
+        outputs: tuple[str, ...] = ("mean",),
+        priority: int = 0,
+        timeout_s: float | None = None,
+        span: Any = None,
+    ) -> Embedded:
+        """Embed rows or encoded images.
+
+        Parameters
+        ----------
+        model : ServedModel
+        batch : ndarray, or sequence of bytes
+            Rows as a client sent them, or PNG, JPEG or WebP files.
+        outputs : tuple of str
+        priority : int
+            0 or 1: interactive. More: gives way to others.
+        timeout_s : float, optional
+            Seconds from now within which rows must be on the device; the service's own limit at most.
+
+        Raises
+        ------
+        InputError
+            Rows that the model does not take.
+        RequestError
+            400 for an unknown output, 413 for too many rows, 422 where no image can be read, 503 and 504 under load,
+            500 for features that are not finite.
+        """
+        if unknown := [output for output in outputs if output not in model.outputs]:
+            wanted = sorted(model.outputs)
+            raise RequestError(400, "invalid_parameter", f"got output={unknown[0][:80]!r}, wanted one of {wanted}")
+        limit = self.limits.compute_timeout_s
+        timeout_s = limit if timeout_s is None else min(timeout_s, limit)
+        if isinstance(batch, np.ndarray):
+            self._check_count(len(batch) if batch.ndim else 0)
+            # A float row is looked at value by value; that of many rows would hold up everybody else.
+            slow = batch.dtype != np.uint8 and batch.nbytes > self.limits.inline_bytes
+            rows = await self.off_loop(model.input.prepare, batch) if slow else model.input.prepare(batch)
+            job = self._submit(model, rows, outputs, priority, timeout_s, span)
+            return Embedded(await self._result(job), job)
+        return await self._embed_images(model, batch, outputs, priority, timeout_s, span)
+
+    async def off_loop(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Call a function in a bounded pool of threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    async def change(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """Change the models, one change after the other, in a thread of its own."""
+        return await asyncio.get_running_loop().run_in_executor(self._loader, function, *arguments)
+
+    def fail(self, reason: str) -> None:
+        """Take the service out: nobody is told 200 by what does not work."""
+        if not self.failure:
+            _log.error("not ready any more: %s", reason)
+        self.ready, self.failure = False, self.failure or reason
+
+    def _check_count(self, n_rows: int) -> None:
+        if n_rows > self.limits.max_rows:
+            raise too_large(f"got {n_rows} rows, wanted at most {self.limits.max_rows} at a time; send them in parts")
+
+    def _submit(
+        self,
+        model: ServedModel,
+        rows: NDArray[Any],
+        outputs: tuple[str, ...],
+        priority: int,
+        timeout_s: float,
+        span: Any,
+    ) -> Job:
+        return self.batcher.submit(model, rows, outputs, bulk=priority > 1, timeout_s=timeout_s, span=span)
+
+    async def _result(self, job: Job) -> Mapping[str, NDArray[np.float32]]:
+        try:
+            return await job.future
+        except asyncio.CancelledError:
+            self.batcher.abandon(job)
+            raise
+        except DeviceError as error:
+            self.fail(str(error))
+            raise RequestError(
+                503, "overloaded", "the device failed; try again elsewhere", headers={"retry-after": "1"}
+            ) from error
+
+    async def _embed_images(
+        self,
+        model: ServedModel,
+        encoded: Sequence[bytes],
+        outputs: tuple[str, ...],
+        priority: int,
+        timeout_s: float,
+        span: Any,
+    ) -> Embedded:
+        self._check_count(len(encoded))
+        if model.input.kind != "image":
+            raise RequestError(422, "invalid_rows", f"got images, wanted {model.input}; send rows of numbers")
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        rows = np.zeros((len(encoded), *model.input.shape), model.input.dtype)
+        found = await _all(
+            self.off_loop(decode_into, rows, start, encoded[start : start + self.limits.images_per_task], model.input)
+            for start in range(0, len(encoded), self.limits.images_per_task)
+        )
+        errors = {position: message for part in found for position, message in part.items()}
+        decode_s = loop.time() - began
+        if len(errors) == len(encoded):
+            position, message = next(iter(sorted(errors.items())))
+            raise RequestError(422, "invalid_rows", f"got no image that can be read; item {position}: {message}")
+        good = np.array([position for position in range(len(encoded)) if position not in errors], np.intp)
+        job = self._submit(model, rows[good] if errors else rows, outputs, priority, timeout_s - decode_s, span)
+        computed = await self._result(job)
+        if errors:
+            computed = {output: _spread(features, good, len(encoded)) for output, features in computed.items()}
+        return Embedded(computed, job, errors, decode_s)
+
+    def _batch_done(self, batch: Batch) -> None:
+        if self._told is not None:
+            self._told(batch)
+
+    async def _watch_over(self) -> None:
+        """Warm up, then compare with the reference again and again."""
+        try:
+            await self.change(lambda: self.models.warm_up(told=self._is_warming))
+            self.ready = True
+            while True:
+                await asyncio.sleep(_PROVE_EVERY_S)
+                if (stalled := self.batcher.stalled_s) > self.limits.compute_timeout_s:
+                    self.fail(f"a batch has been on the device for {stalled:.0f} s")
+                    return
+                for model in self.models.current:
+                    await self.off_loop(model.prove)
+        except (ModelError, DeviceError) as error:
+            self.fail(str(error))
+        except Exception as error:
+            _log.exception("the watch over the models ended")
+            self.fail(f"{type(error).__name__}: {error}")
+
+    def _is_warming(self, name: str) -> None:
+        self.state = f"warming up {name}"
+
+
+async def _all(calls: Any) -> list[dict[int, str]]:
+    tasks: list[Awaitable[dict[int, str]]] = list(calls)
+    return list(await asyncio.gather(*tasks))
+
+
+def _spread(features: NDArray[np.float32], good: NDArray[np.intp], n_rows: int) -> NDArray[np.float32]:
+    whole = np.zeros((n_rows, *features.shape[1:]), features.dtype)
+    whole[good] = features
+    return whole
