@@ -36,8 +36,8 @@ from vaefeat.errors import DeviceError
 __all__ = ["run"]
 
 _OBJECT_STORE_BYTES = 256 * 2**20
-# Controller, replica and one to spare: Ray starts as many worker processes ahead as it is told to have processors. It is
-# an account for scheduling only; the replica's threads use every processor there is.
+# Controller, replica and one to spare: Ray starts as many worker processes ahead as it is told to have processors. It
+# is an account for scheduling only; the replica's threads use every processor there is.
 _RAY_CPUS = 3
 _APPLICATION = "vaefeat"
 _DESK = "desk.sock"
