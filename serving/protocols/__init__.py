@@ -1,1 +1,8 @@
-"""What travels over the wire, as pure functions between bytes and arrays; nothing here waits or computes."""
+"""What clients speak: pure functions between bytes and arrays, which know neither HTTP nor the models.
+
+===================  ==================================================================================================
+``oip``              the Open Inference Protocol v2 over REST: JSON, and the binary tensor extension
+``tensors``          what both have in common: a named tensor becomes rows or encoded images
+``content_coding``   gzip and deflate, bounded
+===================  ==================================================================================================
+"""
