@@ -16,10 +16,10 @@ type                       status  when
 =========================  ======  ====================================================================================
 ``malformed_body``         400     not npy or JSON of the form that was announced
 ``invalid_parameter``      400     an unknown query parameter, output or key, or no model named where several are served
+``unauthorized``           401     no API key, or one that is unknown or has expired
+``forbidden``              403     an API key without the scope that this needs
 ``not_found``              404     no such address
 ``unknown_model``          404     no such model
-``unauthorized``           401     no API key, or one that is not known
-``forbidden``              403     a key without the scope that this route asks for
 ``method_not_allowed``     405
 ``not_acceptable``         406     Accept leaves neither npy nor JSON
 ``body_timeout``           408     the body did not arrive in time
@@ -28,7 +28,7 @@ type                       status  when
 ``too_large``              413     more bytes or rows than the limits allow
 ``unsupported_media_type`` 415     neither npy nor JSON, or compressed
 ``invalid_rows``           422     well-formed, but not what the bundle takes (:class:`vaefeat.errors.InputError`)
-``rate_limited``           429     more rows or bytes than the key may send; try again after Retry-After
+``rate_limited``           429     more rows or bytes than the API key's rate; try again after Retry-After
 ``internal_error``         500     a defect of ours; the server's log has it under the request id
 ``non_finite_output``      500     the encoder computed NaN or infinity
 ``overloaded``             503     too many requests or rows at once; try again after Retry-After

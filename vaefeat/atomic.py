@@ -10,7 +10,7 @@ from pathlib import Path
 __all__ = ["replace_file", "sync_folder"]
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, *, private: bool = False) -> None:
     """Write `content` to `path` so that a reader, or a crash, sees the old file or the new one and nothing between.
 
     The bytes go to a temporary file in the same folder, are flushed to the disk, and take the name by a rename.
@@ -20,6 +20,8 @@ def replace_file(path: Path, content: bytes) -> None:
     path : Path
         Its folder must exist.
     content : bytes
+    private : bool
+        Only the user may read or write the file, from its first byte on, whatever their umask.
 
     Raises
     ------
@@ -32,8 +34,9 @@ def replace_file(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files private; what a person's own umask allows is what they expect of a result.
-        Path(temporary).chmod(0o666 & ~_umask())
+        if not private:
+            # mkstemp makes files private; what a person's own umask allows is what they expect of a result.
+            Path(temporary).chmod(0o666 & ~_umask())
         Path(temporary).replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
