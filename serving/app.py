@@ -1,4 +1,4 @@
-"""The ASGI application: guard, routes, errors in each protocol's form. It knows nothing of Ray.
+"""The ASGI application: admission, routes, errors in each protocol's form. It knows nothing of Ray.
 
 It is written close to ASGI, because a request of one row is worth some ten microseconds of computing: layers of
 middleware and objects for requests and responses would cost several times that.
@@ -10,28 +10,30 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
-import orjson
 from starlette.types import Receive, Scope, Send
 
-from serving.errors import RequestError, as_request_error, envelope, overloaded, too_large
+from serving import inference
+from serving.embeddings import Embeddings
+from serving.errors import RequestError, as_request_error, envelope, overloaded
 from serving.exchange import Answer, ClientGoneError, Exchange
+from serving.guard.admission import Admission
+from serving.guard.keys import KeyRing
+from serving.inference import Inference
 from serving.media import JSON
-from serving.models import ServedModel
+from serving.meta import Meta
 from serving.native import Native
+from serving.protocols import openai
 from serving.service import Service
-from vaefeat import __version__
+from serving.watching.recorder import Recorder
 
 __all__ = ["Application", "Route"]
 
 _log = logging.getLogger("serving")
-_JSON = [(b"content-type", JSON.encode())]
-#: How often requests that wait are asked whether their client is still there, in seconds.
-_LOOK_FOR_CLIENTS_S = 0.1
+_JSON = (b"content-type", JSON.encode())
+_KEYS_EVERY_S = 1.0
 
 Handler = Callable[[Exchange], Awaitable[Answer]]
-Form = Callable[[RequestError, bytes], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class Route:
     handler: Handler
     scope: str = ""
     takes_body: bool = False
-    form: Form = envelope
+    form: Callable[[RequestError, bytes], bytes] = envelope
 
 
 class Application:
@@ -66,23 +68,36 @@ class Application:
     ----------
     service : Service
         Started and stopped by the lifespan.
+    keys : KeyRing, optional
+        Without it nobody is asked for a key.
+    replica : str
+        Marks the figures as this process's, where one address leads to several.
     """
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, *, keys: KeyRing | None = None, replica: str = "") -> None:
         self.service = service
-        self._limits = service.limits
-        self._in_flight: dict[Exchange, None] = {}
-        self._in_flight_bytes = 0
-        self._looking: asyncio.TimerHandle | None = None
-        self._cards: tuple[int, bytes] = (-1, b"")
-        native = Native(service)
-        self._routes: dict[str, dict[str, Route]] = {
-            "/": {"GET": Route("/", self._index)},
-            "/livez": {"GET": Route("/livez", self._livez)},
-            "/readyz": {"GET": Route("/readyz", self._readyz)},
-            "/v1/models": {"GET": Route("/v1/models", self._models, scope="embed")},
-            "/v1/embed": {"POST": Route("/v1/embed", native.embed, scope="embed", takes_body=True)},
-        }
+        self.admission = Admission(service.limits, keys=keys)
+        names = {*_names(_EXACT), *_names(_OF_MODELS), *_names(_OF_REPOSITORY), "/v1/models/{model}"}
+        self.recorder = Recorder(service.models, routes=names, replica=replica)
+        service.told = self.recorder.batch
+        self.recorder.metrics.watch(
+            queue_rows=lambda: service.batcher.queued_rows,
+            queue_bytes=lambda: service.batcher.queued_bytes,
+            in_flight=lambda: self.admission.in_flight,
+            lanes_busy=lambda: service.batcher.busy,
+        )
+        self._meta = Meta(service, self.recorder, routes=self.routes)
+        self._native, self._embeddings, self._inference = Native(service), Embeddings(service), Inference(service)
+        self._exact = self._bound(_EXACT)
+        self._of_models = self._bound(_OF_MODELS)
+        self._of_repository = self._bound(_OF_REPOSITORY)
+        self._card = {"GET": Route("/v1/models/{model}", self._meta.model, scope="embed", form=openai.error_form)}
+        self._reading_keys: asyncio.Task[None] | None = None
+
+    def routes(self) -> list[str]:
+        """List what is served, method and address."""
+        tables = (_EXACT, _OF_MODELS, _OF_REPOSITORY)
+        return [f"{method} {name}" for table in tables for method, name, *_ in table.values()]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one exchange, or the lifespan."""
@@ -92,13 +107,14 @@ class Application:
         if scope["type"] != "http":
             return
         exchange = Exchange(scope, receive, send)
+        exchange.admission = self.admission
         route = None
         try:
             route = self._route(exchange)
-            if route.takes_body:
-                answer = await self._with_room(exchange, route)
-            else:
-                answer = await route.handler(exchange)
+            exchange.key = self.admission.identify(
+                exchange.headers.get(b"authorization"), exchange.headers.get(b"x-api-key"), scope=route.scope
+            )
+            answer = await (self._with_body(exchange, route) if route.takes_body else route.handler(exchange))
         except ClientGoneError:
             return
         except asyncio.CancelledError:
@@ -107,10 +123,11 @@ class Application:
             raise
         except Exception as error:
             answer = self._failed(exchange, route, error)
-        await exchange.answer(answer)
+        timing = self.recorder.answered(exchange, answer.status)
+        await exchange.answer(answer, timing)
 
     def _route(self, exchange: Exchange) -> Route:
-        methods = self._routes.get(exchange.path)
+        methods = self._exact.get(exchange.path) or self._by_pattern(exchange.path)
         if methods is None:
             raise RequestError(404, "not_found", "got an address that is not served; GET / lists those that are")
         method = exchange.scope["method"]
@@ -125,132 +142,102 @@ class Application:
         exchange.route = route.name
         return route
 
-    async def _with_room(self, exchange: Exchange, route: Route) -> Answer:
-        """Keep room for a body of the announced length, refuse what finds none, and answer."""
-        if not self.service.ready:
-            raise overloaded(f"the service is not ready: {self.service.failure or self.service.state}")
-        announced = exchange.headers.get(b"content-length")
-        if announced is None or not announced.isdigit():
-            raise RequestError(
-                411,
-                "length_required",
-                "got a body without Content-Length, wanted it announced; send it in one piece, not chunked",
-                headers={"connection": "close"},
-            )
-        n_bytes = int(announced)
-        limits = self._limits
-        if n_bytes > limits.max_body_bytes:
-            raise too_large(
-                f"got a body of {n_bytes} bytes, wanted at most {limits.max_body_bytes}; send fewer rows at a time"
-            )
-        if len(self._in_flight) >= limits.max_in_flight or self._in_flight_bytes + n_bytes > limits.max_in_flight_bytes:
-            raise overloaded(f"{len(self._in_flight)} requests are being answered, which is the most at a time")
-        exchange.announced_bytes = n_bytes
-        self._in_flight[exchange] = None
-        self._in_flight_bytes += n_bytes
-        if self._looking is None:
-            loop = asyncio.get_running_loop()
-            self._looking = loop.call_later(_LOOK_FOR_CLIENTS_S, self._look_for_clients, loop)
-        exchange.task = asyncio.current_task()
+    def _by_pattern(self, path: str) -> dict[str, Route] | None:
+        if path.startswith("/v2/models/"):
+            found = inference.split_model_path(path)
+            return self._of_models.get(found[2]) if found else None
+        if path.startswith("/v2/repository/models/"):
+            parts = path.split("/")
+            return self._of_repository.get(parts[5]) if len(parts) == 6 and parts[4] else None
+        if path.startswith("/v1/models/") and path.count("/") == 3:
+            return self._card
+        return None
+
+    async def _with_body(self, exchange: Exchange, route: Route) -> Answer:
+        service = self.service
+        if not service.ready:
+            raise overloaded(f"the service is not ready: {service.failure or service.state}")
+        self.admission.enter(exchange)
         try:
             return await route.handler(exchange)
         finally:
-            del self._in_flight[exchange]
-            self._in_flight_bytes -= n_bytes
-            if exchange.watcher is not None:
-                exchange.watcher.cancel()
-
-    def _look_for_clients(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Watch whether the clients of requests that wait for long are still there.
-
-        A watcher for each request would cost more than most requests do.
-        """
-        self._looking = None
-        for exchange in self._in_flight:
-            if exchange.body_is_read and exchange.watcher is None:
-                exchange.watcher = loop.create_task(_watch(exchange))
-        if self._in_flight:
-            self._looking = loop.call_later(_LOOK_FOR_CLIENTS_S, self._look_for_clients, loop)
+            self.admission.leave(exchange)
 
     def _failed(self, exchange: Exchange, route: Route | None, error: Exception) -> Answer:
         failure = as_request_error(error)
         if failure.kind == "internal_error":
             _log.error("request %s failed", exchange.request_id.decode(), exc_info=error)
+        self.recorder.refused(exchange.route, failure)
         headers = [(name.encode(), value.encode("latin-1", "replace")) for name, value in failure.headers.items()]
-        form = route.form if route is not None else envelope
-        return Answer(failure.status, [*_JSON, *headers], form(failure, exchange.request_id))
+        form = route.form if route is not None else _form_of(exchange.path)
+        return Answer(failure.status, [_JSON, *headers], form(failure, exchange.request_id))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 await self.service.start()
+                self._reading_keys = asyncio.create_task(self._read_keys_again())
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
+                if self._reading_keys is not None:
+                    self._reading_keys.cancel()
                 await self.service.stop()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
-    async def _index(self, exchange: Exchange) -> Answer:
-        """Tell a person who opens the address what is here."""
-        host = exchange.headers.get(b"host", b"").decode("latin-1")
-        example = f"curl --data-binary @rows.npy -H 'Content-Type: application/x-npy' http://{host}/v1/embed > out.npy"
-        routes = [f"{method} {path}" for path, methods in self._routes.items() for method in methods]
-        about = {
-            "service": "vaefeat",
-            "version": __version__,
-            "models": self.service.models.names,
-            "routes": routes,
-            "example": example,
-        }
-        return json_answer(about)
+    async def _read_keys_again(self) -> None:
+        while self.admission.keys is not None:
+            await asyncio.sleep(_KEYS_EVERY_S)
+            await asyncio.to_thread(self.admission.keys.reload_if_changed)
 
-    async def _livez(self, exchange: Exchange) -> Answer:
-        """Answer, which is the news."""
-        return json_answer({"live": True})
-
-    async def _readyz(self, exchange: Exchange) -> Answer:
-        """Tell whether requests are going to be answered well."""
-        service = self.service
-        if service.ready:
-            return json_answer({"ready": True})
-        state = {"ready": False, "failed": bool(service.failure), "reason": service.failure or service.state}
-        return json_answer(state, status=503)
-
-    async def _models(self, exchange: Exchange) -> Answer:
-        """List the models."""
-        models = self.service.models
-        if self._cards[0] != models.generation:
-            cards = [self._card(model) for model in models.current]
-            self._cards = (models.generation, orjson.dumps({"object": "list", "data": cards}))
-        return Answer(200, _JSON, self._cards[1])
-
-    def _card(self, model: ServedModel) -> dict[str, Any]:
-        limits = self._limits
+    def _bound(self, table: dict[str, _Row]) -> dict[str, dict[str, Route]]:
+        """Bind a table's handlers, named by attribute, to this application's."""
         return {
-            "id": model.name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "vaefeat",
-            "digest": model.digest,
-            "versions": list(self.service.versions(model.name)),
-            "input": model.input.to_dict(),
-            "outputs": dict(model.outputs),
-            "classes": list(model.classes),
-            "latent_dim": model.latent_dim,
-            "active_units": model.active_units,
-            "provider": model.provider,
-            "limits": {"max_rows": limits.max_rows, "max_body_bytes": limits.max_body_bytes},
+            place: {method: Route(name, _attribute(self, handler), scope, takes_body, form)}
+            for place, (method, name, handler, scope, takes_body, form) in table.items()
         }
 
 
-async def _watch(exchange: Exchange) -> None:
-    await exchange.wait_for_end()
-    if not exchange.started and exchange.task is not None:
-        exchange.gone = True
-        exchange.task.cancel()
+_Row = tuple[str, str, str, str, bool, Callable[[RequestError, bytes], bytes]]
+_OIP = inference.error_form
+#: By address: method, name, handler, scope, whether there is a body, form of errors.
+_EXACT: dict[str, _Row] = {
+    "/": ("GET", "/", "_meta.index", "", False, envelope),
+    "/livez": ("GET", "/livez", "_meta.livez", "", False, envelope),
+    "/readyz": ("GET", "/readyz", "_meta.readyz", "", False, envelope),
+    "/metrics": ("GET", "/metrics", "_meta.metrics", "metrics", False, envelope),
+    "/v1/models": ("GET", "/v1/models", "_meta.models", "embed", False, openai.error_form),
+    "/v1/embed": ("POST", "/v1/embed", "_native.embed", "embed", True, envelope),
+    "/v1/embeddings": ("POST", "/v1/embeddings", "_embeddings.create", "embed", True, openai.error_form),
+    "/v2": ("GET", "/v2", "_inference.server", "", False, _OIP),
+    "/v2/": ("GET", "/v2", "_inference.server", "", False, _OIP),
+    "/v2/health/live": ("GET", "/v2/health/live", "_inference.live", "", False, _OIP),
+    "/v2/health/ready": ("GET", "/v2/health/ready", "_inference.ready", "", False, _OIP),
+    "/v2/repository/index": ("POST", "/v2/repository/index", "_inference.index", "admin", True, _OIP),
+}
+#: By what follows /v2/models/{model}[/versions/{version}].
+_OF_MODELS: dict[str, _Row] = {
+    "": ("GET", "/v2/models/{model}", "_inference.model", "embed", False, _OIP),
+    "ready": ("GET", "/v2/models/{model}/ready", "_inference.model_ready", "", False, _OIP),
+    "infer": ("POST", "/v2/models/{model}/infer", "_inference.infer", "embed", True, _OIP),
+}
+#: By what follows /v2/repository/models/{model}.
+_OF_REPOSITORY: dict[str, _Row] = {
+    verb: ("POST", f"/v2/repository/models/{{model}}/{verb}", f"_inference.{verb}", "admin", True, _OIP)
+    for verb in ("load", "unload")
+}
 
 
-def json_answer(values: Any, *, status: int = 200) -> Answer:
-    """Put plain values into an answer."""
-    return Answer(status, _JSON, orjson.dumps(values))
+def _names(table: dict[str, _Row]) -> list[str]:
+    return [row[1] for row in table.values()]
+
+
+def _attribute(owner: object, path: str) -> Handler:
+    for name in path.split("."):
+        owner = getattr(owner, name)
+    return owner  # type: ignore[return-value]  # what the tables name are handlers
+
+
+def _form_of(path: str) -> Callable[[RequestError, bytes], bytes]:
+    return _OIP if path.startswith("/v2/") else envelope

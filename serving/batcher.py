@@ -6,7 +6,7 @@ of what arrives together. A request with more rows than a batch holds is split; 
 comes out for a row is the same to the last bit whatever batch it went through, because the encoders are invariant to
 their neighbours (tested), so that how rows are cut is a matter of speed alone.
 
-Everything but :meth:`Lane.run` happens on one event loop, and needs no lock.
+Everything but computing happens on one event loop, and needs no lock.
 """
 
 from __future__ import annotations
@@ -45,6 +45,9 @@ class Computes(Protocol):
     def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
         """Encode checked rows, in a lane's thread."""
 
+    def observe(self, outputs: Sequence[str], features: Sequence[NDArray[np.float32]]) -> None:
+        """Take note of features that go out, in a lane's thread."""
+
 
 class Job:
     """The rows of one request on their way.
@@ -58,14 +61,14 @@ class Job:
     bulk : bool
         Whether it gives way to others.
     deadline : float
-        On the loop's clock; rows that wait longer are not computed.
+        On :func:`time.perf_counter`'s clock; rows that wait longer are not computed.
     future : Future
         Its result is a dict of features by output.
 
     Attributes
     ----------
     queued, cut, done : float
-        On the loop's clock: when it came, when its first rows were cut, when its last vector was there.
+        On the same clock: when it came, when its first rows were cut, when its last vector was there.
     device_s : float
         Seconds that the batches it took part in were computed for, at most; they may overlap.
     """
@@ -158,6 +161,8 @@ class Batch:
                 if not np.isfinite(features.sum(dtype=np.float64)):
                     bad = np.logical_not(np.isfinite(features).all(axis=1))
                     self.unusable = bad if self.unusable is None else np.logical_or(self.unusable, bad)
+            if self.unusable is None:
+                self.model.observe(self.outputs, self.features)
         except Exception as error:  # to be told to the requests, by the event loop
             self.error = error
         self.device_s = time.perf_counter() - self.began
@@ -272,7 +277,7 @@ class RowBatcher:
     @property
     def stalled_s(self) -> float:
         """Seconds for which the slowest lane has been computing its batch."""
-        now = self._loop.time()
+        now = time.perf_counter()
         return max((now - since for _, since in self._running.values()), default=0.0)
 
     @property
@@ -309,7 +314,7 @@ class RowBatcher:
             or self.wait_s > timeout_s
         ):
             raise self.refusal()
-        now = self._loop.time()
+        now = time.perf_counter()
         job = Job(
             model,
             rows,
@@ -370,7 +375,7 @@ class RowBatcher:
             self._leave(line)
             if batch.n_rows:
                 lane = self._idle.pop()
-                self._running[lane] = (batch, self._loop.time())
+                self._running[lane] = (batch, time.perf_counter())
                 lane.give(batch)
 
     def _leave(self, line: _Line) -> None:
@@ -381,7 +386,7 @@ class RowBatcher:
         share = max(_MIN_SHARE, -(-self.queued_rows // len(self._idle)))
         wanted = min(self._max_batch_rows, share)
         batch = Batch(line.model)
-        now = self._loop.time()
+        now = time.perf_counter()
         while batch.n_rows < wanted and line:
             waiting = line.next()
             job = waiting[0]
@@ -413,7 +418,7 @@ class RowBatcher:
     def _finish(self, lane: _Lane, batch: Batch) -> None:
         self._idle.append(lane)
         del self._running[lane]
-        now = self._loop.time()
+        now = time.perf_counter()
         if batch.error is None:
             rate = batch.n_rows / max(batch.device_s, 1e-6) * self._n_lanes
             # Small batches say little of how fast a long queue is worked off.
@@ -447,7 +452,7 @@ class RowBatcher:
 
     def _look_at_deadlines(self) -> None:
         self._sweep = None
-        now = self._loop.time()
+        now = time.perf_counter()
         for job in self._waiting():
             if job.deadline < now:
                 self._fail(job, _too_late())

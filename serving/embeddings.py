@@ -34,9 +34,9 @@ class Embeddings:
                 "is no embedding",
                 param="dimensions",
             )
-        embedded = await service.embed(model, asked.batch, span=exchange.span)
+        embedded = await service.embed(model, asked.batch, caller=exchange)
+        exchange.note(model, embedded)
         features = embedded.features["mean"]
-        exchange.n_rows = len(features)
         if embedded.errors:
             position, message = next(iter(sorted(embedded.errors.items())))
             raise RequestError(422, "invalid_rows", f"item {position} cannot be read: {message}", param="input")

@@ -7,14 +7,21 @@ import itertools
 import re
 import time
 import uuid
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import orjson
 from starlette.types import Receive, Scope, Send
 
 from serving.errors import RequestError, too_large
 from serving.settings import Limits
 
-__all__ = ["Answer", "ClientGoneError", "Exchange", "Headers"]
+if TYPE_CHECKING:
+    from serving.guard.admission import Admission
+    from serving.guard.keys import Key
+    from serving.models import ServedModel
+    from serving.service import Embedded
+
+__all__ = ["Answer", "ClientGoneError", "Exchange", "Headers", "json_answer"]
 
 Headers = list[tuple[bytes, bytes]]
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -29,6 +36,11 @@ class Answer(NamedTuple):
     status: int
     headers: Headers
     body: bytes
+
+
+def json_answer(values: Any, *, status: int = 200) -> Answer:
+    """Put plain values into an answer."""
+    return Answer(status, [(b"content-type", b"application/json")], orjson.dumps(values))
 
 
 class ClientGoneError(Exception):
@@ -50,29 +62,30 @@ class Exchange:
         From then on the only message that can come is that the client has gone.
     began : float
         :func:`time.perf_counter` when it came.
-    route, model, version, key_id, n_rows, timing
+    route, model, version, key, served, embedded
         What is noted of it on the way, for logs and metrics.
     """
 
     __slots__ = (
         "_receive",
         "_send",
+        "admission",
         "announced_bytes",
         "began",
         "body_is_read",
+        "embedded",
         "gone",
         "headers",
-        "key_id",
+        "key",
         "model",
-        "n_rows",
         "path",
         "request_id",
         "route",
         "scope",
+        "served",
         "span",
         "started",
         "task",
-        "timing",
         "version",
         "watcher",
     )
@@ -90,12 +103,24 @@ class Exchange:
         self.announced_bytes = 0
         self.body_is_read = self.started = self.gone = False
         self.route = "other"
-        self.model = self.version = self.key_id = ""
-        self.n_rows = 0
-        self.timing: tuple[float, ...] = ()
+        self.model = self.version = ""
+        self.key: Key | None = None
+        self.embedded: Embedded | None = None
+        self.served: ServedModel | None = None
+        self.admission: Admission | None = None
         self.span: Any = None
         self.task: asyncio.Task[Any] | None = None
         self.watcher: asyncio.Task[None] | None = None
+
+    def note(self, model: ServedModel, embedded: Embedded) -> None:
+        """Keep what logs and metrics tell of it."""
+        self.model, self.version = model.name, model.version
+        self.served, self.embedded = model, embedded
+
+    def admit_rows(self, n_rows: int) -> None:
+        """Take rows off the rate of the key that asks."""
+        if self.admission is not None:
+            self.admission.admit_rows(self.key, n_rows)
 
     async def body(self, limits: Limits) -> bytes:
         """Read the whole body.
@@ -149,14 +174,16 @@ class Exchange:
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
-    async def answer(self, answer: Answer) -> None:
-        """Send an answer."""
+    async def answer(self, answer: Answer, timing: bytes | None = None) -> None:
+        """Send an answer, with a Server-Timing header where there is one."""
         self.started = True
         headers = [
             *answer.headers,
             (b"x-request-id", self.request_id),
             (b"content-length", b"%d" % len(answer.body)),
         ]
+        if timing is not None:
+            headers.append((b"server-timing", timing))
         await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
         body = b"" if self.scope["method"] == "HEAD" else answer.body
         await self._send({"type": "http.response.body", "body": body})

@@ -2,7 +2,7 @@
 
 A version is a bundle's digest. A new one is loaded beside the old, warmed up on batches of every usual size and
 compared with the reference in its bundle; only then does it take the name over, in one assignment. The one before
-stays addressable and is what a rollback goes back to. What fails on the way leaves everything as it was.
+stays addressable, and can be chosen again. What fails on the way leaves everything as it was.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import ModelError, RequestError, SetupError
+from serving.watching.drift import Drift
 from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import BundleError, DeviceError
@@ -26,7 +27,7 @@ from vaefeat.reference import TOLERANCE, Reference, load_reference
 __all__ = ["Models", "Place", "ServedModel", "find_bundles"]
 
 _log = logging.getLogger("serving")
-#: Of one name, the newest first: the one that is served and the one that a rollback goes back to.
+#: Of one name, the newest first: the one that is served and the one before.
 _KEPT = 2
 
 
@@ -79,12 +80,20 @@ class ServedModel:
         self.latent_dim, self.active_units = self._encoder.latent_dim, self._encoder.active_units
         self.provider, self.device = self._encoder.provider, self._encoder.device
         self.reference: Reference | None = load_reference(bundle)
-        self.path = bundle.path
+        #: How far what is served has moved from what it was trained on.
+        self.drift = None
+        if self.reference is not None:
+            self.drift = Drift(mean=self.reference.mean, variance=self.reference.variance)
         self._max_batch_rows = place.max_batch_rows
 
     def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
         """Encode checked rows; see :meth:`vaefeat.encoder.OnnxEncoder.compute`."""
         return self._encoder.compute(rows, outputs)
+
+    def observe(self, outputs: Sequence[str], features: Sequence[NDArray[np.float32]]) -> None:
+        """Take note of what was served; in a lane's thread."""
+        if self.drift is not None and "mean" in outputs:
+            self.drift.update(features[outputs.index("mean")])
 
     def warm_up(self) -> None:
         """Compute batches of every usual size, with every output, and compare with the reference.
@@ -159,6 +168,11 @@ class Models:
     def names(self) -> list[str]:
         """Names that are served."""
         return list(self._versions)
+
+    @property
+    def held(self) -> list[ServedModel]:
+        """Every version that can be asked for."""
+        return [model for versions in self._versions.values() for model in versions]
 
     @property
     def current(self) -> list[ServedModel]:
@@ -238,7 +252,7 @@ class Models:
             before = self._versions.get(name, ())
             if before and before[0].digest == bundle.digest:
                 return before[0]
-            # A version that is still held (a rollback's way forward) need not be opened twice.
+            # A version that is still held need not be opened twice.
             held = next((model for model in before if model.digest == bundle.digest), None)
             model = held or ServedModel(bundle, place=self._place)
             model.warm_up()
@@ -250,21 +264,21 @@ class Models:
         _log.info("serving %s in version %s", name, model.version[:12])
         return model
 
-    def roll_back(self, name: str) -> ServedModel:
-        """Serve the version before.
+    def choose(self, name: str, version: str) -> ServedModel:
+        """Serve one of the versions that are held, which is how to roll back.
 
         Raises
         ------
         RequestError
-            404 for an unknown name, 409 where there is no version before.
+            404 for a name or version that is not held.
         """
-        versions = self._of(name)
-        if len(versions) < 2:
-            raise RequestError(409, "conflict", f"model {name!r} has no earlier version here to go back to")
-        self._versions = {**self._versions, name: (*versions[1:], versions[0])}
+        model = self.find(name, version)
+        model.prove()
+        others = tuple(other for other in self._of(name) if other is not model)
+        self._versions = {**self._versions, name: (model, *others)}
         self.generation += 1
-        _log.warning("rolled %s back to version %s", name, versions[1].version[:12])
-        return versions[1]
+        _log.warning("serving %s in version %s, as asked", name, model.version[:12])
+        return model
 
     def unload(self, name: str) -> None:
         """Serve a name no more.

@@ -90,9 +90,10 @@ class Native:
             outputs=(output,),
             priority=asked.priority,
             timeout_s=asked.timeout_s,
-            span=exchange.span,
+            caller=exchange,
         )
-        return await self._answer(exchange, asked, model, output, embedded)
+        exchange.note(model, embedded)
+        return await self._answer(asked, model, output, embedded)
 
     def _asked(self, exchange: Exchange) -> _Asked:
         headers = exchange.headers
@@ -121,11 +122,8 @@ class Native:
             return await self._service.off_loop(split_parts, content, exchange.headers[b"content-type"])
         return body.rows
 
-    async def _answer(
-        self, exchange: Exchange, asked: _Asked, model: ServedModel, output: str, embedded: Embedded
-    ) -> Answer:
+    async def _answer(self, asked: _Asked, model: ServedModel, output: str, embedded: Embedded) -> Answer:
         features = embedded.features[output]
-        exchange.n_rows = len(features)
         if embedded.errors and asked.answer_type != JSON:
             position, message = next(iter(sorted(embedded.errors.items())))
             raise RequestError(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ from serving.models import Models, ServedModel
 from serving.settings import Limits
 from vaefeat.errors import DeviceError
 
-__all__ = ["Embedded", "Service"]
+__all__ = ["Caller", "Embedded", "Service"]
 
 _log = logging.getLogger("serving")
 _T = TypeVar("_T")
@@ -53,6 +54,21 @@ class Embedded:
     decode_s: float = 0.0
 
 
+class Caller(Protocol):
+    """Who asks for rows to be embedded.
+
+    Attributes
+    ----------
+    span : object
+        Of tracing, None without.
+    """
+
+    span: Any
+
+    def admit_rows(self, n_rows: int) -> None:
+        """Take rows off a rate; raises RequestError 429."""
+
+
 class Service:
     """Models, the batcher, threads for what is slow, and whether it all works.
 
@@ -62,25 +78,23 @@ class Service:
     limits : Limits
     lanes : int
         Batches that are computed at the same time.
-    told : callable, optional
-        Hears of every :class:`Batch` that was computed.
 
     Attributes
     ----------
+    told : callable or None
+        Hears of every :class:`Batch` that was computed.
     ready : bool
         Every model is warmed up, agrees with its reference, and no device has failed since.
     failure : str
         Why not, empty otherwise; nothing but a new process mends it.
     """
 
-    def __init__(
-        self, models: Models, limits: Limits, *, lanes: int, told: Callable[[Batch], None] | None = None
-    ) -> None:
+    def __init__(self, models: Models, limits: Limits, *, lanes: int) -> None:
         self.models, self.limits = models, limits
         self.ready = False
         self.failure = ""
         self.state = "warming up"
-        self._told = told
+        self.told: Callable[[Batch], None] | None = None
         self.batcher = RowBatcher(
             lanes=lanes,
             max_batch_rows=limits.max_batch_rows,
@@ -124,7 +138,7 @@ class Service:
         outputs: tuple[str, ...] = ("mean",),
         priority: int = 0,
         timeout_s: float | None = None,
-        span: Any = None,
+        caller: Caller | None = None,
     ) -> Embedded:
         """Embed rows or encoded images.
 
@@ -138,6 +152,8 @@ class Service:
             0 or 1: interactive. More: gives way to others.
         timeout_s : float, optional
             Seconds from now within which rows must be on the device; the service's own limit at most.
+        caller : Caller, optional
+            Who asks.
 
         Raises
         ------
@@ -153,13 +169,13 @@ class Service:
         limit = self.limits.compute_timeout_s
         timeout_s = limit if timeout_s is None else min(timeout_s, limit)
         if isinstance(batch, np.ndarray):
-            self._check_count(len(batch) if batch.ndim else 0)
+            self._admit(len(batch) if batch.ndim else 0, caller)
             # A float row is looked at value by value; that of many rows would hold up everybody else.
             slow = batch.dtype != np.uint8 and batch.nbytes > self.limits.inline_bytes
             rows = await self.off_loop(model.input.prepare, batch) if slow else model.input.prepare(batch)
-            job = self._submit(model, rows, outputs, priority, timeout_s, span)
+            job = self._submit(model, rows, outputs, priority, timeout_s, caller)
             return Embedded(await self._result(job), job)
-        return await self._embed_images(model, batch, outputs, priority, timeout_s, span)
+        return await self._embed_images(model, batch, outputs, priority, timeout_s, caller)
 
     async def off_loop(self, function: Callable[..., _T], *arguments: Any) -> _T:
         """Call a function in a bounded pool of threads."""
@@ -175,9 +191,11 @@ class Service:
             _log.error("not ready any more: %s", reason)
         self.ready, self.failure = False, self.failure or reason
 
-    def _check_count(self, n_rows: int) -> None:
+    def _admit(self, n_rows: int, caller: Caller | None) -> None:
         if n_rows > self.limits.max_rows:
             raise too_large(f"got {n_rows} rows, wanted at most {self.limits.max_rows} at a time; send them in parts")
+        if caller is not None:
+            caller.admit_rows(n_rows)
 
     def _submit(
         self,
@@ -186,8 +204,9 @@ class Service:
         outputs: tuple[str, ...],
         priority: int,
         timeout_s: float,
-        span: Any,
+        caller: Caller | None,
     ) -> Job:
+        span = caller.span if caller is not None else None
         return self.batcher.submit(model, rows, outputs, bulk=priority > 1, timeout_s=timeout_s, span=span)
 
     async def _result(self, job: Job) -> Mapping[str, NDArray[np.float32]]:
@@ -209,33 +228,32 @@ class Service:
         outputs: tuple[str, ...],
         priority: int,
         timeout_s: float,
-        span: Any,
+        caller: Caller | None,
     ) -> Embedded:
-        self._check_count(len(encoded))
+        self._admit(len(encoded), caller)
         if model.input.kind != "image":
             raise RequestError(422, "invalid_rows", f"got images, wanted {model.input}; send rows of numbers")
-        loop = asyncio.get_running_loop()
-        began = loop.time()
+        began = time.perf_counter()
         rows = np.zeros((len(encoded), *model.input.shape), model.input.dtype)
         found = await _all(
             self.off_loop(decode_into, rows, start, encoded[start : start + self.limits.images_per_task], model.input)
             for start in range(0, len(encoded), self.limits.images_per_task)
         )
         errors = {position: message for part in found for position, message in part.items()}
-        decode_s = loop.time() - began
+        decode_s = time.perf_counter() - began
         if len(errors) == len(encoded):
             position, message = next(iter(sorted(errors.items())))
             raise RequestError(422, "invalid_rows", f"got no image that can be read; item {position}: {message}")
         good = np.array([position for position in range(len(encoded)) if position not in errors], np.intp)
-        job = self._submit(model, rows[good] if errors else rows, outputs, priority, timeout_s - decode_s, span)
+        job = self._submit(model, rows[good] if errors else rows, outputs, priority, timeout_s - decode_s, caller)
         computed = await self._result(job)
         if errors:
             computed = {output: _spread(features, good, len(encoded)) for output, features in computed.items()}
         return Embedded(computed, job, errors, decode_s)
 
     def _batch_done(self, batch: Batch) -> None:
-        if self._told is not None:
-            self._told(batch)
+        if self.told is not None:
+            self.told(batch)
 
     async def _watch_over(self) -> None:
         """Warm up, then compare with the reference again and again."""

@@ -1,7 +1,7 @@
 """``POST /v1/embeddings`` in the form of OpenAI's API, with images where that has texts.
 
 An item of ``input`` is a data URI (``data:image/png;base64,...``), an object ``{"image": data URI or base64}``, or a
-list of numbers, which is a row. ``messages`` in vLLM's form hold one image each, as an ``image_url`` that is a data URI.
+list of numbers, which is a row. ``messages`` in vLLM's form hold one image each, an ``image_url`` that is a data URI.
 Addresses are never fetched. Unlike in the original, what is not known is refused instead of ignored.
 
 Source: OpenAI's API reference, "Create embeddings"; vLLM's "OpenAI-compatible server", embeddings of images; the

@@ -1,0 +1,134 @@
+"""Who may come in: decided from a request's headers, before any of its body is read."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from serving.errors import RequestError, overloaded, too_large
+from serving.guard.keys import Key, KeyRing, require_scope
+from serving.guard.rates import RateLimiter, rate_limited
+from serving.settings import Limits
+
+if TYPE_CHECKING:
+    from serving.exchange import Exchange
+
+__all__ = ["Admission"]
+
+#: How often requests that wait are asked whether their client is still there, in seconds.
+_LOOK_FOR_CLIENTS_S = 0.1
+
+
+class Admission:
+    """Keys, rates and room, for one process.
+
+    Parameters
+    ----------
+    limits : Limits
+    keys : KeyRing, optional
+        Without it nobody is asked for a key.
+
+    Attributes
+    ----------
+    in_flight, in_flight_bytes : int
+        Requests with a body that are being answered, and what was announced of their bodies.
+    """
+
+    def __init__(self, limits: Limits, *, keys: KeyRing | None = None) -> None:
+        self.keys = keys
+        self._limits = limits
+        self._rates = RateLimiter()
+        self._present: dict[Exchange, None] = {}
+        self.in_flight_bytes = 0
+        self._looking: asyncio.TimerHandle | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests with a body that are being answered."""
+        return len(self._present)
+
+    def identify(self, authorization: bytes | None, x_api_key: bytes | None, *, scope: str) -> Key | None:
+        """Find out who asks, and whether that key may; None where no key is needed.
+
+        Raises
+        ------
+        RequestError
+            401, 403.
+        """
+        if self.keys is None or not scope:
+            return None
+        return require_scope(self.keys.identify(authorization, x_api_key), scope)
+
+    def admit_rows(self, key: Key | None, n_rows: int) -> None:
+        """Take rows off a key's rate.
+
+        Raises
+        ------
+        RequestError
+            429.
+        """
+        if key is not None and (wait_s := self._rates.take(key, rows=n_rows)):
+            raise rate_limited(wait_s)
+
+    def enter(self, exchange: Exchange) -> None:
+        """Keep room for a body of the announced length; whoever calls this calls :meth:`leave` in the end.
+
+        Raises
+        ------
+        RequestError
+            411, 413, 429, 503.
+        """
+        announced = exchange.headers.get(b"content-length")
+        if announced is None or not announced.isdigit():
+            raise RequestError(
+                411,
+                "length_required",
+                "got a body without Content-Length, wanted it announced; send it in one piece, not chunked",
+                headers={"connection": "close"},
+            )
+        # int() takes quadratic time, and a longer number is too large in any case.
+        n_bytes = int(announced) if len(announced) < 19 else 10**19
+        limits = self._limits
+        if n_bytes > limits.max_body_bytes:
+            raise too_large(
+                f"got a body of {n_bytes} bytes, wanted at most {limits.max_body_bytes}; send fewer rows at a time"
+            )
+        key = exchange.key
+        if key is not None and (wait_s := self._rates.take(key, bytes=n_bytes)):
+            raise rate_limited(wait_s)
+        if len(self._present) >= limits.max_in_flight or self.in_flight_bytes + n_bytes > limits.max_in_flight_bytes:
+            raise overloaded(f"{len(self._present)} requests are being answered, which is the most at a time")
+        exchange.announced_bytes = n_bytes
+        exchange.task = asyncio.current_task()
+        self._present[exchange] = None
+        self.in_flight_bytes += n_bytes
+        if self._looking is None:
+            loop = asyncio.get_running_loop()
+            self._looking = loop.call_later(_LOOK_FOR_CLIENTS_S, self._look_for_clients, loop)
+
+    def leave(self, exchange: Exchange) -> None:
+        """Give the room back."""
+        if exchange in self._present:
+            del self._present[exchange]
+            self.in_flight_bytes -= exchange.announced_bytes
+            if exchange.watcher is not None:
+                exchange.watcher.cancel()
+
+    def _look_for_clients(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Watch whether the clients of requests that wait for long are still there.
+
+        A watcher for each request would cost more than most requests do.
+        """
+        self._looking = None
+        for exchange in self._present:
+            if exchange.body_is_read and exchange.watcher is None:
+                exchange.watcher = loop.create_task(_watch(exchange))
+        if self._present:
+            self._looking = loop.call_later(_LOOK_FOR_CLIENTS_S, self._look_for_clients, loop)
+
+
+async def _watch(exchange: Exchange) -> None:
+    await exchange.wait_for_end()
+    if not exchange.started and exchange.task is not None:
+        exchange.gone = True
+        exchange.task.cancel()

@@ -1,0 +1,194 @@
+"""The Open Inference Protocol over a service: :mod:`serving.protocols.oip` with what waits, and the repository."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import unquote
+
+import orjson
+
+from serving.errors import CodecError, RequestError
+from serving.exchange import Answer, Exchange, json_answer
+from serving.media import JSON
+from serving.models import ServedModel
+from serving.protocols.content_coding import asked_coding, compress, inflate
+from serving.protocols.oip import (
+    EXTENSIONS,
+    InferEncoder,
+    decode_infer,
+    describe_model,
+    describe_server,
+    encode_error,
+    parse_json_length,
+)
+from serving.service import Service
+from vaefeat.errors import InputError
+
+__all__ = ["Inference", "error_form", "split_model_path"]
+
+_JSON = [(b"content-type", JSON.encode())]
+_PREFIX = "/v2/models/"
+
+
+def split_model_path(path: str) -> tuple[str, str | None, str] | None:
+    """Take ``/v2/models/{name}[/versions/{version}][/{verb}]`` apart; None for another path.
+
+    Returns
+    -------
+    (str, str or None, str)
+        Name, version and verb; the verb is empty for metadata.
+    """
+    name, *rest = path[len(_PREFIX) :].split("/")
+    version = None
+    if len(rest) >= 2 and rest[0] == "versions":
+        version, rest = rest[1], rest[2:]
+    if not name or len(rest) > 1:
+        return None
+    return unquote(name), version, rest[0] if rest else ""
+
+
+def error_form(error: RequestError, request_id: bytes) -> bytes:
+    """Write an error as the protocol's clients read it; the id is in a header."""
+    return encode_error(error.message)
+
+
+class Inference:
+    """The routes below ``/v2``, over a service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._encoders: dict[ServedModel, InferEncoder] = {}
+        self._server = orjson.dumps(describe_server(extensions=(*EXTENSIONS, "model_repository")))
+
+    async def server(self, exchange: Exchange) -> Answer:
+        """Describe the server."""
+        return Answer(200, _JSON, self._server)
+
+    async def live(self, exchange: Exchange) -> Answer:
+        """Tell that the server lives."""
+        return json_answer({"live": True})
+
+    async def ready(self, exchange: Exchange) -> Answer:
+        """Tell whether all models answer."""
+        ready = self._service.ready
+        return json_answer({"ready": ready}, status=200 if ready else 503)
+
+    async def model(self, exchange: Exchange) -> Answer:
+        """Describe a model."""
+        model = self._model(exchange)
+        return json_answer(describe_model(model, versions=self._service.versions(model.name)))
+
+    async def model_ready(self, exchange: Exchange) -> Answer:
+        """Tell whether a model answers."""
+        model, ready = self._model(exchange), self._service.ready
+        return json_answer({"name": model.name, "ready": ready}, status=200 if ready else 503)
+
+    async def infer(self, exchange: Exchange) -> Answer:
+        """Embed what one request brings."""
+        service = self._service
+        model = self._model(exchange)
+        content = await exchange.body(service.limits)
+        coding = exchange.headers.get(b"content-encoding")
+        if coding is not None:
+            limit = service.limits.max_body_bytes
+            content = await service.off_loop(lambda: inflate(content, encoding=coding.decode("latin-1"), limit=limit))
+        length = parse_json_length(exchange.headers.get(b"inference-header-content-length"), body_length=len(content))
+        most = service.limits.max_rows
+        if (len(content) if length is None else length) <= service.limits.inline_bytes:
+            asked = decode_infer(content, json_length=length, spec=model.input, outputs=model.outputs, max_rows=most)
+        else:
+            asked = await service.off_loop(
+                lambda: decode_infer(
+                    content, json_length=length, spec=model.input, outputs=model.outputs, max_rows=most
+                )
+            )
+        batch = asked.rows if asked.rows is not None else asked.images
+        assert batch is not None  # one of both is there
+        try:
+            embedded = await service.embed(
+                model,
+                batch,
+                outputs=tuple(name for name, _ in asked.outputs),
+                priority=asked.priority,
+                timeout_s=asked.timeout_s,
+                caller=exchange,
+            )
+        except InputError as error:
+            raise RequestError(400, "invalid_rows", str(error)) from error
+        exchange.note(model, embedded)
+        encoder = self._encoder(model)
+        if all(binary for _, binary in asked.outputs):
+            body, headers = encoder.encode(asked, embedded)
+        else:
+            body, headers = await service.off_loop(encoder.encode, asked, embedded)
+        wanted = exchange.headers.get(b"accept-encoding")
+        if wanted is not None and (answer_coding := asked_coding(wanted.decode("latin-1"))) is not None:
+            body = await service.off_loop(lambda: compress(body, coding=answer_coding))
+            headers = [*headers, (b"content-encoding", answer_coding.encode())]
+        return Answer(200, [*headers, (b"x-vaefeat-digest", model.digest.encode())], body)
+
+    async def index(self, exchange: Exchange) -> Answer:
+        """List what can be loaded and what is."""
+        await exchange.body(self._service.limits)
+        models = self._service.models
+        served = {model.name: model for model in models.current}
+        listed: list[dict[str, Any]] = []
+        for name in models.available():
+            if name not in served:
+                listed.append({"name": name, "state": "UNAVAILABLE", "reason": "unloaded"})
+                continue
+            listed += [
+                {"name": name, "version": version, "state": "READY", "reason": ""}
+                for version in self._service.versions(name)
+            ]
+        return json_answer(listed)
+
+    async def load(self, exchange: Exchange) -> Answer:
+        """Load a model's folder again, or go back to a version that is still held."""
+        name, version = self._named(exchange), await self._asked_version(exchange)
+        models = self._service.models
+        if version is None:
+            model = await self._service.change(models.load, name)
+        else:
+            model = await self._service.change(models.choose, name, version)
+        return json_answer({"name": model.name, "version": model.version, "state": "READY"})
+
+    async def unload(self, exchange: Exchange) -> Answer:
+        """Serve a model no more."""
+        await exchange.body(self._service.limits)
+        await self._service.change(self._service.models.unload, self._named(exchange))
+        return json_answer({})
+
+    async def _asked_version(self, exchange: Exchange) -> str | None:
+        content = await exchange.body(self._service.limits)
+        if not content:
+            return None
+        try:
+            values = orjson.loads(content)
+        except orjson.JSONDecodeError as error:
+            raise CodecError(f"got a body that is not JSON: {error}") from error
+        parameters = values.get("parameters") if isinstance(values, dict) else None
+        version = parameters.get("version") if isinstance(parameters, dict) else None
+        if not isinstance(values, dict) or not isinstance(version, str | None):
+            raise CodecError('got a body of another form, wanted none, or {"parameters": {"version": "..."}}')
+        return version
+
+    def _named(self, exchange: Exchange) -> str:
+        return unquote(exchange.path.split("/")[4])
+
+    def _model(self, exchange: Exchange) -> ServedModel:
+        found = split_model_path(exchange.path)
+        assert found is not None  # the router has looked
+        name, version, _ = found
+        model = self._service.find(name, version)
+        exchange.model, exchange.version = model.name, model.version
+        return model
+
+    def _encoder(self, model: ServedModel) -> InferEncoder:
+        encoder = self._encoders.get(model)
+        if encoder is None:
+            # Versions come and go; what belongs to those that have gone goes with them.
+            if len(self._encoders) > 64:
+                self._encoders.clear()
+            encoder = self._encoders[model] = InferEncoder(model)
+        return encoder

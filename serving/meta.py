@@ -1,0 +1,96 @@
+"""What the service says of itself: index, health, models, figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import orjson
+
+from serving.exchange import Answer, Exchange, json_answer
+from serving.media import JSON
+from serving.models import ServedModel
+from serving.service import Service
+from serving.watching.recorder import Recorder
+from vaefeat import __version__
+
+__all__ = ["Meta"]
+
+_JSON = [(b"content-type", JSON.encode())]
+
+
+class Meta:
+    """The routes, over a service.
+
+    Parameters
+    ----------
+    service : Service
+    recorder : Recorder
+    routes : callable
+        Gives the routes that there are, for the index.
+    """
+
+    def __init__(self, service: Service, recorder: Recorder, *, routes: Callable[[], Sequence[str]]) -> None:
+        self._service, self._recorder, self._routes = service, recorder, routes
+        self._cards: tuple[int, bytes] = (-1, b"")
+
+    async def index(self, exchange: Exchange) -> Answer:
+        """Tell a person who opens the address what is here."""
+        host = exchange.headers.get(b"host", b"").decode("latin-1")
+        example = f"curl --data-binary @rows.npy -H 'Content-Type: application/x-npy' http://{host}/v1/embed > out.npy"
+        about = {
+            "service": "vaefeat",
+            "version": __version__,
+            "models": self._service.models.names,
+            "routes": self._routes(),
+            "example": example,
+        }
+        return json_answer(about)
+
+    async def livez(self, exchange: Exchange) -> Answer:
+        """Answer, which is the news."""
+        return json_answer({"live": True})
+
+    async def readyz(self, exchange: Exchange) -> Answer:
+        """Tell whether requests are going to be answered well."""
+        service = self._service
+        if service.ready:
+            return json_answer({"ready": True})
+        state = {"ready": False, "failed": bool(service.failure), "reason": service.failure or service.state}
+        return json_answer(state, status=503)
+
+    async def models(self, exchange: Exchange) -> Answer:
+        """List the models."""
+        models = self._service.models
+        if self._cards[0] != models.generation:
+            cards = [self._card(model) for model in models.current]
+            self._cards = (models.generation, orjson.dumps({"object": "list", "data": cards}))
+        return Answer(200, _JSON, self._cards[1])
+
+    async def model(self, exchange: Exchange) -> Answer:
+        """Describe one model, as OpenAI's clients ask for it."""
+        return json_answer(self._card(self._service.find(exchange.path.removeprefix("/v1/models/"))))
+
+    async def metrics(self, exchange: Exchange) -> Answer:
+        """Give the figures to Prometheus."""
+        accept = exchange.headers.get(b"accept", b"").decode("latin-1")
+        body, content_type = self._recorder.metrics.render(accept)
+        return Answer(200, [(b"content-type", content_type.encode())], body)
+
+    def _card(self, model: ServedModel) -> dict[str, Any]:
+        limits = self._service.limits
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "vaefeat",
+            "digest": model.digest,
+            "versions": list(self._service.versions(model.name)),
+            "input": model.input.to_dict(),
+            "outputs": dict(model.outputs),
+            "classes": list(model.classes),
+            "latent_dim": model.latent_dim,
+            "active_units": model.active_units,
+            "provider": model.provider,
+            "limits": {"max_rows": limits.max_rows, "max_body_bytes": limits.max_body_bytes},
+        }
