@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from serving.errors import RequestError, overloaded
 
-__all__ = ["BatchFigures", "Computes", "Job", "RowBatcher"]
+__all__ = ["Batch", "Computes", "Job", "RowBatcher"]
 
 #: Rows that are not worth splitting over lanes: handing over to a thread costs as much as computing them.
 _MIN_SHARE = 32
@@ -109,13 +109,6 @@ class Job:
         self.parts: Features = {}
         self.cut = self.done = queued
         self.device_s = 0.0
-
-
-class BatchFigures(Protocol):
-    """Told of every batch, on the event loop."""
-
-    def __call__(self, batch: Batch) -> None:
-        """Take note."""
 
 
 class Batch:
@@ -218,7 +211,7 @@ class RowBatcher:
     max_batch_rows : int
     max_queued_rows, max_queued_bytes : int
         What may wait; more is refused at once.
-    told : BatchFigures
+    told : callable
         Called with every batch that was computed.
 
     Attributes
@@ -236,7 +229,7 @@ class RowBatcher:
         max_batch_rows: int,
         max_queued_rows: int,
         max_queued_bytes: int,
-        told: BatchFigures,
+        told: Callable[[Batch], None],
     ) -> None:
         self._n_lanes, self._max_batch_rows = lanes, max_batch_rows
         self._max_queued_rows, self._max_queued_bytes = max_queued_rows, max_queued_bytes

@@ -9,6 +9,7 @@ add to each request is several times what embedding a row takes.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from ray import serve
 from ray.serve import Application as ServeApplication
 
 from serving.app import Application
-from serving.desk import fetch_listener
+from serving.desk import ask_for_reload, fetch_listener
 from serving.errors import ModelError
+from serving.guard.keys import KeyRing
 from serving.http_server import HttpServer, lanes_for, loop_factory, make_server
 from serving.models import Models
 from serving.service import Service
@@ -44,7 +46,16 @@ class EmbeddingReplica:
         _keep_on_loopback()
         self._settings = settings
         models = Models.from_bundles(settings.bundles, place=settings.place)
-        self._service = Service(models, settings.limits, lanes=lanes_for(models.current[0].device, settings.threads))
+        self._service = Service(
+            models,
+            settings.limits,
+            lanes=lanes_for(models.current[0].device, settings.threads),
+            watches=settings.watch,
+            alone=settings.replicas == 1,
+        )
+        self._service.changed = None if settings.replicas == 1 else lambda: ask_for_reload(Path(desk))
+        self._generation = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._started = threading.Event()
@@ -59,6 +70,12 @@ class EmbeddingReplica:
             raise ModelError(f"the server ended: {self._failure}") from self._failure
         if self._service.failure:
             raise ModelError(self._service.failure)
+
+    def reconfigure(self, config: dict[str, int]) -> None:
+        """Load the models again where the generation has changed; Serve calls this in every replica."""
+        generation, self._generation = self._generation, config["generation"]
+        if self._generation != generation and self._loop is not None:
+            asyncio.run_coroutine_threadsafe(self._service.reload(), self._loop).result()
 
     def __del__(self) -> None:
         """Answer what is in flight and end; Serve calls this when the replica is to go."""
@@ -75,7 +92,12 @@ class EmbeddingReplica:
             self._started.set()
 
     async def _serve(self, desk: Path) -> None:
-        server = make_server(Application(self._service), self._settings)
+        self._loop = asyncio.get_running_loop()
+        settings = self._settings
+        keys = None if settings.keys is None else KeyRing.from_file(settings.keys)
+        # Where one address leads to several processes, each marks its figures.
+        replica = "" if settings.replicas == 1 else str(os.getpid())
+        server = make_server(Application(self._service, keys=keys, replica=replica), settings)
         # Before the first connection is accepted: there are others to accept it.
         await self._service.start()
         while not (self._service.ready or self._service.failure):
@@ -94,7 +116,7 @@ class EmbeddingReplica:
             await asyncio.wait([serving], timeout=_TICK_S)
 
 
-def application(settings: ServiceSettings, *, num_gpus: int, desk: str) -> ServeApplication:
+def application(settings: ServiceSettings, *, num_gpus: int, desk: str, generation: int = 0) -> ServeApplication:
     """Describe the deployment.
 
     Parameters
@@ -104,10 +126,13 @@ def application(settings: ServiceSettings, *, num_gpus: int, desk: str) -> Serve
         GPUs that a replica gets; Ray hides the others from it.
     desk : str
         As for :class:`EmbeddingReplica`.
+    generation : int
+        With another one than before, replicas load their models again, and nothing else happens.
     """
     configure = serve.deployment(
         name="embedding",
         num_replicas=settings.replicas,
+        user_config={"generation": generation},
         ray_actor_options={"num_cpus": 1, "num_gpus": num_gpus},
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=settings.limits.compute_timeout_s,

@@ -1,4 +1,6 @@
-"""Hands the listening socket to the replicas on this machine, over a Unix socket in a private folder.
+"""Where replicas turn to the process that started them, over a Unix socket in a private folder.
+
+It hands them the listening socket, and takes note when one of them was told to load a model, so that all do.
 
 All replicas accept from one queue of connections, which the starting process keeps open: while a replica is replaced,
 connections wait in it instead of being refused, and a version that takes over leaves none behind.
@@ -12,9 +14,9 @@ import threading
 from pathlib import Path
 from typing import Self
 
-__all__ = ["Desk", "fetch_listener"]
+__all__ = ["Desk", "ask_for_reload", "fetch_listener"]
 
-_HERE = b"L"
+_LISTENER, _RELOAD = b"L", b"R"
 _TIMEOUT_S = 30.0
 
 
@@ -27,10 +29,12 @@ class Desk:
         Of the Unix socket, in a folder that is this user's alone.
     listener : socket
         What is handed out.
+    reload : Event
+        Set when a replica asks for it.
     """
 
-    def __init__(self, path: Path, listener: socket.socket) -> None:
-        self._listener = listener
+    def __init__(self, path: Path, listener: socket.socket, *, reload: threading.Event) -> None:
+        self._listener, self._reload = listener, reload
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(str(path))
         self._socket.listen()
@@ -41,7 +45,11 @@ class Desk:
             while True:
                 caller, _ = self._socket.accept()
                 with caller, contextlib.suppress(OSError):
-                    socket.send_fds(caller, [_HERE], [self._listener.fileno()])
+                    caller.settimeout(_TIMEOUT_S)
+                    if caller.recv(1) == _RELOAD:
+                        self._reload.set()
+                    else:
+                        socket.send_fds(caller, [_LISTENER], [self._listener.fileno()])
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -65,7 +73,22 @@ def fetch_listener(path: Path) -> socket.socket:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as desk:
         desk.settimeout(_TIMEOUT_S)
         desk.connect(str(path))
+        desk.sendall(_LISTENER)
         _, descriptors, _, _ = socket.recv_fds(desk, 1, 1)
     listener = socket.socket(fileno=descriptors[0])
     listener.setblocking(False)
     return listener
+
+
+def ask_for_reload(path: Path) -> None:
+    """Have every replica load its models again.
+
+    Raises
+    ------
+    OSError
+        Nobody is there.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as desk:
+        desk.settimeout(_TIMEOUT_S)
+        desk.connect(str(path))
+        desk.sendall(_RELOAD)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import threading
 
 from serving.address import base_url
 from serving.announcement import announce
 from serving.app import Application
+from serving.asked import Asked
 from serving.errors import EngineError
+from serving.guard.keys import KeyRing
 from serving.http_server import HttpServer, lanes_for, loop_factory, make_server
 from serving.models import Models
 from serving.service import Service
@@ -21,16 +22,16 @@ __all__ = ["run"]
 _TICK_S = 0.05
 
 
-def run(settings: ServiceSettings, listener: socket.socket, stop: threading.Event) -> None:
-    """Serve until `stop` is set.
+def run(settings: ServiceSettings, listener: socket.socket, asked: Asked) -> None:
+    """Serve until a stop is asked for.
 
     Parameters
     ----------
     settings : ServiceSettings
     listener : socket
         From :func:`serving.address.claim`.
-    stop : threading.Event
-        Set by the signal handlers. Requests in flight are answered before this returns.
+    asked : Asked
+        By signals. Requests in flight are answered before this returns.
 
     Raises
     ------
@@ -40,18 +41,23 @@ def run(settings: ServiceSettings, listener: socket.socket, stop: threading.Even
         A model computes something else than its bundle says, or the device failed later.
     """
     models = Models.from_bundles(settings.bundles, place=settings.place)
-    service = Service(models, settings.limits, lanes=lanes_for(models.current[0].device, settings.threads))
-    server = make_server(Application(service), settings)
+    lanes = lanes_for(models.current[0].device, settings.threads)
+    service = Service(models, settings.limits, lanes=lanes, watches=settings.watch)
+    keys = None if settings.keys is None else KeyRing.from_file(settings.keys)
+    server = make_server(Application(service, keys=keys), settings)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(_serve(server, service, listener, stop))
+        runner.run(_serve(server, service, listener, asked))
 
 
-async def _serve(server: HttpServer, service: Service, listener: socket.socket, stop: threading.Event) -> None:
+async def _serve(server: HttpServer, service: Service, listener: socket.socket, asked: Asked) -> None:
     url = base_url(listener)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     announced = False
     while not serving.done():
-        server.should_exit = server.should_exit or stop.is_set() or bool(service.failure)
+        server.should_exit = server.should_exit or asked.stop.is_set() or bool(service.failure)
+        if asked.reload.is_set():
+            asked.reload.clear()
+            await service.reload()
         if server.started and service.ready and not announced and not server.should_exit:
             announced = True
             providers = [model.provider for model in service.models.current]

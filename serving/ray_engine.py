@@ -27,6 +27,7 @@ from ray.serve.schema import LoggingConfig
 
 from serving.address import base_url
 from serving.announcement import announce
+from serving.asked import Asked
 from serving.deployment import application
 from serving.desk import Desk
 from serving.errors import EngineError
@@ -52,16 +53,16 @@ class _Stopped(Exception):
     """A stop was asked for while the service was starting."""
 
 
-def run(settings: ServiceSettings, listener: socket.socket, stop: threading.Event) -> None:
-    """Serve until `stop` is set, from a thread that is not the main one and lives as long as Ray.
+def run(settings: ServiceSettings, listener: socket.socket, asked: Asked) -> None:
+    """Serve until a stop is asked for, from a thread that is not the main one and lives as long as Ray.
 
     Parameters
     ----------
     settings : ServiceSettings
     listener : socket
         From :func:`serving.address.claim`; the replicas accept from it.
-    stop : threading.Event
-        Set by the signal handlers. A start that is under way is finished first, because Ray's processes are only all
+    asked : Asked
+        By signals. A start that is under way is finished first, because Ray's processes are only all
         known to Ray once they are all started.
 
     Raises
@@ -76,16 +77,16 @@ def run(settings: ServiceSettings, listener: socket.socket, stop: threading.Even
     with (
         _ray_errors_told_plainly(),
         _scratch_folder() as folder,
-        Desk(folder / _DESK, listener),
+        Desk(folder / _DESK, listener, reload=asked.reload),
         contextlib.redirect_stdout(sys.stderr),
     ):
         try:
             with contextlib.suppress(_Stopped):
-                models = _start(settings, listener, folder, stop)
+                models = _start(settings, listener, folder, asked.stop)
                 providers = [model["provider"] for model in models]
                 names = [model["id"] for model in models]
                 announce(base_url(listener), engine="ray", models=names, providers=providers, stream=stdout)
-                _watch(stop)
+                _watch(settings, folder, asked)
         finally:
             _shut_down(drain_s=settings.limits.compute_timeout_s)
 
@@ -101,9 +102,7 @@ def _start(
     # Requests do not go through Serve: see serving.deployment.
     serve.start(proxy_location="Disabled", logging_config=quiet)
     _go_on_unless(stop)
-    described = application(settings, num_gpus=_gpus(settings.device), desk=str(folder / _DESK))
-    target = serve.RunTarget(described, name=_APPLICATION, route_prefix=None, logging_config=quiet)
-    serve.run_many([target], wait_for_applications_running=False)
+    _deploy(settings, folder, generation=0)
     _wait_for_replica(stop)
     return _wait_for_answers(base_url(listener), stop)
 
@@ -194,9 +193,21 @@ def _scratch_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _watch(stop: threading.Event) -> None:
+def _deploy(settings: ServiceSettings, folder: Path, *, generation: int) -> None:
+    described = application(settings, num_gpus=_gpus(settings.device), desk=str(folder / _DESK), generation=generation)
+    quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
+    target = serve.RunTarget(described, name=_APPLICATION, route_prefix=None, logging_config=quiet)
+    serve.run_many([target], wait_for_applications_running=False)
+
+
+def _watch(settings: ServiceSettings, folder: Path, asked: Asked) -> None:
     """Return once a stop is asked for; fail if Ray dies first, which its own driver would never notice."""
-    while not stop.wait(_WATCH_S):
+    generation = 0
+    while not asked.stop.wait(_WATCH_S):
+        if asked.reload.is_set():
+            asked.reload.clear()
+            generation += 1
+            _deploy(settings, folder, generation=generation)
         if dead := _dead_daemons():
             raise EngineError(f"Ray's {' and '.join(dead)} ended; was memory short? Start the service again")
 

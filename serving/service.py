@@ -30,6 +30,8 @@ _log = logging.getLogger("serving")
 _T = TypeVar("_T")
 #: Between two comparisons with the reference while serving, in seconds.
 _PROVE_EVERY_S = 5.0
+#: Between two looks at watched folders.
+_LOOK_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +80,15 @@ class Service:
     limits : Limits
     lanes : int
         Batches that are computed at the same time.
+    watches : bool
+        Whether a bundle whose folder changes is loaded again.
+    alone : bool
+        Whether no other process answers at the same address.
 
     Attributes
     ----------
+    changed : callable or None
+        Called after a client had a folder loaded again, for other processes to follow.
     told : callable or None
         Hears of every :class:`Batch` that was computed.
     ready : bool
@@ -89,12 +97,16 @@ class Service:
         Why not, empty otherwise; nothing but a new process mends it.
     """
 
-    def __init__(self, models: Models, limits: Limits, *, lanes: int) -> None:
+    def __init__(
+        self, models: Models, limits: Limits, *, lanes: int, watches: bool = False, alone: bool = True
+    ) -> None:
         self.models, self.limits = models, limits
+        self.watches, self.alone = watches, alone
         self.ready = False
         self.failure = ""
         self.state = "warming up"
         self.told: Callable[[Batch], None] | None = None
+        self.changed: Callable[[], None] | None = None
         self.batcher = RowBatcher(
             lanes=lanes,
             max_batch_rows=limits.max_batch_rows,
@@ -113,6 +125,8 @@ class Service:
             return
         self.batcher.start()
         self._tasks.append(asyncio.create_task(self._watch_over()))
+        if self.watches:
+            self._tasks.append(asyncio.create_task(self.watch()))
 
     async def stop(self) -> None:
         """End everything; requests in flight were answered before."""
@@ -184,6 +198,28 @@ class Service:
     async def change(self, function: Callable[..., _T], *arguments: Any) -> _T:
         """Change the models, one change after the other, in a thread of its own."""
         return await asyncio.get_running_loop().run_in_executor(self._loader, function, *arguments)
+
+    async def reload(self) -> None:
+        """Load every name's folder again; what cannot be loaded is logged, and what was served goes on."""
+        for name in self.models.names:
+            try:
+                await self.change(self.models.load, name)
+            except ModelError as error:
+                _log.error("%s", error)
+
+    async def watch(self) -> None:
+        """Load a bundle again whenever its folder changes, until cancelled."""
+        before = self.models.stamps()
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            # Twice the same: whoever writes the bundle has finished with its manifest, which comes last.
+            if (now := self.models.stamps()) != before and now == await self._stamps_later():
+                before = now
+                await self.reload()
+
+    async def _stamps_later(self) -> dict[str, tuple[int, ...]]:
+        await asyncio.sleep(_LOOK_EVERY_S / 4)
+        return self.models.stamps()
 
     def fail(self, reason: str) -> None:
         """Take the service out: nobody is told 200 by what does not work."""

@@ -90,6 +90,10 @@ class ServiceSettings:
         Processors that a replica computes on; all that are available when None.
     replicas : int
         Processes, under Ray; each holds the models.
+    keys : Path, optional
+        File of API keys; without it nobody is asked for one.
+    watch : bool
+        Whether a bundle whose folder changes is loaded again by itself.
     limits : Limits
     """
 
@@ -97,6 +101,8 @@ class ServiceSettings:
     device: str = "auto"
     threads: int | None = None
     replicas: int = 1
+    keys: Path | None = None
+    watch: bool = False
     limits: Limits = field(default_factory=Limits)
 
     @property

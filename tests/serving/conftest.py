@@ -28,7 +28,7 @@ Variant = Callable[..., Bundle]
 
 @pytest.fixture(scope="session")
 def variant(digits_bundle: Path) -> Variant:
-    """Make another version of the digits' bundle: its mean is multiplied, and its reference too unless that is to lie."""
+    """Make another version of the digits' bundle: its mean is multiplied, and its reference too if it is honest."""
 
     def make(*, factor: float = 2.0, honest: bool = True, name: str = "digits", reference: bool = True) -> Bundle:
         bundle = load_bundle(digits_bundle)
@@ -36,7 +36,7 @@ def variant(digits_bundle: Path) -> Variant:
         graph = onnx.load_model_from_string(contents["encoder.onnx"])
         (producer,) = [node for node in graph.graph.node if "mean" in node.output]
         producer.output[:] = ["unscaled" if output == "mean" else output for output in producer.output]
-        graph.graph.initializer.append(numpy_helper.from_array(np.float32(factor), "factor"))
+        graph.graph.initializer.append(numpy_helper.from_array(np.array(factor, np.float32), "factor"))
         graph.graph.node.append(onnx.helper.make_node("Mul", ["unscaled", "factor"], ["mean"]))
         contents["encoder.onnx"] = graph.SerializeToString()
         figures = safetensors.numpy.load(contents.pop(REFERENCE_FILE))

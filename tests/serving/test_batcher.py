@@ -1,4 +1,4 @@
-"""The batcher: whatever is submitted, cut, cancelled and late, every request gets its own rows' features or an error."""
+"""The batcher: whatever is submitted, cancelled and late, every request gets its own rows' features or an error."""
 
 from __future__ import annotations
 
