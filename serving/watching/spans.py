@@ -11,6 +11,7 @@ W3C, Trace Context; OpenTelemetry, semantic conventions for HTTP spans.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -27,6 +28,7 @@ __all__ = ["Headers", "Tracer", "trace_id"]
 #: As ASGI has them: names in small letters.
 Headers = Sequence[tuple[bytes, bytes]]
 
+_CLOSE_S = 2.0
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
 
 
@@ -144,8 +146,10 @@ class Tracer:
             yield
 
     def close(self) -> None:
-        """Export what is left."""
-        self._provider.shutdown()
+        """Export what is left, for two seconds at most: a collector that is down must not hold up the end."""
+        closing = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_S)
 
 
 def trace_id(span: Span) -> str:

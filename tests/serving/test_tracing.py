@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -213,3 +214,15 @@ def test_tracer_with_an_endpoint_sends_spans_under_the_operator_s_name(monkeypat
     assert path == "/v1/traces"
     assert b"embeddings" in body
     assert bytes.fromhex(TRACE) in body
+
+
+def test_tracer_with_a_collector_that_is_down_ends_in_time() -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp")
+    with collector() as (url, _):
+        pass
+    tracer = open_tracer({}, endpoint=url)
+    assert tracer is not None
+    finish(tracer, started(tracer))
+    began = time.monotonic()
+    tracer.close()
+    assert time.monotonic() - began < 4.0
