@@ -25,7 +25,7 @@ def require_loopback(host: str) -> None:
     if public:
         raise SetupError(
             f"got --host {host}, which other machines can reach ({', '.join(public)}), wanted a loopback address such "
-            "as 127.0.0.1: nobody is asked for a key. Pass --keys FILE (python -m serving.keys new makes one) or --insecure"
+            "as 127.0.0.1: nobody is asked for a key. Pass --keys FILE (see python -m serving.keys) or --insecure"
         )
 
 

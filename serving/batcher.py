@@ -17,12 +17,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import RequestError, overloaded
+
+if TYPE_CHECKING:
+    from serving.watching.spans import Tracer
 
 __all__ = ["Batch", "Computes", "Job", "RowBatcher"]
 
@@ -41,6 +44,8 @@ Features = dict[str, NDArray[np.float32]]
 
 class Computes(Protocol):
     """What a job is computed by: a model of one version."""
+
+    name: str
 
     def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
         """Encode checked rows, in a lane's thread."""
@@ -136,14 +141,23 @@ class Batch:
         self.began = self.device_s = 0.0
 
     def add(self, job: Job, n_rows: int) -> None:
+        """Take the next rows of a job."""
         self.members.append((job, job.taken, job.taken + n_rows))
         job.taken += n_rows
         self.n_rows += n_rows
         if job.outputs != self.outputs:
             self.outputs = job.outputs if not self.outputs else tuple(dict.fromkeys(self.outputs + job.outputs))
 
-    def compute(self) -> None:
+    def compute(self, tracer: Tracer | None = None) -> None:
         """Compute, in a lane's thread; whatever goes wrong is kept."""
+        spans = [] if tracer is None else [job.span for job, _, _ in self.members if job.span is not None]
+        if tracer is None or not spans:
+            self._compute()
+            return
+        with tracer.batch(spans, model=self.model.name, rows=self.n_rows):
+            self._compute()
+
+    def _compute(self) -> None:
         self.began = time.perf_counter()
         try:
             parts = [job.rows[start:stop] for job, start, stop in self.members]
@@ -164,9 +178,9 @@ class Batch:
 class _Lane:
     """A thread that computes one batch after the other."""
 
-    def __init__(self, number: int, done: Callable[[_Lane, Batch], None]) -> None:
+    def __init__(self, number: int, done: Callable[[_Lane, Batch], None], tracer: Tracer | None) -> None:
         self._inbox: SimpleQueue[Batch | None] = SimpleQueue()
-        self._done = done
+        self._done, self._tracer = done, tracer
         self._thread = threading.Thread(target=self._run, name=f"lane-{number}", daemon=True)
         self._thread.start()
 
@@ -175,7 +189,7 @@ class _Lane:
 
     def _run(self) -> None:
         while (batch := self._inbox.get()) is not None:
-            batch.compute()
+            batch.compute(self._tracer)
             self._done(self, batch)
 
 
@@ -216,6 +230,8 @@ class RowBatcher:
 
     Attributes
     ----------
+    tracer : Tracer or None
+        Gives each batch a span; to be set before :meth:`start`.
     queued_rows, queued_bytes : int
         What waits.
     rate : float
@@ -234,6 +250,7 @@ class RowBatcher:
         self._n_lanes, self._max_batch_rows = lanes, max_batch_rows
         self._max_queued_rows, self._max_queued_bytes = max_queued_rows, max_queued_bytes
         self._told = told
+        self.tracer: Tracer | None = None
         self._lines: dict[Computes, _Line] = {}
         self._turn: deque[_Line] = deque()
         self._idle: list[_Lane] = []
@@ -247,7 +264,7 @@ class RowBatcher:
     def start(self) -> None:
         """Start the lanes; on the event loop that all other calls come from."""
         self._loop = asyncio.get_running_loop()
-        self._lanes = [_Lane(number, self._report) for number in range(self._n_lanes)]
+        self._lanes = [_Lane(number, self._report, self.tracer) for number in range(self._n_lanes)]
         self._idle = list(self._lanes)
 
     def close(self) -> None:

@@ -39,6 +39,12 @@ def serve(
     replicas: Annotated[int, typer.Option(min=1, help="Processes that answer; --engine ray.")] = 1,
     keys: Annotated[Path | None, typer.Option(help="File of API keys; see python -m serving.keys.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Load a bundle again when its folder changes.")] = False,
+    access_log: Annotated[
+        bool, typer.Option("--access-log", help="Log every request, not only those that fail.")
+    ] = False,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], typer.Option(help="Least serious of what is logged.")
+    ] = "warning",
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Largest request body.")] = _DEFAULTS.max_body_bytes,
     max_rows: Annotated[int, typer.Option(min=1, help="Most rows in one request.")] = _DEFAULTS.max_rows,
     insecure: Annotated[
@@ -61,6 +67,8 @@ def serve(
             replicas=replicas,
             keys=None if keys is None else keys.absolute(),
             watch=watch,
+            access_log=access_log,
+            log_level="info" if access_log and log_level in ("warning", "error") else log_level,
             limits=limits,
         )
         if replicas > 1 and engine == "local":

@@ -9,7 +9,6 @@ add to each request is several times what embedding a row takes.
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ from typing import Any
 from ray import serve
 from ray.serve import Application as ServeApplication
 
-from serving.app import Application
 from serving.desk import ask_for_reload, fetch_listener
 from serving.errors import ModelError
-from serving.guard.keys import KeyRing
-from serving.http_server import HttpServer, lanes_for, loop_factory, make_server
+from serving.http_server import HttpServer, lanes_for, loop_factory, make_application, make_server
 from serving.models import Models
 from serving.service import Service
 from serving.settings import ServiceSettings
+from serving.watching.logs import start_logging
 
 __all__ = ["EmbeddingReplica", "application"]
 
@@ -93,11 +91,8 @@ class EmbeddingReplica:
 
     async def _serve(self, desk: Path) -> None:
         self._loop = asyncio.get_running_loop()
-        settings = self._settings
-        keys = None if settings.keys is None else KeyRing.from_file(settings.keys)
-        # Where one address leads to several processes, each marks its figures.
-        replica = "" if settings.replicas == 1 else str(os.getpid())
-        server = make_server(Application(self._service, keys=keys, replica=replica), settings)
+        start_logging(self._settings.log_level)
+        server = make_server(make_application(self._service, self._settings), self._settings)
         # Before the first connection is accepted: there are others to accept it.
         await self._service.start()
         while not (self._service.ready or self._service.failure):

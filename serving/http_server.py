@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 
 import uvicorn
 
 from serving.app import Application
+from serving.guard.keys import KeyRing
+from serving.service import Service
 from serving.settings import ServiceSettings
+from serving.watching.tracing import open_tracer
 from vaefeat.processors import available_cpus
 
-__all__ = ["HttpServer", "lanes_for", "loop_factory", "make_server"]
+__all__ = ["HttpServer", "lanes_for", "loop_factory", "make_application", "make_server"]
 
 #: Connections that may wait to be accepted.
 BACKLOG = 2048
@@ -26,6 +30,24 @@ class HttpServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Do nothing: uvicorn would raise signals again after a clean stop."""
         yield
+
+
+def make_application(service: Service, settings: ServiceSettings) -> Application:
+    """Put a service behind HTTP, with keys, logs and traces as the settings say.
+
+    Raises
+    ------
+    SetupError
+        Keys or traces that cannot be.
+    """
+    return Application(
+        service,
+        keys=None if settings.keys is None else KeyRing.from_file(settings.keys),
+        # Where one address leads to several processes, each marks its figures.
+        replica="" if settings.replicas == 1 else str(os.getpid()),
+        access_log=settings.access_log,
+        tracer=open_tracer(os.environ),
+    )
 
 
 def make_server(app: Application, settings: ServiceSettings) -> HttpServer:

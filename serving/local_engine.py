@@ -7,14 +7,13 @@ import socket
 
 from serving.address import base_url
 from serving.announcement import announce
-from serving.app import Application
 from serving.asked import Asked
 from serving.errors import EngineError
-from serving.guard.keys import KeyRing
-from serving.http_server import HttpServer, lanes_for, loop_factory, make_server
+from serving.http_server import HttpServer, lanes_for, loop_factory, make_application, make_server
 from serving.models import Models
 from serving.service import Service
 from serving.settings import ServiceSettings
+from serving.watching.logs import start_logging
 
 __all__ = ["run"]
 
@@ -43,8 +42,8 @@ def run(settings: ServiceSettings, listener: socket.socket, asked: Asked) -> Non
     models = Models.from_bundles(settings.bundles, place=settings.place)
     lanes = lanes_for(models.current[0].device, settings.threads)
     service = Service(models, settings.limits, lanes=lanes, watches=settings.watch)
-    keys = None if settings.keys is None else KeyRing.from_file(settings.keys)
-    server = make_server(Application(service, keys=keys), settings)
+    start_logging(settings.log_level)
+    server = make_server(make_application(service, settings), settings)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(_serve(server, service, listener, asked))
 

@@ -55,6 +55,17 @@ class Embedded:
     errors: Mapping[int, str] = field(default_factory=dict)
     decode_s: float = 0.0
 
+    @property
+    def n_rows(self) -> int:
+        """Rows that were asked for."""
+        return len(next(iter(self.features.values())))
+
+    @property
+    def seconds(self) -> tuple[float, float, float]:
+        """Waiting for the device, decoding images, in the encoder."""
+        job = self.job
+        return (job.cut - job.queued, self.decode_s, job.device_s) if job is not None else (0.0, self.decode_s, 0.0)
+
 
 class Caller(Protocol):
     """Who asks for rows to be embedded.

@@ -94,6 +94,9 @@ class ServiceSettings:
         File of API keys; without it nobody is asked for one.
     watch : bool
         Whether a bundle whose folder changes is loaded again by itself.
+    access_log : bool
+        A line for every request, not only for those that fail.
+    log_level : {"debug", "info", "warning", "error"}
     limits : Limits
     """
 
@@ -103,6 +106,8 @@ class ServiceSettings:
     replicas: int = 1
     keys: Path | None = None
     watch: bool = False
+    access_log: bool = False
+    log_level: str = "warning"
     limits: Limits = field(default_factory=Limits)
 
     @property

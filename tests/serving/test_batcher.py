@@ -19,6 +19,8 @@ from serving.errors import RequestError
 class Arithmetic:
     """A model whose features tell which row they were computed from, and by which model."""
 
+    name = "arithmetic"
+
     def __init__(self, factor: float = 3.0, *, gate: threading.Event | None = None) -> None:
         self.factor, self.gate = factor, gate
         self.sizes: list[int] = []
