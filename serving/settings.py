@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Self
 
 from serving.errors import SetupError
 from serving.models import Place
@@ -65,15 +63,6 @@ class Limits:
         for bound in fields(self):
             if not getattr(self, bound.name) > 0:
                 raise SetupError(f"got {bound.name}={getattr(self, bound.name)}, wanted more than 0")
-
-    def to_json(self) -> str:
-        """One line for an environment variable: Ray's proxy is a process that takes no arguments of ours."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, line: str) -> Self:
-        """Rebuild from :meth:`to_json`."""
-        return cls(**json.loads(line))
 
 
 @dataclass(frozen=True, kw_only=True)
