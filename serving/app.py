@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from serving import inference
 from serving.embeddings import Embeddings
-from serving.errors import RequestError, as_request_error, envelope, overloaded
+from serving.errors import RequestError, as_request_error, envelope
 from serving.exchange import Answer, ClientGoneError, Exchange
 from serving.guard.admission import Admission
 from serving.guard.keys import KeyRing
@@ -176,9 +176,7 @@ class Application:
         return None
 
     async def _with_body(self, exchange: Exchange, route: Route) -> Answer:
-        service = self.service
-        if not service.ready:
-            raise overloaded(f"the service is not ready: {service.failure or service.state}")
+        self.service.require_ready()
         self.admission.enter(exchange)
         try:
             return await route.handler(exchange)

@@ -33,6 +33,10 @@ def serve(
     ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for any free one.")] = 8000,
+    grpc_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Port of the Open Inference Protocol over gRPC; none by default."),
+    ] = None,
     engine: Annotated[Literal["ray", "local"], typer.Option(help="Ray Serve, or a single process.")] = "ray",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the encoders run.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Processors to compute on; default: all.")] = None,
@@ -68,6 +72,7 @@ def serve(
             keys=None if keys is None else keys.absolute(),
             watch=watch,
             access_log=access_log,
+            grpc_address="" if grpc_port is None else f"[{host}]:{grpc_port}" if ":" in host else f"{host}:{grpc_port}",
             log_level="info" if access_log and log_level in ("warning", "error") else log_level,
             limits=limits,
         )

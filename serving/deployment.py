@@ -18,7 +18,7 @@ from ray.serve import Application as ServeApplication
 
 from serving.desk import ask_for_reload, fetch_listener
 from serving.errors import ModelError
-from serving.http_server import HttpServer, lanes_for, loop_factory, make_application, make_server
+from serving.http_server import HttpServer, lanes_for, loop_factory, make_application, make_server, serving_grpc
 from serving.models import Models
 from serving.service import Service
 from serving.settings import ServiceSettings
@@ -92,16 +92,18 @@ class EmbeddingReplica:
     async def _serve(self, desk: Path) -> None:
         self._loop = asyncio.get_running_loop()
         start_logging(self._settings.log_level)
-        server = make_server(make_application(self._service, self._settings), self._settings)
+        app = make_application(self._service, self._settings)
+        server = make_server(app, self._settings)
         # Before the first connection is accepted: there are others to accept it.
         await self._service.start()
         while not (self._service.ready or self._service.failure):
             await asyncio.sleep(_TICK_S)
         if self._service.failure:
             return
-        serving = asyncio.create_task(server.serve(sockets=[fetch_listener(desk)]))
-        await self._until_stopped(server, serving)
-        await serving
+        async with serving_grpc(app, self._settings):
+            serving = asyncio.create_task(server.serve(sockets=[fetch_listener(desk)]))
+            await self._until_stopped(server, serving)
+            await serving
 
     async def _until_stopped(self, server: HttpServer, serving: asyncio.Task[None]) -> None:
         while not serving.done():

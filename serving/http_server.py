@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import uvicorn
 
@@ -17,7 +17,7 @@ from serving.settings import ServiceSettings
 from serving.watching.tracing import open_tracer
 from vaefeat.processors import available_cpus
 
-__all__ = ["HttpServer", "lanes_for", "loop_factory", "make_application", "make_server"]
+__all__ = ["HttpServer", "lanes_for", "loop_factory", "make_application", "make_server", "serving_grpc"]
 
 #: Connections that may wait to be accepted.
 BACKLOG = 2048
@@ -81,3 +81,31 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 def lanes_for(device: str, threads: int | None) -> int:
     """Batches that are computed at the same time: one for each processor, or one on a GPU."""
     return 1 if device == "cuda" else threads or available_cpus()
+
+
+@contextlib.asynccontextmanager
+async def serving_grpc(app: Application, settings: ServiceSettings) -> AsyncIterator[None]:
+    """Serve gRPC beside HTTP, where the settings ask for it; to be entered when the models are ready.
+
+    Raises
+    ------
+    SetupError
+        The port cannot be had.
+    """
+    if not settings.grpc_address:
+        yield
+        return
+    from serving.protocols.oip_grpc import start_grpc
+
+    server = await start_grpc(
+        app.service,
+        settings.grpc_address,
+        max_message_bytes=settings.limits.max_body_bytes,
+        keys=app.admission.keys,
+        rates=app.admission.rates,
+        shared=settings.replicas > 1,
+    )
+    try:
+        yield
+    finally:
+        await server.stop(settings.limits.compute_timeout_s)

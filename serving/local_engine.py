@@ -7,9 +7,10 @@ import socket
 
 from serving.address import base_url
 from serving.announcement import announce
+from serving.app import Application
 from serving.asked import Asked
 from serving.errors import EngineError
-from serving.http_server import HttpServer, lanes_for, loop_factory, make_application, make_server
+from serving.http_server import HttpServer, lanes_for, loop_factory, make_application, make_server, serving_grpc
 from serving.models import Models
 from serving.service import Service
 from serving.settings import ServiceSettings
@@ -43,14 +44,24 @@ def run(settings: ServiceSettings, listener: socket.socket, asked: Asked) -> Non
     lanes = lanes_for(models.current[0].device, settings.threads)
     service = Service(models, settings.limits, lanes=lanes, watches=settings.watch)
     start_logging(settings.log_level)
-    server = make_server(make_application(service, settings), settings)
+    app = make_application(service, settings)
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        runner.run(_serve(server, service, listener, asked))
+        runner.run(_serve(app, settings, listener, asked))
 
 
-async def _serve(server: HttpServer, service: Service, listener: socket.socket, asked: Asked) -> None:
-    url = base_url(listener)
+async def _serve(app: Application, settings: ServiceSettings, listener: socket.socket, asked: Asked) -> None:
+    server = make_server(app, settings)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
+    async with serving_grpc(app, settings):
+        await _until_stopped(server, serving, app.service, base_url(listener), asked)
+    await serving
+    if app.service.failure:
+        raise EngineError(app.service.failure)
+
+
+async def _until_stopped(
+    server: HttpServer, serving: asyncio.Task[None], service: Service, url: str, asked: Asked
+) -> None:
     announced = False
     while not serving.done():
         server.should_exit = server.should_exit or asked.stop.is_set() or bool(service.failure)
@@ -62,6 +73,3 @@ async def _serve(server: HttpServer, service: Service, listener: socket.socket, 
             providers = [model.provider for model in service.models.current]
             announce(url, engine="local", models=service.models.names, providers=providers)
         await asyncio.wait([serving], timeout=_TICK_S)
-    await serving
-    if service.failure:
-        raise EngineError(service.failure)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.batcher import Batch, Job, RowBatcher
-from serving.errors import ModelError, RequestError, too_large
+from serving.errors import ModelError, RequestError, overloaded, too_large
 from serving.images import decode_into
 from serving.models import Models, ServedModel
 from serving.settings import Limits
@@ -188,6 +188,7 @@ class Service:
             400 for an unknown output, 413 for too many rows, 422 where no image can be read, 503 and 504 under load,
             500 for features that are not finite.
         """
+        self.require_ready()
         if unknown := [output for output in outputs if output not in model.outputs]:
             wanted = sorted(model.outputs)
             raise RequestError(400, "invalid_parameter", f"got output={unknown[0][:80]!r}, wanted one of {wanted}")
@@ -231,6 +232,17 @@ class Service:
     async def _stamps_later(self) -> dict[str, tuple[int, ...]]:
         await asyncio.sleep(_LOOK_EVERY_S / 4)
         return self.models.stamps()
+
+    def require_ready(self) -> None:
+        """Refuse work that would not be done well.
+
+        Raises
+        ------
+        RequestError
+            503.
+        """
+        if not self.ready:
+            raise overloaded(f"the service is not ready: {self.failure or self.state}")
 
     def fail(self, reason: str) -> None:
         """Take the service out: nobody is told 200 by what does not work."""

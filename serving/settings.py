@@ -86,6 +86,8 @@ class ServiceSettings:
     access_log : bool
         A line for every request, not only for those that fail.
     log_level : {"debug", "info", "warning", "error"}
+    grpc_address : str
+        Host and port of gRPC; empty for none.
     limits : Limits
     """
 
@@ -97,6 +99,7 @@ class ServiceSettings:
     watch: bool = False
     access_log: bool = False
     log_level: str = "warning"
+    grpc_address: str = ""
     limits: Limits = field(default_factory=Limits)
 
     @property

@@ -28,6 +28,7 @@ __all__ = [
     "images_from_bytes",
     "images_from_texts",
     "rows_from_bytes",
+    "rows_from_numbers",
     "rows_from_values",
     "shown",
 ]
@@ -197,6 +198,11 @@ def rows_from_values(data: object, *, datatype: str, shape: Sequence[int], spec:
     values, nesting = _flattened(data)
     if nesting != [len(values)] and nesting != list(shape):
         raise CodecError(f"got data nested as {nesting}, wanted {shown(list(shape))} or one flat list")
+    return rows_from_numbers(values, datatype=datatype, shape=shape, spec=spec)
+
+
+def rows_from_numbers(values: Sequence[Any], *, datatype: str, shape: Sequence[int], spec: InputSpec) -> NDArray[Any]:
+    """Read numbers that follow each other in row-major order; else as :func:`rows_from_values`."""
     wanted = shape[0] * spec.n_features
     if len(values) != wanted:
         raise CodecError(f"got {len(values)} values for the shape {shown(list(shape))}, wanted {wanted}")
