@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 
 from serving.asked import Asked
 from vaefeat.errors import MissingExtraError, requiring
@@ -12,7 +11,7 @@ from vaefeat.errors import MissingExtraError, requiring
 
 def main() -> None:
     """Run the command line; SIGINT and SIGTERM ask it to stop, from the first moment on, SIGHUP to load again."""
-    asked = Asked(stop=threading.Event(), reload=threading.Event())
+    asked = Asked()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: asked.stop.set())
     if hasattr(signal, "SIGHUP"):

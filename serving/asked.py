@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 
 __all__ = ["Asked"]
 
 
-@dataclass(frozen=True)
 class Asked:
-    """Set by signal handlers.
+    """Set by signal handlers, which must be in place within milliseconds: so this imports next to nothing.
 
     Attributes
     ----------
@@ -20,5 +18,5 @@ class Asked:
         To load every model's folder again; the engine clears it.
     """
 
-    stop: threading.Event
-    reload: threading.Event
+    def __init__(self) -> None:
+        self.stop, self.reload = threading.Event(), threading.Event()

@@ -44,7 +44,7 @@ def url(request: pytest.FixtureRequest, digits_bundle: Path, tmp_path_factory: p
     with launched(*arguments, tmp_path=tmp_path_factory.mktemp("server")) as started:
         yield wait_until_ready(started).url
         assert started.press_ctrl_c() == 0
-        assert started.errors.read_text() == ""
+        assert {line["status"] // 100 for line in started.log()} <= {4}
 
 
 @pytest.fixture
