@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+import socket
 import subprocess
-import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,6 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from serving.models import Models, Place
-from serving.protocols.oip_grpc import start_grpc
-from serving.service import Service
-from serving.settings import Limits
 from tests.e2e.test_servers import CHECKOUT, RAY, launched, wait_until_ready
 from vaefeat import OnnxEncoder
 
@@ -38,42 +34,25 @@ def folder(digits_bundle: Path, digits_rows: NDArray[np.uint8], tmp_path_factory
     return folder
 
 
+@dataclass(frozen=True)
+class Addresses:
+    """Where one server listens."""
+
+    url: str
+    grpc: str
+
+
 @pytest.fixture(scope="module", params=["local", RAY])
-def url(request: pytest.FixtureRequest, digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    arguments = [digits_bundle, "--engine", request.param, "--port", 0, "--device", "cpu"]
+def served(
+    request: pytest.FixtureRequest, digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Addresses]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = [digits_bundle, "--engine", request.param, "--port", 0, "--grpc-port", port, "--device", "cpu"]
     with launched(*arguments, tmp_path=tmp_path_factory.mktemp("server")) as started:
-        yield wait_until_ready(started).url
+        yield Addresses(wait_until_ready(started).url, f"127.0.0.1:{port}")
         assert started.press_ctrl_c() == 0
         assert {line["status"] // 100 for line in started.log()} <= {4}
-
-
-@pytest.fixture
-def address(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Serve over gRPC from a thread of this process."""
-    # The path of a Unix socket must be short.
-    address = f"unix:{tmp_path_factory.getbasetemp()}/grpc"
-    ready, stop = threading.Event(), threading.Event()
-
-    async def serve() -> None:
-        models = Models.from_bundles([digits_bundle], place=Place(device="cpu", threads=1))
-        service = Service(models, Limits(), lanes=1)
-        await service.start()
-        server = await start_grpc(service, address, max_message_bytes=2**20)
-        while not stop.is_set():
-            if service.ready:
-                ready.set()
-            await asyncio.sleep(0.02)
-        await server.stop(None)
-        await service.stop()
-
-    thread = threading.Thread(target=asyncio.run, args=[serve()])
-    thread.start()
-    try:
-        assert ready.wait(20)
-        yield address
-    finally:
-        stop.set()
-        thread.join()
 
 
 def run(script: str, *arguments: object) -> None:
@@ -88,18 +67,22 @@ def run(script: str, *arguments: object) -> None:
 @pytest.mark.parametrize(
     "script", ["tritonclient_http.py", "tritonclient_http_aio.py", "kserve_rest.py", "openai_embeddings.py"]
 )
-def test_a_public_client_over_http_gets_the_bits_of_the_local_encoder(url: str, folder: Path, script: str) -> None:
-    run(script, url, folder)
+def test_a_public_client_over_http_gets_the_bits_of_the_local_encoder(
+    served: Addresses, folder: Path, script: str
+) -> None:
+    run(script, served.url, folder)
 
 
-def test_tritonclient_over_grpc_gets_the_bits_of_the_local_encoder(address: str, folder: Path) -> None:
-    run("tritonclient_grpc.py", address, folder)
+def test_tritonclient_over_grpc_gets_the_bits_of_the_local_encoder(served: Addresses, folder: Path) -> None:
+    run("tritonclient_grpc.py", served.grpc, folder)
 
 
-def test_curl_posts_raw_rows_and_gets_raw_means_behind_the_json(url: str, folder: Path, tmp_path: Path) -> None:
+def test_curl_posts_raw_rows_and_gets_raw_means_behind_the_json(
+    served: Addresses, folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "rows").write_bytes(np.load(folder / "rows.npy").tobytes())
     command = ["curl", "-sS", "--fail-with-body", "--data-binary", f"@{tmp_path}/rows", "-D", f"{tmp_path}/headers"]
-    command += ["-H", "Inference-Header-Content-Length: 0", f"{url}/v2/models/digits/infer"]
+    command += ["-H", "Inference-Header-Content-Length: 0", f"{served.url}/v2/models/digits/infer"]
     body = subprocess.run(command, check=True, capture_output=True).stdout
     headers = dict(
         line.lower().split(": ", 1) for line in (tmp_path / "headers").read_text().splitlines() if ": " in line
