@@ -22,6 +22,7 @@ from vaefeat.estimator_inputs import flat_images, named_augmentations
 from vaefeat.finetune_config import FineTuneConfig
 from vaefeat.labels import class_names, class_shares, encode_labels, given_shares, labelled_accuracy
 from vaefeat.model_card import renamed
+from vaefeat.settings import plain_value
 
 __all__ = ["FineTuneClassifier"]
 
@@ -238,7 +239,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _config(self, base: Bundle, seed: int) -> FineTuneConfig:
         own = FineTuneConfig.__dataclass_fields__.keys() - {"augmentations", "seed"}
-        values = {name: _plain(getattr(self, name)) for name in own}
+        values = {name: plain_value(getattr(self, name)) for name in own}
         return FineTuneConfig(**values, augmentations=self._augmentations(base), seed=seed)
 
     def _augmentations(self, base: Bundle) -> tuple[str, ...]:
@@ -252,8 +253,3 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             colour = moving and base.manifest.input.shape[0] == 3
             return _AUTO_COLOUR if colour else _AUTO_IMAGE if moving else _AUTO_TABLE
         return named_augmentations(self.augmentations)
-
-
-def _plain(value: Any) -> Any:
-    """Turn NumPy's numbers, as grids have, into Python's."""
-    return value.item() if isinstance(value, np.generic) else value

@@ -126,9 +126,12 @@ def test_changes_are_refused_before_any_row_is_read() -> None:
 
 def test_numpys_numbers_are_numbers() -> None:
     model, train = choose_settings(
-        TABLE, n_rows=300, model={"latent_dim": np.int64(9)}, train={"max_epochs": np.int32(2)}
+        TABLE,
+        n_rows=300,
+        model={"latent_dim": np.int64(9), "hidden_dims": (np.int64(16), np.int64(8))},
+        train={"max_epochs": np.int32(2)},
     )
-    assert (model.latent_dim, train.max_epochs) == (9, 2)
+    assert (model.latent_dim, model.hidden_dims, train.max_epochs) == (9, (16, 8), 2)
 
 
 @pytest.mark.parametrize(
