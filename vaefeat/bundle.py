@@ -5,7 +5,8 @@
                             digest, input, outputs, configuration, data fingerprint, figures, versions, parity
 ``encoder.onnx``            rows -> mean, logvar, hidden, of a classifier also probability (float32); preprocessing
                             inside, any batch size
-``decoder.onnx``            latents -> rows in the units of the training rows (float32)
+``decoder.onnx``            latents -> rows in the units of the training rows (float32); not where the encoder was
+                            fine-tuned away from it
 ``weights.safetensors``     the torch weights, to fine-tune
 ``head.safetensors``        of a classifier: the weights of its last layer
 ``README.md``, ``*.png``    model card and pictures, written by the code
@@ -126,6 +127,12 @@ class Manifest:
         return {**values, "classes": classes} if classes else values
 
     @property
+    def decodes(self) -> bool:
+        """Whether the decoder belongs to the encoder: not after fine-tuning that left it behind (``elbo_weight=0``)."""
+        run = self.data.get("finetuning")
+        return run is None or run["config"]["elbo_weight"] > 0
+
+    @property
     def schema_version(self) -> int:
         """Of the form that it is written in: the oldest that has all it says."""
         return SCHEMA_VERSION if self.classes else _WITHOUT_CLASSES
@@ -206,6 +213,15 @@ class Bundle:
         if hashlib.sha256(content).hexdigest() != self.files[name]["sha256"]:
             raise _changed(self.path / name)
         return content
+
+    def refuse_decoding(self) -> None:
+        """Raise InputError where the decoder knows nothing of what the encoder now says (:attr:`Manifest.decodes`)."""
+        if not self.manifest.decodes:
+            raise InputError(
+                f"got bundle {self.name!r}, a classifier that was fine-tuned with elbo_weight=0: its decoder is still "
+                "that of the pretrained encoder, and rows and bounds from both together would be wrong; take the "
+                "pretrained bundle, or fine-tune with elbo_weight above 0"
+            )
 
     def save(self, path: str | PathLike[str]) -> Bundle:
         """Write the bundle to a folder, the manifest last, and load it back verified.

@@ -50,7 +50,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     unlabelled_ratio : float
     learning_rate, layer_decay, weight_decay : float
     unfreezing : float
-    unlabelled_weight, elbo_weight : float
+    unlabelled_weight : float
+    elbo_weight : float
+        With 0 the bundle has no decoder: the pretrained one does not know what the encoder now says.
     teacher_decay : float
         See :class:`vaefeat.finetune_config.FineTuneConfig`.
     augmentations : {"auto"} or tuple of str

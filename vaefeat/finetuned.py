@@ -86,8 +86,8 @@ def classifier_bundle(
     Parameters
     ----------
     base : Bundle
-        What fine-tuning began with. Its name stays, and so does what is known of its pretraining; the held-out figures
-        are measured again, for they are another encoder's now.
+        What fine-tuning began with. What is known of its pretraining stays; the held-out figures are measured again,
+        for they are another encoder's now, and the decoder is left out where it was not trained along.
     found : FineTuned
     tuner : FineTuner
         Which found it.
@@ -116,7 +116,6 @@ def classifier_bundle(
     )
     contents = {
         "encoder.onnx": export_encoder(classifier, shown),
-        "decoder.onnx": export_decoder(classifier.vae),
         "weights.safetensors": weights_of(classifier.vae),
         "head.safetensors": weights_of(classifier.head),
     }
@@ -139,9 +138,11 @@ def classifier_bundle(
         metrics={**manifest.metrics, **figures, "n_heldout": 0},
         parity={},
     )
+    if manifest.decodes:
+        contents["decoder.onnx"] = export_decoder(classifier.vae)
     manifest = replace(manifest, parity=measure_parity(classifier, Bundle.of(manifest, contents), shown))
     picture = None
-    if manifest.input.kind == "image":
+    if manifest.decodes and manifest.input.kind == "image":
         picture = "reconstructions.png"
         pictured = shown[:_PICTURED]
         contents[picture] = reconstruction_picture(pictured, denoise(classifier.vae, pictured))
