@@ -34,13 +34,14 @@ from vaefeat.atomic import replace_file, sync_folder
 from vaefeat.errors import BundleError, InputError
 from vaefeat.input_spec import InputSpec
 
-__all__ = ["SCHEMA_VERSION", "Bundle", "Manifest", "load_bundle"]
+__all__ = ["MAX_NAME_LENGTH", "SCHEMA_VERSION", "Bundle", "Manifest", "load_bundle"]
 
 SCHEMA_VERSION = 2
 #: What a bundle without classes still is: readers from before there were any understand it, and its digest stays.
 _WITHOUT_CLASSES = 1
 MANIFEST_FILE = "bundle.json"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MAX_NAME_LENGTH = 64
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
 _MAX_MANIFEST_BYTES = 16 * 2**20
 #: What JSON holds under each key; whoever reads the values relies on it.
 _FORMS = {
@@ -330,8 +331,8 @@ def check_name(name: str) -> None:
     """Raise InputError unless `name` can name a bundle: it becomes a file name and part of a URL."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InputError(
-            f"got the bundle name {name!r}, wanted 1 to 64 letters, digits, '.', '_' or '-', not starting with a dot "
-            "or dash; choose one with name="
+            f"got the bundle name {name!r}, wanted 1 to {MAX_NAME_LENGTH} letters, digits, '.', '_' or '-', not "
+            "starting with a dot or dash; choose one with name="
         )
 
 

@@ -219,7 +219,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         ----------
         path : path-like
         name : str, optional
-            The model's name in a service; that of the pretrained bundle when None.
+            The model's name in a service; that of the pretrained bundle with ``-classifier`` behind it when None.
 
         Returns
         -------

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vaefeat.bundle import Bundle
+from vaefeat.bundle import MAX_NAME_LENGTH, Bundle
 from vaefeat.config import TrainConfig
 from vaefeat.export import export_decoder, export_encoder, measure_parity
 from vaefeat.finetune_config import FineTuneConfig
@@ -27,6 +27,7 @@ __all__ = ["classifier_bundle", "fine_tune"]
 _SHOWN_ROWS = 1000
 _BATCH_SIZE = 256
 _PICTURED = 12
+_SUFFIX = "-classifier"
 
 
 def fine_tune(
@@ -131,6 +132,7 @@ def classifier_bundle(
     figures = {"elbo": measured.elbo, "log_likelihood": measured.log_likelihood, "kl": measured.kl}
     manifest = replace(
         manifest,
+        name=_classifier_name(manifest.name),
         outputs={**_without_classes(manifest.outputs), "probability": len(classes)},
         active_units=measured.active,
         classes=classes,
@@ -154,6 +156,11 @@ def _sample(tuner: FineTuner) -> NDArray[Any]:
     """Spread over the rows, which may be sorted."""
     step = max(1, len(tuner.rows) // _SHOWN_ROWS)
     return np.array(tuner.rows[::step][:_SHOWN_ROWS])
+
+
+def _classifier_name(base: str) -> str:
+    """Name a classifier so that a service can hold it and its base at once; names are short (`check_name`)."""
+    return base[: MAX_NAME_LENGTH - len(_SUFFIX)] + _SUFFIX
 
 
 def _without_classes(outputs: dict[str, int]) -> dict[str, int]:

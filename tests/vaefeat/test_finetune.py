@@ -40,6 +40,7 @@ from vaefeat import (
 from vaefeat.cli import app
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.errors import BundleError, ConfigError, InputError
+from vaefeat.model_card import renamed
 from vaefeat.weights import restore_classifier, restore_vae
 
 Y: NDArray[np.int64] = load_digits().target
@@ -322,6 +323,14 @@ class TestBundle:
         # Fine-tuning left the decoder as it was.
         assert squared_error(OnnxEncoder(left, device="cpu").embed(rows), base) > 1.2 * pretrained
         assert "reconstructions.png" in along.files
+
+    def test_bundle_has_a_name_of_its_own_that_is_short_enough(
+        self, fitted: FineTuneClassifier, digits_bundle: Path, X: NDArray[np.uint8], few: NDArray[np.int64]
+    ) -> None:
+        base = load_bundle(digits_bundle)
+        assert fitted.bundle_.name == f"{base.name}-classifier"
+        long = renamed(base, "a" * 64)
+        assert quick(long, max_steps=1).fit(X[:N_TRAIN], few).bundle_.name == "a" * 53 + "-classifier"
 
     def test_bundle_without_a_head_is_no_classifier(self, digits_bundle: Path) -> None:
         with pytest.raises(InputError, match="which is no classifier"):
