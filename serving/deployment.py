@@ -16,7 +16,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application as ServeApplication
 
-from serving.desk import ask_for_reload, fetch_listener
+from serving.desk import ask_for_reload, fetch
 from serving.errors import ModelError
 from serving.http_server import HttpServer, lanes_for, loop_factory, make_application, make_server, serving_grpc
 from serving.models import Models
@@ -91,7 +91,8 @@ class EmbeddingReplica:
 
     async def _serve(self, desk: Path) -> None:
         self._loop = asyncio.get_running_loop()
-        start_logging(self._settings.log_level)
+        listener, errors = fetch(desk)
+        start_logging(self._settings.log_level, stream=errors)
         app = make_application(self._service, self._settings)
         server = make_server(app, self._settings)
         # Before the first connection is accepted: there are others to accept it.
@@ -101,7 +102,7 @@ class EmbeddingReplica:
         if self._service.failure:
             return
         async with serving_grpc(app, self._settings):
-            serving = asyncio.create_task(server.serve(sockets=[fetch_listener(desk)]))
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
             await self._until_stopped(server, serving)
             await serving
 

@@ -1,6 +1,7 @@
 """Where replicas turn to the process that started them, over a Unix socket in a private folder.
 
-It hands them the listening socket, and takes note when one of them was told to load a model, so that all do.
+It hands them the listening socket and its standard error, for their logs to be lines of one stream without Ray's marks,
+and takes note when one of them was told to load a model, so that all do.
 
 All replicas accept from one queue of connections, which the starting process keeps open: while a replica is replaced,
 connections wait in it instead of being refused, and a version that takes over leaves none behind.
@@ -9,14 +10,16 @@ connections wait in it instead of being refused, and a version that takes over l
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
+import sys
 import threading
 from pathlib import Path
-from typing import Self
+from typing import Self, TextIO
 
-__all__ = ["Desk", "ask_for_reload", "fetch_listener"]
+__all__ = ["Desk", "ask_for_reload", "fetch"]
 
-_LISTENER, _RELOAD = b"L", b"R"
+_FETCH, _RELOAD = b"F", b"R"
 _TIMEOUT_S = 30.0
 
 
@@ -49,7 +52,7 @@ class Desk:
                     if caller.recv(1) == _RELOAD:
                         self._reload.set()
                     else:
-                        socket.send_fds(caller, [_LISTENER], [self._listener.fileno()])
+                        socket.send_fds(caller, [_FETCH], [self._listener.fileno(), sys.stderr.fileno()])
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -62,8 +65,8 @@ class Desk:
         self._socket.close()
 
 
-def fetch_listener(path: Path) -> socket.socket:
-    """Ask a desk for its listening socket; it is the same one in this process, too.
+def fetch(path: Path) -> tuple[socket.socket, TextIO]:
+    """Ask a desk for its listening socket and standard error; they are the same ones in this process, too.
 
     Raises
     ------
@@ -73,11 +76,11 @@ def fetch_listener(path: Path) -> socket.socket:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as desk:
         desk.settimeout(_TIMEOUT_S)
         desk.connect(str(path))
-        desk.sendall(_LISTENER)
-        _, descriptors, _, _ = socket.recv_fds(desk, 1, 1)
-    listener = socket.socket(fileno=descriptors[0])
+        desk.sendall(_FETCH)
+        _, (listening, errors), _, _ = socket.recv_fds(desk, 1, 2)
+    listener = socket.socket(fileno=listening)
     listener.setblocking(False)
-    return listener
+    return listener, os.fdopen(errors, "w", buffering=1)
 
 
 def ask_for_reload(path: Path) -> None:

@@ -145,14 +145,13 @@ def _items(values: Mapping[str, Any], max_items: int) -> NDArray[Any] | list[byt
 def _rows(given: list[Any]) -> NDArray[Any]:
     if not all(isinstance(row, list) for row in given):
         raise _refused("got lists of numbers among other items, wanted one kind", "input")
-    # NumPy would give every value the size of the longest text before anyone sees that there is text.
-    if any(not isinstance(value, int | float) for row in given for value in row[:1]):
-        raise _refused("got lists that do not hold numbers, wanted a flat list of numbers for each row", "input")
+    # NumPy would read texts as numbers, and give every value the size of the longest.
+    if any(type(value) not in (int, float) for row in given for value in row):
+        raise _refused("got lists that do not hold numbers alone, wanted a flat list of numbers for each row", "input")
     try:
-        rows = np.asarray(given, dtype=np.float64)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise CodecError("got rows of different lengths or with something else than numbers") from error
-    return rows
+        return np.asarray(given, dtype=np.float64)
+    except (ValueError, OverflowError) as error:
+        raise CodecError("got rows of different lengths, wanted one length for all") from error
 
 
 def _conversations(messages: Any) -> list[Any]:
