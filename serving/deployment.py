@@ -16,7 +16,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application as ServeApplication
 
-from serving.desk import ask_for_reload, fetch
+from serving.desk import ask_for_reload, fetch, reloads
 from serving.errors import ModelError
 from serving.http_server import HttpServer, lanes_for, loop_factory, make_application, make_server, serving_grpc
 from serving.models import Models
@@ -52,8 +52,6 @@ class EmbeddingReplica:
             alone=settings.replicas == 1,
         )
         self._service.changed = None if settings.replicas == 1 else lambda: ask_for_reload(Path(desk))
-        self._generation = 0
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._started = threading.Event()
@@ -68,12 +66,6 @@ class EmbeddingReplica:
             raise ModelError(f"the server ended: {self._failure}") from self._failure
         if self._service.failure:
             raise ModelError(self._service.failure)
-
-    def reconfigure(self, config: dict[str, int]) -> None:
-        """Load the models again where the generation has changed; Serve calls this in every replica."""
-        generation, self._generation = self._generation, config["generation"]
-        if self._generation != generation and self._loop is not None:
-            asyncio.run_coroutine_threadsafe(self._service.reload(), self._loop).result()
 
     def __del__(self) -> None:
         """Answer what is in flight and end; Serve calls this when the replica is to go."""
@@ -90,7 +82,6 @@ class EmbeddingReplica:
             self._started.set()
 
     async def _serve(self, desk: Path) -> None:
-        self._loop = asyncio.get_running_loop()
         listener, errors = fetch(desk)
         start_logging(self._settings.log_level, stream=errors)
         app = make_application(self._service, self._settings)
@@ -103,8 +94,14 @@ class EmbeddingReplica:
             return
         async with serving_grpc(app, self._settings):
             serving = asyncio.create_task(server.serve(sockets=[listener]))
+            reloading = asyncio.create_task(self._reload_when_told(desk))
             await self._until_stopped(server, serving)
+            reloading.cancel()
             await serving
+
+    async def _reload_when_told(self, desk: Path) -> None:
+        async for _ in reloads(desk):
+            await self._service.reload()
 
     async def _until_stopped(self, server: HttpServer, serving: asyncio.Task[None]) -> None:
         while not serving.done():
@@ -114,7 +111,7 @@ class EmbeddingReplica:
             await asyncio.wait([serving], timeout=_TICK_S)
 
 
-def application(settings: ServiceSettings, *, num_gpus: int, desk: str, generation: int = 0) -> ServeApplication:
+def application(settings: ServiceSettings, *, num_gpus: int, desk: str) -> ServeApplication:
     """Describe the deployment.
 
     Parameters
@@ -124,13 +121,10 @@ def application(settings: ServiceSettings, *, num_gpus: int, desk: str, generati
         GPUs that a replica gets; Ray hides the others from it.
     desk : str
         As for :class:`EmbeddingReplica`.
-    generation : int
-        With another one than before, replicas load their models again, and nothing else happens.
     """
     configure = serve.deployment(
         name="embedding",
         num_replicas=settings.replicas,
-        user_config={"generation": generation},
         ray_actor_options={"num_cpus": 1, "num_gpus": num_gpus},
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=settings.limits.compute_timeout_s,

@@ -41,7 +41,6 @@ class Meta:
         about = {
             "service": "vaefeat",
             "version": __version__,
-            "models": self._service.models.names,
             "routes": self._routes(),
             "example": example,
         }
@@ -55,7 +54,8 @@ class Meta:
         """Tell whether requests are going to be answered well."""
         service = self._service
         if service.ready:
-            return json_answer({"ready": True})
+            providers = dict.fromkeys(model.provider for model in service.models.current)
+            return json_answer({"ready": True, "providers": list(providers)})
         state = {"ready": False, "failed": bool(service.failure), "reason": service.failure or service.state}
         return json_answer(state, status=503)
 

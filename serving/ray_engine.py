@@ -31,6 +31,7 @@ from serving.asked import Asked
 from serving.deployment import application
 from serving.desk import Desk
 from serving.errors import EngineError
+from serving.models import find_bundles
 from serving.settings import ServiceSettings
 from vaefeat.errors import DeviceError
 
@@ -77,24 +78,21 @@ def run(settings: ServiceSettings, listener: socket.socket, asked: Asked) -> Non
     with (
         _ray_errors_told_plainly(),
         _scratch_folder() as folder,
-        Desk(folder / _DESK, listener, reload=asked.reload),
+        Desk(folder / _DESK, listener) as desk,
         contextlib.redirect_stdout(sys.stderr),
     ):
         try:
             with contextlib.suppress(_Stopped):
-                models = _start(settings, listener, folder, asked.stop)
-                providers = [model["provider"] for model in models]
-                names = [model["id"] for model in models]
+                providers = _start(settings, listener, folder, asked.stop)
+                names = find_bundles(settings.bundles)
                 announce(base_url(listener), engine="ray", models=names, providers=providers, stream=stdout)
-                _watch(settings, folder, asked)
+                _watch(desk, asked)
         finally:
             _shut_down(drain_s=settings.limits.compute_timeout_s)
 
 
-def _start(
-    settings: ServiceSettings, listener: socket.socket, folder: Path, stop: threading.Event
-) -> list[dict[str, Any]]:
-    """Start everything and return the models that the service lists."""
+def _start(settings: ServiceSettings, listener: socket.socket, folder: Path, stop: threading.Event) -> list[str]:
+    """Start everything and return the execution providers that the service computes with."""
     _go_on_unless(stop)
     _start_ray(folder)
     _go_on_unless(stop)
@@ -102,7 +100,9 @@ def _start(
     # Requests do not go through Serve: see serving.deployment.
     serve.start(proxy_location="Disabled", logging_config=quiet)
     _go_on_unless(stop)
-    _deploy(settings, folder, generation=0)
+    described = application(settings, num_gpus=_gpus(settings.device), desk=str(folder / _DESK))
+    target = serve.RunTarget(described, name=_APPLICATION, route_prefix=None, logging_config=quiet)
+    serve.run_many([target], wait_for_applications_running=False)
     _wait_for_replica(stop)
     return _wait_for_answers(base_url(listener), stop)
 
@@ -139,8 +139,8 @@ def _wait_for_replica(stop: threading.Event) -> None:
         _go_on_unless(stop, after_s=_TICK_S)
 
 
-def _wait_for_answers(url: str, stop: threading.Event) -> list[dict[str, Any]]:
-    """Ask until the service says that it is ready, and return the models that it lists."""
+def _wait_for_answers(url: str, stop: threading.Event) -> list[str]:
+    """Ask until the service says that it is ready, and return the execution providers that it tells."""
     deadline = time.monotonic() + _START_TIMEOUT_S
     reason = ""
     with httpx.Client(base_url=url, timeout=5.0, trust_env=False) as client:
@@ -148,8 +148,8 @@ def _wait_for_answers(url: str, stop: threading.Event) -> list[dict[str, Any]]:
             try:
                 ready = client.get("/readyz")
                 if ready.status_code == 200:
-                    models: list[dict[str, Any]] = client.get("/v1/models").json()["data"]
-                    return models
+                    providers: list[str] = ready.json()["providers"]
+                    return providers
                 reason = ready.text
                 if ready.headers.get("content-type") == "application/json" and ready.json().get("failed"):
                     raise EngineError(ready.json()["reason"])
@@ -193,21 +193,12 @@ def _scratch_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _deploy(settings: ServiceSettings, folder: Path, *, generation: int) -> None:
-    described = application(settings, num_gpus=_gpus(settings.device), desk=str(folder / _DESK), generation=generation)
-    quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
-    target = serve.RunTarget(described, name=_APPLICATION, route_prefix=None, logging_config=quiet)
-    serve.run_many([target], wait_for_applications_running=False)
-
-
-def _watch(settings: ServiceSettings, folder: Path, asked: Asked) -> None:
+def _watch(desk: Desk, asked: Asked) -> None:
     """Return once a stop is asked for; fail if Ray dies first, which its own driver would never notice."""
-    generation = 0
     while not asked.stop.wait(_WATCH_S):
         if asked.reload.is_set():
             asked.reload.clear()
-            generation += 1
-            _deploy(settings, folder, generation=generation)
+            desk.reload()
         if dead := _dead_daemons():
             raise EngineError(f"Ray's {' and '.join(dead)} ended; was memory short? Start the service again")
 
