@@ -29,6 +29,7 @@ import ssl
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import TypeAlias, TypeVar
 
@@ -242,19 +243,19 @@ def _judged(reply: Reply, terms: Terms, *, first_contact: bool) -> _Trouble:
 
 def _judged_failure(failed: Failed, terms: Terms, *, first_contact: bool) -> _Trouble:
     error = failed.error
-    nobody_there = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
-    passes = isinstance(error, _PASSING_FAILURE) and not (nobody_there and (first_contact or _is_distrusted(error)))
     if isinstance(error, httpx.TimeoutException):
-        told = RemoteError(
-            f"{terms.url} did not answer within {terms.timeout_s:g} s; is it overloaded? Try a smaller batch_size "
-            "or a larger timeout_s"
+        told = (
+            f"{terms.url} did not answer within {terms.timeout_s:g} s; is it overloaded? Try a smaller batch_size or "
         )
-        return _Trouble(error=told, passes=passes)
-    told = RemoteError(
-        f"{terms.url} cannot be reached ({str(error) or type(error).__name__}); is the server running "
-        "(python -m serving BUNDLE), and is this its address?"
-    )
-    return _Trouble(error=told, passes=passes, stale=failed.reused)
+        told += "a larger timeout_s"
+    elif _is_distrusted(error):
+        told = f"{terms.url} has a certificate that is not trusted ({error}); SSL_CERT_FILE can name whom to trust"
+    else:
+        told = f"{terms.url} cannot be reached ({str(error) or type(error).__name__}); is the server running "
+        told += "(python -m serving BUNDLE), and is this its address?"
+    wrong_address = first_contact and isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+    passes = isinstance(error, _PASSING_FAILURE) and not (wrong_address or _is_distrusted(error))
+    return _Trouble(error=RemoteError(told), passes=passes, stale=failed.reused)
 
 
 def _is_distrusted(error: BaseException) -> bool:
@@ -320,6 +321,8 @@ def retry_after_s(header: str | None, *, now: float | None = None) -> float:
         return float(text)
     try:
         date = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
+    if date.tzinfo is None:  # -0000, which is UTC, too
+        date = date.replace(tzinfo=UTC)
     return max(0.0, date.timestamp() - (time.time() if now is None else now))

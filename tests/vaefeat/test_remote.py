@@ -148,6 +148,18 @@ def test_embed_while_the_server_restarts_waits_for_it(
     np.testing.assert_array_equal(features[0], local.embed(digits_rows[:40]))
 
 
+def test_embed_after_a_restart_with_smaller_limits_cuts_smaller(
+    digits_bundle: Path, local: OnnxEncoder, digits_rows: NDArray[np.uint8]
+) -> None:
+    rows = np.tile(digits_rows, (40, 1, 1, 1))  # 4.6 MB, more than a socket holds
+    with served(digits_bundle, limits=Limits(max_rows=100_000)) as url:
+        remote = RemoteEncoder(url, batch_size=100_000)
+        remote.embed(rows[:10])
+    smaller = Limits(max_rows=100_000, max_body_bytes=2**20)
+    with served(digits_bundle, limits=smaller, port=int(url.rpartition(":")[2])), remote:
+        np.testing.assert_array_equal(remote.embed(rows), local.embed(rows))
+
+
 def test_remote_encoder_where_nobody_listens_says_so_at_once() -> None:
     begun = time.monotonic()
     with claim("127.0.0.1", 0) as listener:
@@ -160,16 +172,17 @@ def test_remote_encoder_where_nobody_listens_says_so_at_once() -> None:
 def test_async_remote_encoder_gives_the_local_encoder_s_bits_in_order(
     url: str, local: OnnxEncoder, digits_rows: NDArray[np.uint8]
 ) -> None:
-    async def run() -> list[NDArray[np.float32]]:
+    rows = digits_rows[:50]
+
+    async def run() -> None:
         async with await AsyncRemoteEncoder.connect(url, batch_size=7) as remote:
             assert remote.digest == local.digest
             assert local.name in repr(remote)
-            rows = digits_rows[:50]
-            return await asyncio.gather(remote.embed(rows), remote.embed(rows.reshape(50, -1), output="logvar"))
+            mean, logvar = await asyncio.gather(remote.embed(rows), remote.embed(rows, output="logvar"))
+        np.testing.assert_array_equal(mean, local.embed(rows))
+        np.testing.assert_array_equal(logvar, local.embed(rows, output="logvar"))
 
-    mean, logvar = asyncio.run(run())
-    np.testing.assert_array_equal(mean, local.embed(digits_rows[:50]))
-    np.testing.assert_array_equal(logvar, local.embed(digits_rows[:50], output="logvar"))
+    asyncio.run(run())
 
 
 def test_remote_encoder_of_a_listener_that_never_answers_times_out() -> None:

@@ -42,7 +42,19 @@ def test_pauses_of_clients_that_failed_together_differ() -> None:
 
 @pytest.mark.parametrize(
     ("header", "seconds"),
-    [(None, 0), ("", 0), ("0", 0), (" 7 ", 7), ("-3", 0), ("1.5", 0), ("soon", 0), ("٣", 0), ("9" * 400, float("inf"))],
+    [
+        (None, 0),
+        ("", 0),
+        ("0", 0),
+        (" 7 ", 7),
+        ("-3", 0),
+        ("1.5", 0),
+        ("soon", 0),
+        ("٣", 0),
+        ("9" * 400, float("inf")),
+        ("1 Jan 2020 00:00:00 -0000", 0),
+        ("1 Jan 99999999999999999999 00:00:00 GMT", 0),
+    ],
 )
 def test_retry_after_in_seconds_is_read_and_anything_else_ignored(header: str | None, seconds: float) -> None:
     assert retry_after_s(header) == seconds
@@ -55,7 +67,7 @@ def test_retry_after_as_a_date_is_the_time_until_then(now: int, later: int) -> N
         assert retry_after_s(date, now=now) == max(0, later)
 
 
-@given(st.text() | st.from_regex(r"(\w{3}, )?\d{1,9} \w{3} \d{1,9} \d\d:\d\d:\d\d ([+-]\d{4}|GMT)?"))
+@given(st.text() | st.from_regex(r"(\w{3}, )?\d{1,25} \w{3} \d{1,25} \d\d:\d\d:\d\d ([+-]\d{4}|GMT)?"))
 def test_retry_after_of_any_text_is_a_number_of_seconds(header: str) -> None:
     assert retry_after_s(header, now=0) >= 0
 
