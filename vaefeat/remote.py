@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vaefeat.errors import InputError, RemoteError
-from vaefeat.remote_card import Card, models_ask, pinning, read_cards
+from vaefeat.remote_card import MODELS_ASK, Card, pinning, read_cards
 from vaefeat.remote_exchange import Ask, RefusedError, Steps, Terms, answered
 from vaefeat.remote_lines import AsyncLine, Line
 
@@ -97,11 +97,11 @@ class _RemoteModel:
         Either the server's limits are smaller than they were, or something in between has a limit of its own.
         """
         if refused.status == 404 and self._card.versions is not None:
-            raise RemoteError(self._other_bundle("none that is the one asked for")) from refused
+            raise RemoteError(self._other_bundle(f"the refusal {str(refused)!r}")) from refused
         if refused.status != 413 or n_rows == 1:
             raise refused
         if self._rows_per_request >= n_rows:  # else another hand has been here
-            answer = yield from answered(models_ask(), self._terms)
+            answer = yield from answered(MODELS_ASK, self._terms)
             card = read_cards(answer, url=self.url).get(self.name, self._card)
             told = card.rows_per_request(self._terms.batch_size, url=self.url)
             self._rows_per_request = min(self._rows_per_request, told if told < n_rows else n_rows // 2)

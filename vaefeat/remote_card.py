@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
 
@@ -12,7 +13,7 @@ from vaefeat.errors import InputError, RemoteError
 from vaefeat.input_spec import InputSpec
 from vaefeat.remote_exchange import Ask, Steps, Terms, answered
 
-__all__ = ["Card", "models_ask", "pinning", "read_cards"]
+__all__ = ["MODELS_ASK", "Card", "pinning", "read_cards"]
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 #: numpy.save puts the data of an array of numbers at byte 128 or before.
@@ -94,13 +95,11 @@ class Card:
         return {"model": self.name, **version}
 
 
-def models_ask(**params: str) -> Ask:
-    """Ask what is served."""
-    return Ask(method="GET", path="/v1/models", params=params)
+MODELS_ASK = Ask(method="GET", path="/v1/models")
 
 
 def read_cards(answer: httpx.Response, *, url: str) -> dict[str, Card]:
-    """Read the answer to :func:`models_ask`, by name.
+    """Read the answer to :data:`MODELS_ASK`, by name; or to the same about one model.
 
     Raises
     ------
@@ -108,10 +107,11 @@ def read_cards(answer: httpx.Response, *, url: str) -> dict[str, Card]:
         It is not a vaefeat server's.
     """
     try:
-        return {(card := Card.of(fields)).name: card for fields in answer.json()["data"]}
+        told = answer.json()
+        return {(card := Card.of(fields)).name: card for fields in told.get("data", [told])}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RemoteError(
-            f"{url} answered /v1/models in a form that is not a vaefeat server's ({error!r}); check the URL"
+            f"{url} answered {answer.url.path} in a form that is not a vaefeat server's ({error!r}); check the URL"
         ) from error
 
 
@@ -135,7 +135,7 @@ def pinning(terms: Terms, *, model: str | None, digest: str | None) -> Steps[Car
     """
     if digest is not None and not _DIGEST.fullmatch(digest):
         raise InputError(f"got digest={digest!r}, wanted sha256: and 64 hexadecimal digits, as `digest` of an encoder")
-    answer = yield from answered(models_ask(), terms, first_contact=True)
+    answer = yield from answered(MODELS_ASK, terms, first_contact=True)
     card = _chosen(read_cards(answer, url=terms.url), model, url=terms.url)
     if digest in {None, card.digest}:
         return card
@@ -143,7 +143,8 @@ def pinning(terms: Terms, *, model: str | None, digest: str | None) -> Steps[Car
     served = card.digest
     if _hex(digest) in (card.versions or ()):
         # An older bundle may take other rows and tell other classes, so its own card is asked for.
-        answer = yield from answered(models_ask(model=card.name, version=_hex(digest)), terms)
+        path, version = f"/v1/models/{quote(card.name, safe='')}", {"version": _hex(digest)}
+        answer = yield from answered(Ask(method="GET", path=path, params=version), terms)
         card = _chosen(read_cards(answer, url=terms.url), card.name, url=terms.url)
         if card.digest == digest:
             return card

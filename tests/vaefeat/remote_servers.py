@@ -134,10 +134,12 @@ class Exchange(http.server.BaseHTTPRequestHandler):
             self.faulty.n_connections += 1
 
     def do_GET(self) -> None:
-        query = dict(parse_qsl(urlsplit(self.path).query))
         self.faulty.keys.append(self.headers["authorization"])
-        card = self.faulty.older if "version" in query else self.faulty.card
-        self.answer(200, json.dumps({"data": [card]}).encode())
+        known = {
+            "/v1/models": {"data": [self.faulty.card]},
+            f"/v1/models/digits?version={'ab' * 32}": self.faulty.older,
+        }
+        self.answer(200, json.dumps(known[self.path]).encode())
 
     def do_POST(self) -> None:
         faulty = self.faulty
