@@ -210,14 +210,15 @@ def answered(ask: Ask, terms: Terms, *, first_contact: bool = False) -> Steps[ht
         if isinstance(reply, httpx.Response) and reply.is_success:
             return reply
         trouble = _judged(reply, terms, first_contact=first_contact)
-        pause_s = None
-        if trouble.passes:
-            pause_s = retries.pause_s(at_least_s=trouble.retry_after_s, stale=trouble.stale)
+        cause = reply.error if isinstance(reply, Failed) else None
+        if not trouble.passes:
+            raise trouble.error from cause
+        pause_s = retries.pause_s(at_least_s=trouble.retry_after_s, stale=trouble.stale)
         if pause_s is None:
-            error = trouble.error
-            if attempts > 1:
-                error = type(error)(f"{error} (attempt {attempts}, within patience_s={terms.patience_s:g})")
-            raise error from (reply.error if isinstance(reply, Failed) else None)
+            if attempts == 1:
+                raise trouble.error from cause
+            told = f"{trouble.error} (attempt {attempts}, within patience_s={terms.patience_s:g})"
+            raise RemoteError(told) from cause
         _LOG.info("%s; asking again in %.1f s", trouble.error, pause_s)
         yield Pause(pause_s)
         attempts += 1

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from serving import local_engine
 from serving.address import base_url, claim
+from serving.asked import Asked
 from serving.settings import Limits, ServiceSettings
 
 DIGEST, OTHER_DIGEST = "sha256:" + "ab" * 32, "sha256:" + "cd" * 32
@@ -38,17 +39,17 @@ CARD: dict[str, Any] = {
 
 
 @contextmanager
-def served(*bundles: Path, limits: Limits | None = None, port: int = 0) -> Iterator[str]:
+def served(*bundles: Path, limits: Limits | None = None, port: int = 0, asked: Asked | None = None) -> Iterator[str]:
     """Run the local engine in a thread; requests sent before it is up wait in the listener's queue."""
-    listener, stop = claim("127.0.0.1", port), threading.Event()
+    listener, asked = claim("127.0.0.1", port), asked or Asked()
     url = base_url(listener)
     settings = ServiceSettings(bundles=bundles, device="cpu", limits=limits or Limits())
-    server = threading.Thread(target=local_engine.run, args=(settings, listener, stop))
+    server = threading.Thread(target=local_engine.run, args=(settings, listener, asked))
     server.start()
     try:
         yield url
     finally:
-        stop.set()
+        asked.stop.set()
         server.join()
         listener.close()
 

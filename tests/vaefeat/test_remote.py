@@ -5,6 +5,7 @@ import copy
 import gc
 import json
 import pickle
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import pytest
 from numpy.typing import NDArray
 
 from serving.address import base_url, claim
+from serving.asked import Asked
 from serving.settings import Limits
 from tests.vaefeat.remote_servers import served, stranger
 from vaefeat.bundle import Bundle, load_bundle
@@ -103,22 +105,42 @@ def test_remote_encoder_where_several_models_are_served_needs_a_name(digits_bund
             assert remote.digest == load_bundle(other).digest
 
 
+def changed(bundle: Path, folder: Path) -> Bundle:
+    """Write the same encoder under the same name with another digest."""
+    old = load_bundle(bundle)
+    manifest = type(old.manifest).from_dict({**old.manifest.to_dict(), "objective": "other"})
+    return Bundle.of(manifest, {file: old.read(file) for file in old.files}).save(folder)
+
+
+def test_embed_while_the_server_swaps_bundles_keeps_to_the_pinned_one(
+    digits_bundle: Path, local: OnnxEncoder, digits_rows: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    folder, asked = tmp_path / "served", Asked()
+    load_bundle(digits_bundle).save(folder)
+    with served(folder, asked=asked) as url, RemoteEncoder(url) as remote:
+        shutil.rmtree(folder)
+        new = changed(digits_bundle, folder)
+        asked.reload.set()
+        deadline = time.monotonic() + 30
+        while (newest := RemoteEncoder(url)).digest != new.digest and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert newest.digest == new.digest
+        assert remote.digest == local.digest
+        np.testing.assert_array_equal(remote.embed(digits_rows[:50]), local.embed(digits_rows[:50]))
+
+
 def test_embed_after_the_server_changed_the_bundle_refuses_to_mix(
     digits_bundle: Path, tmp_path: Path, digits_rows: NDArray[np.uint8]
 ) -> None:
-    old = load_bundle(digits_bundle)
-    changed = Bundle.of(
-        type(old.manifest).from_dict({**old.manifest.to_dict(), "objective": "other"}),
-        {file: old.read(file) for file in old.files},
-    ).save(tmp_path / "changed")
-    assert changed.path is not None
+    old, new = load_bundle(digits_bundle), changed(digits_bundle, tmp_path / "changed")
+    assert new.path is not None
     with served(digits_bundle) as url:
         remote = RemoteEncoder(url)
         remote.embed(digits_rows[:2])
-    with served(changed.path, port=int(url.rpartition(":")[2])), remote:
+    with served(new.path, port=int(url.rpartition(":")[2])), remote:
         with pytest.raises(RemoteError, match="serves another bundle") as caught:
             remote.embed(digits_rows[:2])
-        for bundle in (old, changed):
+        for bundle in (old, new):
             assert bundle.digest.removeprefix("sha256:") in str(caught.value)
 
 

@@ -214,6 +214,12 @@ def test_embed_through_a_proxy_with_a_smaller_limit_halves_until_it_fits(server:
     assert 5 <= max(server.sizes) <= 10
 
 
+def test_embed_refused_as_too_large_behind_a_retry_cuts_smaller_all_the_same(server: Faulty, embed: Embed) -> None:
+    server.faults.append(answering(503))
+    server.proxy_bytes = 128 + 10 * 64
+    np.testing.assert_array_equal(embed(server.url, ROWS), features_of(ROWS))
+
+
 def test_embed_where_not_even_one_row_passes_ends_with_the_refusal(server: Faulty, embed: Embed) -> None:
     server.proxy_bytes = 100
     with pytest.raises(InputError, match="413: <html>Request Entity Too Large"):
