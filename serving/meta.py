@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import parse_qsl, unquote
 
 import orjson
 
@@ -68,8 +69,10 @@ class Meta:
         return Answer(200, _JSON, self._cards[1])
 
     async def model(self, exchange: Exchange) -> Answer:
-        """Describe one model, as OpenAI's clients ask for it."""
-        return json_answer(self._card(self._service.find(exchange.path.removeprefix("/v1/models/"))))
+        """Describe one model, as OpenAI's clients ask for it; ``?version=`` names one that is not the newest."""
+        query = dict(parse_qsl(exchange.scope["query_string"].decode("latin-1")))
+        name = unquote(exchange.path.removeprefix("/v1/models/"))
+        return json_answer(self._card(self._service.find(name, query.get("version"))))
 
     async def metrics(self, exchange: Exchange) -> Answer:
         """Give the figures to Prometheus."""
