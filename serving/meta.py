@@ -95,5 +95,6 @@ class Meta:
             "latent_dim": model.latent_dim,
             "active_units": model.active_units,
             "provider": model.provider,
+            "precision": model.precision,
             "limits": {"max_rows": limits.max_rows, "max_body_bytes": limits.max_body_bytes},
         }

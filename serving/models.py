@@ -65,8 +65,8 @@ class ServedModel:
     outputs : mapping of str to int
     classes : tuple
     reference : Reference or None
-    provider : str
-        ONNX Runtime's execution provider.
+    provider, precision : str
+        ONNX Runtime's execution provider, and what it computes in.
     """
 
     def __init__(self, bundle: Bundle, *, place: Place) -> None:
@@ -79,6 +79,7 @@ class ServedModel:
         self.classes = self._encoder.classes
         self.latent_dim, self.active_units = self._encoder.latent_dim, self._encoder.active_units
         self.provider, self.device = self._encoder.provider, self._encoder.device
+        self.precision = self._encoder.precision
         self.reference: Reference | None = load_reference(bundle)
         #: How far what is served has moved from what it was trained on.
         self.drift = None

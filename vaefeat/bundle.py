@@ -135,6 +135,11 @@ class Manifest:
         return run is None or run["config"]["elbo_weight"] > 0
 
     @property
+    def precision(self) -> str:
+        """Of the encoder's arithmetic: ``float32``, or ``int8`` of one from :func:`vaefeat.quantization.quantize`."""
+        return "int8" if "quantization" in self.parity else "float32"
+
+    @property
     def schema_version(self) -> int:
         """Of the form that it is written in: the oldest that has all it says."""
         return SCHEMA_VERSION if self.classes else _WITHOUT_CLASSES

@@ -138,6 +138,44 @@ def embed(
 
 
 @app.command()
+def quantize(
+    bundle: Annotated[Path, typer.Argument(help=BUNDLE)],
+    out: Annotated[Path, typer.Argument(help="Folder of the new bundle.")],
+    data: Annotated[Path, typer.Option(help=f"Rows to set scales with and to judge by. {DATA}")],
+    difference: Annotated[
+        float, typer.Option(help="Largest difference of the means, in standard deviations, root mean square.", min=0.0)
+    ] = 0.1,
+    error: Annotated[
+        float, typer.Option(help="Largest rise of a classifier's error, in points; where the rows have labels.")
+    ] = 0.5,
+    name: Annotated[str | None, typer.Option(help="Name of the new encoder; NAME-int8 when not given.")] = None,
+    image_size: Annotated[int | None, typer.Option(help=IMAGE_SIZE)] = None,
+) -> None:
+    """Make a bundle that computes in 8-bit integers, if its features stay good enough."""
+    from vaefeat.bundle import load_bundle
+    from vaefeat.data import load_rows
+    from vaefeat.quantization import QuantizationGate, quantize
+
+    if out.resolve() == bundle.resolve():
+        raise InputError(f"got {out} for the new bundle, which is the old one's folder; choose another")
+    loaded = load_bundle(bundle)
+    rows = load_rows(data, image_size=image_size)
+    gate = QuantizationGate(difference=difference, error=error)
+    with shown_activity("quantize, and compare with float32"):
+        made = quantize(loaded, rows.array, labels=rows.labels, name=name, gate=gate).save(out)
+    found = made.manifest.parity["quantization"]
+    judged = ""
+    if "error" in found:
+        judged = f", error with 10 labels a class {found['error']:.2f} -> {found['error_int8']:.2f} %"
+    Console().print(
+        f"{out}: means differ by {found['difference']:.3f} standard deviations on {found['n_rows']:,} rows{judged}, "
+        f"{made.digest}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
 def doctor(
     seconds: Annotated[float, typer.Option(help="Of measuring; compiling comes on top.", min=1.0)] = 10.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,

@@ -46,6 +46,8 @@ class OnnxEncoder:
         What a classifier tells apart, in the order of its probabilities; empty where it is none.
     latent_dim, active_units : int
         Number of latent variables, and of those that carry something.
+    precision : {"float32", "int8"}
+        Of the encoder's arithmetic.
     provider : str
         ONNX Runtime's execution provider.
     device, device_reason : str
@@ -90,6 +92,7 @@ class OnnxEncoder:
         self.classes: tuple[str | int | float | bool, ...] = manifest.classes
         self.latent_dim: int = manifest.latent_dim
         self.active_units: int = len(manifest.active_units)
+        self.precision: str = manifest.precision
         what = f"encoder.onnx of bundle {self.name!r}"
         graph = open_graph(self._bundle.read("encoder.onnx"), what=what, device=self._device, threads=self._threads)
         _check_interface(graph.session, self.input, self.outputs, what)

@@ -8,6 +8,7 @@
     │   └── MissingSplitError             the data have no such split; the rest of them may be fine
     ├── BundleError (ValueError)          a bundle that is missing, corrupt, edited, or of a newer schema
     ├── ExportError (RuntimeError)        the ONNX graph does not compute what the torch model computes
+    ├── QuantizationError (RuntimeError)  the encoder in int8 gives features that are not good enough
     ├── DeviceError (RuntimeError)        a device was asked for and is not there
     ├── MissingExtraError (ImportError)   an optional dependency is not installed; names the command
     ├── TrainingError (RuntimeError)
@@ -42,6 +43,7 @@ __all__ = [
     "MissingSplitError",
     "NonFiniteLossError",
     "OutOfMemoryError",
+    "QuantizationError",
     "RemoteError",
     "TrainingError",
     "TrainingInterrupted",
@@ -73,6 +75,10 @@ class BundleError(VaefeatError, ValueError):
 
 class ExportError(VaefeatError, RuntimeError):
     """The exported ONNX graph is not what was trained."""
+
+
+class QuantizationError(VaefeatError, RuntimeError):
+    """An encoder in int8 whose features differ by more than was allowed."""
 
 
 class DeviceError(VaefeatError, RuntimeError):

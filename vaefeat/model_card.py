@@ -58,7 +58,7 @@ def model_card(manifest: Manifest, *, picture: str | None) -> str:
 | objective | {manifest.objective}, {metrics["epochs"]} epochs |
 {_bound(manifest)}
 | active units | {len(manifest.active_units)} of {manifest.latent_dim} |
-{_collapse(manifest)}{_classes(manifest)}\
+{_collapse(manifest)}{_classes(manifest)}{_precision(manifest)}\
 | ONNX against torch | mean differs by at most {parity["max_abs_difference"]:.2g} \
 (scale {parity["scale"]:.2g}) on {manifest.parity["n_rows"]} rows |
 | made with | {versions} |
@@ -105,6 +105,19 @@ def _classes(manifest: Manifest) -> str:
         f"| classes | {len(names)}: {', '.join(shown)} |\n"
         f"| fine-tuned on | {run['n_labelled']:,} labelled and {run['n_unlabelled']:,} unlabelled rows, "
         f"{run['n_steps']:,} steps |\n"
+    )
+
+
+def _precision(manifest: Manifest) -> str:
+    found = manifest.parity.get("quantization")
+    if found is None:
+        return ""
+    errors = ""
+    if "error" in found:
+        errors = f", error with 10 labels a class {found['error_int8']:.2f} % against {found['error']:.2f} %"
+    return (
+        f"| arithmetic | {found['format']}; means differ from float32's by {found['difference']:.3f} deviations"
+        f"{errors} |\n"
     )
 
 

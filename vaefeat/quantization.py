@@ -1,0 +1,224 @@
+"""An encoder in 8-bit integers, and the proof that its features are as good.
+
+Weights and activations of the hidden layers become int8 (quantize and dequantize nodes with fixed scales, "static
+QDQ"); the layers that compute mean, log-variance and probabilities stay float32. Fixed scales matter: with scales taken
+from each batch, a row's features would depend on the rows around it.
+
+Where the pace of an encoder is that of its matrix products, a processor with int8 instructions computes it several
+times faster. Whether the features bear it is measured, and a bundle that fails is not written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from vaefeat.bundle import Bundle
+from vaefeat.encoder import OnnxEncoder
+from vaefeat.errors import InputError, QuantizationError
+from vaefeat.model_card import renamed
+from vaefeat.reference import REFERENCE_FILE, Reference
+
+__all__ = ["QuantizationGate", "quantize"]
+
+_CALIBRATION_ROWS, _JUDGED_ROWS = 512, 4096
+_LEAST_ROWS = 64
+_LAYERS = ("Gemm", "MatMul", "Conv")
+_LABELS_A_CLASS, _DRAWS = 10, 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationGate:
+    """What an encoder in int8 has to keep.
+
+    Parameters
+    ----------
+    difference : float
+        Largest root mean square of its means' differences, in standard deviations of each latent.
+    error : float
+        Largest rise of the error of logistic regression with 10 labels a class, in percentage points; looked at where
+        there are labels.
+    """
+
+    difference: float = 0.1
+    error: float = 0.5
+
+
+def quantize(
+    bundle: Bundle,
+    rows: NDArray[Any],
+    *,
+    labels: NDArray[Any] | None = None,
+    name: str | None = None,
+    gate: QuantizationGate | None = None,
+) -> Bundle:
+    """Make a bundle whose encoder computes in int8.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    rows : ndarray of shape (n, ...)
+        Real rows such as it is going to embed: half of them, 512 at most, set the scales, and the others judge.
+    labels : ndarray of shape (n,), optional
+        Of the rows; with them the error of a classifier is compared, too.
+    name : str, optional
+        Of the new bundle; the old one's with ``-int8`` when None.
+    gate : QuantizationGate, optional
+
+    Returns
+    -------
+    Bundle
+        In memory. What was measured is in its manifest, under ``parity["quantization"]``.
+
+    Raises
+    ------
+    InputError
+        Too few rows, or others than the bundle takes.
+    QuantizationError
+        The features change by more than the gate allows.
+    """
+    gate = gate or QuantizationGate()
+    prepared = bundle.manifest.input.prepare(rows)
+    if len(prepared) < _LEAST_ROWS:
+        raise InputError(f"got {len(prepared)} rows to set scales with and to judge by, wanted {_LEAST_ROWS} or more")
+    if "quantization" in bundle.manifest.parity:
+        raise InputError(f"got bundle {bundle.name!r}, which is in int8 already; take the one that it was made of")
+    order = np.random.default_rng(0).permutation(len(prepared))
+    n_calibrating = min(_CALIBRATION_ROWS, len(prepared) // 2)
+    calibrating = prepared[order[:n_calibrating]]
+    judging = order[n_calibrating:][:_JUDGED_ROWS]
+
+    contents = {file: bundle.read(file) for file in bundle.files}
+    contents["encoder.onnx"] = _quantized(contents["encoder.onnx"], calibrating)
+    coarse = Bundle.of(bundle.manifest, contents)
+    found = _compared(bundle, coarse, prepared[judging], None if labels is None else np.asarray(labels)[judging])
+    _hold(found, gate)
+    contents[REFERENCE_FILE] = Reference.of(coarse, prepared[judging], seed=0).to_bytes()
+    parity = {**bundle.manifest.parity, "quantization": {"format": "int8", "base": bundle.digest, **found}}
+    return renamed(Bundle.of(replace(bundle.manifest, parity=parity), contents), name or f"{bundle.name[:59]}-int8")
+
+
+class _Rows:
+    """Hands rows to ONNX Runtime's calibration, batch by batch."""
+
+    def __init__(self, rows: NDArray[Any]) -> None:
+        self._batches: Iterator[NDArray[Any]] = iter(np.array_split(rows, max(1, len(rows) // 64)))
+
+    def get_next(self) -> dict[str, NDArray[Any]] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {"rows": batch}
+
+
+def _quantized(content: bytes, rows: NDArray[Any]) -> bytes:
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+    model = onnx.load_model_from_string(content)
+    # It has names of its own for what is left out.
+    for number, node in enumerate(model.graph.node):
+        node.name = node.name or f"{node.op_type}_{number}"
+    outputs = {output.name for output in model.graph.output} - {"hidden"}
+    kept = [node.name for node in model.graph.node if _leads_straight_to(node, outputs, model)]
+    with _quiet(), tempfile.TemporaryDirectory(prefix="vaefeat-") as folder:
+        written = Path(folder) / "encoder.onnx"
+        quantize_static(
+            model,
+            written,
+            _Rows(rows),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(_LAYERS),
+            nodes_to_exclude=kept,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        quantized = onnx.load_model(written)
+    # The opset of the layers that ONNX Runtime could have put in has no place in a bundle.
+    domains = [entry for entry in quantized.opset_import if entry.domain in ("", "ai.onnx")]
+    del quantized.opset_import[:]
+    quantized.opset_import.extend(domains)
+    del quantized.metadata_props[:]
+    serialised: bytes = quantized.SerializeToString()
+    return serialised
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back advice to let ONNX Runtime rewrite the graph first, which would put operators of its own into it."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _leads_straight_to(node: onnx.NodeProto, outputs: set[str], model: onnx.ModelProto) -> bool:
+    """Whether what a node computes reaches an output through no other layer."""
+    if node.op_type not in _LAYERS:
+        return False
+    reached, users = set(node.output), list(model.graph.node)
+    # Nodes are in the order of computing.
+    for user in users:
+        if reached & set(user.input) and user.op_type not in _LAYERS:
+            reached |= set(user.output)
+    return bool(reached & outputs) and not any(
+        user.op_type in _LAYERS and reached & set(user.input) for user in users if user is not node
+    )
+
+
+def _compared(before: Bundle, after: Bundle, rows: NDArray[Any], labels: NDArray[Any] | None) -> dict[str, Any]:
+    """Measure both on rows that no scale was set with."""
+    exact, coarse = (OnnxEncoder(bundle, device="cpu").embed(rows) for bundle in (before, after))
+    scale = np.maximum(exact.std(axis=0), 1e-3 * max(float(exact.std(axis=0).max()), 1e-12))
+    differences = (coarse - exact) / scale
+    found: dict[str, Any] = {
+        "difference": float(np.sqrt(np.mean(differences**2))),
+        "max_difference": float(np.abs(differences).max()),
+        "n_rows": len(rows),
+    }
+    if labels is not None:
+        errors = [_errors(features, labels) for features in (exact, coarse)]
+        if errors[0]:
+            found |= {"error": float(np.mean(errors[0])), "error_int8": float(np.mean(errors[1]))}
+    return found
+
+
+def _errors(features: NDArray[np.float32], labels: NDArray[Any]) -> list[float]:
+    """Errors in percent of logistic regression on some draws of labels, or none where classes are too small."""
+    from sklearn.linear_model import LogisticRegression
+
+    names, counts = np.unique(labels, return_counts=True)
+    if len(names) < 2 or counts.min() <= _LABELS_A_CLASS:
+        return []
+    errors = []
+    for seed in range(_DRAWS):
+        random = np.random.default_rng(seed)
+        chosen = np.concatenate(
+            [random.choice(np.flatnonzero(labels == name), _LABELS_A_CLASS, replace=False) for name in names]
+        )
+        others = np.setdiff1d(np.arange(len(labels)), chosen)
+        head = LogisticRegression(max_iter=5000).fit(features[chosen], labels[chosen])
+        errors.append(100 * (1 - head.score(features[others], labels[others])))
+    return errors
+
+
+def _hold(found: dict[str, Any], gate: QuantizationGate) -> None:
+    if not found["difference"] <= gate.difference:
+        raise QuantizationError(
+            f"in int8 the means differ by {found['difference']:.3g} standard deviations (root mean square), wanted at "
+            f"most {gate.difference:g}; nothing was written. Serve it in float32, or allow more if classifiers bear it"
+        )
+    if "error" in found and not found["error_int8"] - found["error"] <= gate.error:
+        raise QuantizationError(
+            f"in int8 the error with {_LABELS_A_CLASS} labels a class is {found['error_int8']:.2f} %, in float32 "
+            f"{found['error']:.2f} %, wanted at most {gate.error:g} points more; nothing was written"
+        )
