@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from serving.errors import CodecError
+from serving.errors import CodecError, shown
 from vaefeat.input_spec import InputSpec
 
 __all__ = ["EmbedBody", "decode_json", "decode_npy", "decode_raw", "encode_json", "encode_npy"]
@@ -168,7 +168,7 @@ def decode_json(body: bytes, *, max_lists: int) -> EmbedBody:
     except orjson.JSONDecodeError as error:
         raise CodecError(f"got a body that is not JSON: {error}; NaN and Infinity have no JSON form") from error
     if not isinstance(values, dict) or "rows" not in values or not values.keys() <= _JSON_KEYS:
-        got = f"the keys {sorted(values)[:8]}" if isinstance(values, dict) else f"a {type(values).__name__}"
+        got = f"the keys {shown(sorted(values))}" if isinstance(values, dict) else f"a {type(values).__name__}"
         raise CodecError(f'got JSON with {got}, wanted {{"rows": [[...], ...]}}, and "model" and "output" if need be')
     for key in ("model", "output"):
         if not isinstance(values.get(key), str | None):

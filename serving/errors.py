@@ -39,10 +39,9 @@ type                       status  when
 from __future__ import annotations
 
 from collections.abc import Mapping
+from reprlib import Repr
 
 import orjson
-from starlette.exceptions import HTTPException
-from starlette.responses import Response
 
 from vaefeat.errors import InputError
 
@@ -54,10 +53,14 @@ __all__ = [
     "SetupError",
     "as_request_error",
     "envelope",
-    "error_response",
     "overloaded",
+    "shown",
     "too_large",
 ]
+
+_repr = Repr()
+_repr.maxstring = _repr.maxother = 80
+_repr.maxlevel = 2
 
 
 class SetupError(Exception):
@@ -110,6 +113,11 @@ class RequestError(Exception):
         self.param = param
 
 
+def shown(value: object) -> str:
+    """Quote what a client sent, however much it is: an error is a line, whatever it is about."""
+    return _repr.repr(value)
+
+
 def too_large(message: str) -> RequestError:
     """Answer 413; the connection closes, because the rest of such a body is not worth reading."""
     return RequestError(413, "too_large", message, headers={"connection": "close"})
@@ -130,18 +138,7 @@ def as_request_error(error: Exception) -> RequestError:
         return RequestError(422, "invalid_rows", str(error))
     if isinstance(error, ModelError):
         return RequestError(409, "conflict", str(error))
-    if isinstance(error, HTTPException):
-        return _of_status(error.status_code, str(error.detail), error.headers)
     return RequestError(500, "internal_error", "the server failed on this request; its log has the details")
-
-
-def _of_status(status: int, detail: str, headers: Mapping[str, str] | None) -> RequestError:
-    known = {
-        404: ("not_found", "got an address that is not served; GET / lists those that are"),
-        405: ("method_not_allowed", "got a method that is not served here; see the Allow header"),
-    }
-    kind, message = known.get(status, ("http_error", detail))
-    return RequestError(status, kind, message, headers=headers)
 
 
 def envelope(error: RequestError, request_id: bytes) -> bytes:
@@ -149,8 +146,3 @@ def envelope(error: RequestError, request_id: bytes) -> bytes:
     # A message may quote what the client sent, so it may hold what UTF-8 cannot.
     message = error.message.encode("utf-8", "backslashreplace").decode()
     return orjson.dumps({"error": {"type": error.kind, "message": message, "request_id": request_id.decode()}})
-
-
-def error_response(error: RequestError, request_id: str) -> Response:
-    """Put an error into the envelope, for what stands before the application."""
-    return Response(envelope(error, request_id.encode()), error.status, error.headers, media_type="application/json")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.codec import EmbedBody, decode_json, decode_npy, decode_raw, encode_json, encode_npy
-from serving.errors import RequestError
+from serving.errors import RequestError, shown
 from serving.exchange import Answer, Exchange, Headers
 from serving.media import IMAGES, JSON, MULTIPART, NPY, RAW, answer_type, body_type
 from serving.models import ServedModel
@@ -41,9 +41,12 @@ class _Asked:
 
     @classmethod
     def of(cls, query_string: bytes, headers: Mapping[bytes, bytes]) -> _Asked:
-        query = dict(parse_qsl(query_string.decode("latin-1"), keep_blank_values=True))
+        pairs = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True)
+        query = dict(pairs)
         if unknown := sorted(query.keys() - _PARAMETERS):
-            raise _invalid(f"got the unknown query parameters {unknown}, wanted only {sorted(_PARAMETERS)}")
+            raise _invalid(f"got the unknown query parameters {shown(unknown)}, wanted only {sorted(_PARAMETERS)}")
+        if len(pairs) > len(query):
+            raise _invalid(f"got a query parameter twice, wanted each of {sorted(_PARAMETERS)} at most once")
         received = body_type(headers)
         preferred = JSON if received in (MULTIPART, *IMAGES) else received
         wanted = answer_type(_text(headers.get(b"accept")), default=preferred)

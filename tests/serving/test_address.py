@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from serving.address import base_url, claim, hand_over, require_loopback
-from serving.catalogue import load_encoders
 from serving.errors import SetupError
+from serving.models import find_bundles
 from serving.settings import Limits
 from vaefeat.bundle import load_bundle
 from vaefeat.errors import BundleError
@@ -52,17 +52,17 @@ def test_base_url_is_one_that_this_machine_can_use(host: str, shown: str) -> Non
         assert base_url(listener).startswith(shown)
 
 
-def test_load_encoders_of_two_bundles_with_one_name_names_both_folders(digits_bundle: Path, tmp_path: Path) -> None:
+def test_find_bundles_of_two_bundles_with_one_name_names_both_folders(digits_bundle: Path, tmp_path: Path) -> None:
     load_bundle(digits_bundle).save(tmp_path / "copy")
     with pytest.raises(SetupError, match="two bundles named 'digits'") as caught:
-        load_encoders([digits_bundle, tmp_path / "copy"], device="cpu", threads=1)
+        find_bundles([digits_bundle, tmp_path / "copy"])
     assert str(digits_bundle) in str(caught.value)
     assert str(tmp_path / "copy") in str(caught.value)
 
 
-def test_load_encoders_of_no_bundle_is_a_bundle_error(tmp_path: Path) -> None:
+def test_find_bundles_of_no_bundle_is_a_bundle_error(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="wanted the folder of a bundle"):
-        load_encoders([tmp_path], device="cpu", threads=1)
+        find_bundles([tmp_path])
 
 
 def test_limits_survive_their_environment_variable() -> None:

@@ -13,7 +13,6 @@ import pytest
         "serving.codec",
         "serving.command_line",
         "serving.local_engine",
-        "serving.proxy",
         "vaefeat.encoder",
         "vaefeat.remote",
     ],
