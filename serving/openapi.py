@@ -344,7 +344,7 @@ _OPERATIONS: dict[str, _Operation] = {
     "POST /v2/repository/index": _Operation(
         summary="What can be loaded, and what is",
         door="OIPError",
-        body={JSON: {"type": "object"}},
+        body={JSON: _BYTES},  # tritonclient sends an object; nothing in it counts
         body_is_required=False,
         answers={JSON: _list(_of("Indexed"))},
         refusals=_OF_BODIES,
@@ -362,7 +362,7 @@ _OPERATIONS: dict[str, _Operation] = {
     "POST /v2/repository/models/{model}/unload": _Operation(
         summary="Serve a model no more",
         door="OIPError",
-        body={JSON: {"type": "object"}},
+        body={JSON: _BYTES},  # tritonclient sends an object; nothing in it counts
         body_is_required=False,
         answers={JSON: _object({})},
         refusals=(404, 409, *_OF_BODIES),
