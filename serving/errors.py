@@ -56,6 +56,7 @@ __all__ = [
     "overloaded",
     "shown",
     "too_large",
+    "too_late",
 ]
 
 _repr = Repr()
@@ -126,6 +127,16 @@ def too_large(message: str) -> RequestError:
 def overloaded(message: str, *, retry_after_s: int = 1) -> RequestError:
     """Answer 503 with a time after which to try again."""
     return RequestError(503, "overloaded", message, headers={"retry-after": str(retry_after_s)})
+
+
+def too_late(what: str) -> RequestError:
+    """Answer 504 for what has not happened in time."""
+    return RequestError(
+        504,
+        "deadline_exceeded",
+        f"{what} before the request's time was over; send fewer rows, or allow more time",
+        headers={"retry-after": "1"},
+    )
 
 
 def as_request_error(error: Exception) -> RequestError:
