@@ -143,7 +143,7 @@ def _npy_beginning(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     return file.getvalue()
 
 
-def decode_json(body: bytes, *, max_lists: int) -> EmbedBody:
+def decode_json(body: bytes, *, max_lists: int, max_values: int) -> EmbedBody:
     """Read ``{"rows": [[...], ...], "model": "...", "output": "..."}``; the last two may be left out.
 
     Parameters
@@ -152,6 +152,8 @@ def decode_json(body: bytes, *, max_lists: int) -> EmbedBody:
         UTF-8.
     max_lists : int
         Most lists that a body may hold: one, and one or more for each row.
+    max_values : int
+        Most numbers that all rows may hold together. A number of two bytes takes forty in memory.
 
     Raises
     ------
@@ -160,6 +162,10 @@ def decode_json(body: bytes, *, max_lists: int) -> EmbedBody:
     """
     if body.count(b"[") > max_lists:
         raise CodecError(f"got more than {max_lists} lists, which is more than the allowed rows hold; send fewer rows")
+    if body.count(b",") > max_values + _MAX_JSON_QUOTES:
+        raise CodecError(
+            f"got more than {max_values} numbers, which is more than the allowed rows hold; send fewer rows"
+        )
     # NumPy would give every value the size of the longest text, before anyone sees that there is text at all.
     if body.count(b"{") > _MAX_JSON_BRACES or body.count(b'"') > _MAX_JSON_QUOTES:
         raise CodecError('got texts or objects among the rows, wanted {"rows": [[...], ...]} with numbers only')

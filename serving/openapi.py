@@ -324,7 +324,7 @@ _OPERATIONS: dict[str, _Operation] = {
         door="OpenAIError",
         body={JSON: _of("EmbeddingsRequest")},
         answers={JSON: _of("Embeddings")},
-        refusals=(*_OF_ROWS, 422),
+        refusals=(*_OF_ROWS, 415, 422),
         scope="embed",
         headers={**_LABELS, "x-vaefeat-model": {"schema": _TEXT}},
     ),

@@ -15,6 +15,7 @@ import binascii
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,11 @@ __all__ = ["EmbeddingsRequest", "decode_embeddings", "encode_embeddings", "error
 
 _KEYS = {"model", "input", "messages", "encoding_format", "dimensions", "modality", "user"}
 _DATA_URI = re.compile(r"data:([a-zA-Z0-9.+/-]{0,64})((?:;[a-zA-Z0-9=._+-]{1,64})*),")
+_NUMBERS = {int, float, bool}
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
-#: Objects and lists that one item may bring along, which is what bounds the memory of a parsed body.
+#: Objects, lists, keys and texts that one item may bring along, which is what bounds the memory of a parsed body.
 _MARKS_PER_ITEM = 12
+_FEW_MARKS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class EmbeddingsRequest:
     dimensions: int | None
 
 
-def decode_embeddings(body: bytes, *, max_items: int) -> EmbeddingsRequest:
+def decode_embeddings(body: bytes, *, max_items: int, max_values: int) -> EmbeddingsRequest:
     """Read a request.
 
     Parameters
@@ -60,6 +63,8 @@ def decode_embeddings(body: bytes, *, max_items: int) -> EmbeddingsRequest:
         JSON.
     max_items : int
         Most items that are read.
+    max_values : int
+        Most numbers that all rows may hold together.
 
     Raises
     ------
@@ -68,8 +73,15 @@ def decode_embeddings(body: bytes, *, max_items: int) -> EmbeddingsRequest:
     RequestError
         400: text or an address where an image belongs, an unknown key or an option that there is none of.
     """
-    if body.count(b"{") + body.count(b"[") > 16 + _MARKS_PER_ITEM * max_items:
-        raise CodecError(f"got more lists and objects than {max_items} items need; send fewer at a time")
+    # Before it is parsed: lists of two bytes and numbers of one take tens of times that in memory.
+    marks = _FEW_MARKS + _MARKS_PER_ITEM * max_items
+    if (
+        body.count(b"{") + body.count(b"[") > marks
+        or body.count(b":") > marks
+        or body.count(b'"') > 2 * marks
+        or body.count(b",") > marks + max_values
+    ):
+        raise CodecError(f"got more lists, objects, texts or numbers than {max_items} items need; send fewer at a time")
     try:
         values = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -145,8 +157,8 @@ def _items(values: Mapping[str, Any], max_items: int) -> NDArray[Any] | list[byt
 def _rows(given: list[Any]) -> NDArray[Any]:
     if not all(isinstance(row, list) for row in given):
         raise _refused("got lists of numbers among other items, wanted one kind", "input")
-    # NumPy would give every value the size of the longest text before anyone sees that there is text.
-    if any(not isinstance(value, int | float) for row in given for value in row[:1]):
+    # NumPy would read texts that look like numbers, and null as NaN.
+    if not set(map(type, chain.from_iterable(given))) <= _NUMBERS:
         raise _refused("got lists that do not hold numbers, wanted a flat list of numbers for each row", "input")
     try:
         rows = np.asarray(given, dtype=np.float64)
