@@ -245,4 +245,9 @@ def _attribute(owner: object, path: str) -> Handler:
 
 
 def _form_of(path: str) -> Callable[[RequestError, bytes], bytes]:
+    """Tell in which form an error is written where no route was found, or not with this method."""
+    if (row := _EXACT.get(path)) is not None:
+        return row[-1]
+    if path.startswith("/v1/models/"):
+        return openai.error_form
     return _OIP if path.startswith("/v2/") else envelope

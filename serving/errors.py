@@ -15,6 +15,7 @@ Every failed request is answered with one JSON envelope, whoever noticed the fai
 type                       status  when
 =========================  ======  ====================================================================================
 ``malformed_body``         400     not npy or JSON of the form that was announced
+``malformed_request``      400     not HTTP
 ``invalid_parameter``      400     an unknown query parameter, output or key, or no model named where several are served
 ``unauthorized``           401     no API key, or one that is unknown or has expired
 ``forbidden``              403     an API key without the scope that this needs
@@ -22,13 +23,14 @@ type                       status  when
 ``unknown_model``          404     no such model
 ``method_not_allowed``     405
 ``not_acceptable``         406     Accept leaves neither npy nor JSON
-``body_timeout``           408     the body did not arrive in time
+``body_timeout``           408     the body, or the headers, did not arrive in time
 ``conflict``               409     a model that cannot be loaded or unloaded as asked
 ``length_required``        411     a body whose length no Content-Length announces
 ``too_large``              413     more bytes or rows than the limits allow
 ``unsupported_media_type`` 415     neither npy nor JSON, or compressed
 ``invalid_rows``           422     well-formed, but not what the bundle takes (:class:`vaefeat.errors.InputError`)
 ``rate_limited``           429     more rows or bytes than the API key's rate; try again after Retry-After
+``head_too_large``         431     a request line and headers that do not end
 ``internal_error``         500     a defect of ours; the server's log has it under the request id
 ``non_finite_output``      500     the encoder computed NaN or infinity
 ``overloaded``             503     too many requests or rows at once; try again after Retry-After

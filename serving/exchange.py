@@ -21,13 +21,18 @@ if TYPE_CHECKING:
     from serving.models import ServedModel
     from serving.service import Embedded
 
-__all__ = ["Answer", "ClientGoneError", "Exchange", "Headers", "json_answer"]
+__all__ = ["Answer", "ClientGoneError", "Exchange", "Headers", "json_answer", "new_request_id"]
 
 Headers = list[tuple[bytes, bytes]]
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 #: An id of its own for each request costs a system call; a random beginning and a count are as unique.
 _PROCESS = uuid.uuid4().hex[:20].encode()
 _COUNT = itertools.count(1)
+
+
+def new_request_id() -> bytes:
+    """Make an id that no other request has."""
+    return b"%s%x" % (_PROCESS, next(_COUNT))
 
 
 class Answer(NamedTuple):
@@ -99,7 +104,7 @@ class Exchange:
         if given is not None and _REQUEST_ID.fullmatch(given):
             self.request_id = given
         else:
-            self.request_id = b"%s%x" % (_PROCESS, next(_COUNT))
+            self.request_id = new_request_id()
         self.announced_bytes = 0
         self.body_is_read = self.started = self.gone = False
         self.route = "other"

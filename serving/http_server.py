@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from serving.app import Application
+from serving.connection import Connection
 from serving.settings import ServiceSettings
 from vaefeat.processors import available_cpus
 
@@ -32,7 +33,7 @@ def make_server(app: Application, settings: ServiceSettings) -> HttpServer:
     """Make a server, to be run with ``await server.serve(sockets=[listener])``."""
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=Connection,
         lifespan="on",
         ws="none",
         log_config=None,

@@ -41,7 +41,7 @@ def split_model_path(path: str) -> tuple[str, str | None, str] | None:
     version = None
     if len(rest) >= 2 and rest[0] == "versions":
         version, rest = rest[1], rest[2:]
-    if not name or len(rest) > 1:
+    if not name or version == "" or len(rest) > 1:
         return None
     return name, version, rest[0] if rest else ""
 
