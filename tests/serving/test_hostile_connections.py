@@ -301,15 +301,15 @@ def test_bodies_count_as_what_they_become_when_inflated(
     headers = ("Content-Encoding: deflate", f"Content-Length: {len(packed)}", CLOSE)
     request = post(*headers, body=packed, path="/v2/models/digits/infer")
     admission = service.application.admission
-    clients = [service.connect() for _ in range(12)]
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(held.go.set)
+        clients = [stack.enter_context(service.connect()) for _ in range(12)]
         for client in clients:
             client.sendall(request)
-        until(lambda: admission.in_flight == 4)
-        assert 4 * 900_000 < admission.in_flight_bytes <= LIMITS.max_in_flight_bytes
-    finally:
+        until(lambda: admission.in_flight == 4 and admission.in_flight_bytes > 4 * 900_000)
+        assert admission.in_flight_bytes <= LIMITS.max_in_flight_bytes
         held.go.set()
-    statuses = sorted(read_all(client).split()[1] for client in clients)
+        statuses = sorted(read_all(client).split()[1] for client in clients)
     assert statuses == [b"200"] * 4 + [b"503"] * 8
     assert_sound(service, wanted)
 
