@@ -25,16 +25,25 @@ $(READY): requirements.lock pyproject.toml
 	@$(UV) pip install --quiet --python $(PYTHON) --no-deps --editable .
 	@touch $@
 
+# The public clients that tests talk to the service with; their pins clash with ours.
+CLIENTS := .venv-clients/.ready
+$(CLIENTS): tests/clients/requirements.lock
+	@$(BOOTSTRAP)
+	@echo "installing the tests' clients into .venv-clients"
+	@test -x .venv-clients/bin/python || $(UV) venv --quiet --python '>=3.11' .venv-clients
+	@$(UV) pip sync --quiet --python .venv-clients/bin/python $<
+	@touch $@
+
 demo: $(READY) ## the main job on scikit-learn's digits: pretrain, serve, embed, classify, report
 	$(PYTHON) -m pipelines run pipelines/configs/digits.toml
 
 # Two files of tests at a time, each on one thread: more would wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses=2 --dist=loadfile --data-dir=$(DATA)
 
-test: $(READY) ## the tests, without those marked slow, gpu or serve
+test: $(READY) $(CLIENTS) ## the tests, without those marked slow, gpu or serve
 	$(PYTEST) -m "not slow and not gpu and not serve"
 
-test-all: $(READY) ## all tests; those marked gpu need a CUDA device
+test-all: $(READY) $(CLIENTS) ## all tests; those marked gpu need a CUDA device
 	$(PYTEST)
 
 lint: $(READY) ## ruff, mypy --strict, import-linter
@@ -47,14 +56,18 @@ format: $(READY) ## let ruff mend what it can
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
 
-lock: ## renew requirements.lock
+# Versions for all platforms and Pythons, with hashes and without the address of an index.
+COMPILE := pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --upgrade --quiet
+
+lock: ## renew the requirements.lock files
 	@$(BOOTSTRAP)
-	UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) pip compile pyproject.toml --all-extras --group dev --universal \
-		--python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --upgrade --quiet \
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) $(COMPILE) pyproject.toml --all-extras --group dev \
 		--output-file requirements.lock
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) $(COMPILE) tests/clients/requirements.in \
+		--output-file tests/clients/requirements.lock
 
 image: ## the service's container image (needs a container engine); CUDA with ACCELERATOR=cuda
 	docker build --build-arg ACCELERATOR=$(or $(ACCELERATOR),cpu) --tag vaefeat .
 
 clean: ## remove what is generated, but not runs/
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-clients build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

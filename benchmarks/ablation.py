@@ -33,7 +33,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 #: Changes of the model and of training, by kind of rows where they differ.
 PARTS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
     "the preset": ({}, {}),
-    "no contrast (plain bound, same network)": ({"style_dim": 0}, {"objective": "elbo"}),
+    "no contrast (plain bound, same network)": ({}, {"objective": "elbo"}),
     "a tenth of the contrast": ({}, {"contrastive_weight": 0.1}),
     "no neighbours": ({}, {"neighbours": 0}),
     "neighbours, 50": ({}, {"neighbours": 50}),

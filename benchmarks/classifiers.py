@@ -32,7 +32,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 N_VALIDATION = 10_000
 #: Published test errors in percent with 100 labels: Kingma et al. 2014, table 1; Maaløe et al. 2016, table 1.
 PUBLISHED = {"m2": 11.97, "m1m2": 3.33, "adgm": 0.96, "sdgm": 1.32}
-_PICTURED = 8
+_PICTURED = 10
 
 
 @app.command()
@@ -42,6 +42,8 @@ def main(
     epochs: Annotated[int, typer.Option(help="Of each model.")] = 20,
     rows: Annotated[int, typer.Option(help="Training images.")] = 50_000,
     labels: Annotated[int, typer.Option(help="Of all classes together, as many of each.")] = 100,
+    components: Annotated[int, typer.Option(help="Latents of the style.")] = 16,
+    hidden: Annotated[list[int] | None, typer.Option(help="Width of a hidden layer; repeat for several.")] = None,
     seed: Annotated[int, typer.Option(help="Of the labels drawn, and of training.")] = 0,
     consistency: Annotated[float, typer.Option(help="0 is the papers' objective alone.")] = 1.0,
     threads: Annotated[int, typer.Option(help="Processor threads within an operation.")] = 1,
@@ -56,10 +58,13 @@ def main(
     chosen = draw_labels(train.labels, n_labels=labels, seed=seed)
     partial[chosen] = train.labels[chosen]
     measured: dict[str, dict[str, float]] = {}
+    widths = tuple(hidden or (256,))
     for name in model or PUBLISHED:
         started = time.perf_counter()
         classifier = VAEClassifier(
             name,
+            n_components=components,
+            hidden_dims=widths,
             max_epochs=epochs,
             consistency=consistency,
             train_options={"threads": threads},
@@ -79,6 +84,8 @@ def main(
         "rows": len(train),
         "epochs": epochs,
         "labels": labels,
+        "components": components,
+        "hidden": widths,
         "seed": seed,
         "consistency": consistency,
         "threads": threads,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import signal
 import sys
-import threading
 
+from serving.asked import Asked
 from vaefeat.errors import MissingExtraError, requiring
 
 
 def main() -> None:
-    """Run the command line; SIGINT and SIGTERM ask it to stop, from the first moment on."""
-    stop = threading.Event()
+    """Run the command line; SIGINT and SIGTERM ask it to stop, from the first moment on, SIGHUP to load again."""
+    asked = Asked()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: asked.stop.set())
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda *_: asked.reload.set())
     # Only now: these imports take a while, and a signal during them would end in a traceback.
     try:
         with requiring("serve", what="The service"):
@@ -22,7 +24,7 @@ def main() -> None:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
 
-    app(obj=stop)
+    app(obj=asked)
 
 
 if __name__ == "__main__":

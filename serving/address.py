@@ -5,11 +5,10 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-import sys
 
 from serving.errors import SetupError
 
-__all__ = ["base_url", "claim", "hand_over", "require_loopback"]
+__all__ = ["base_url", "claim", "require_loopback"]
 
 
 def require_loopback(host: str) -> None:
@@ -25,7 +24,7 @@ def require_loopback(host: str) -> None:
     if public:
         raise SetupError(
             f"got --host {host}, which other machines can reach ({', '.join(public)}), wanted a loopback address such "
-            "as 127.0.0.1: the service asks nobody for a key. Put a proxy that does in front of it, or pass --insecure"
+            "as 127.0.0.1: nobody is asked for a key. Pass --keys FILE (see python -m serving.keys) or --insecure"
         )
 
 
@@ -64,26 +63,6 @@ def claim(host: str, port: int) -> socket.socket:
             port = listener.getsockname()[1]
         return claim(host, port)
     return listener
-
-
-def hand_over(listener: socket.socket) -> None:
-    """Stop listening and let another process of this user bind the same port, but nobody else.
-
-    Between a plain close and the other's bind, the port could become the near end of some connection: Ray makes dozens
-    while it starts.
-
-    Parameters
-    ----------
-    listener : socket
-        From :func:`claim`. It keeps the port until it is closed. The other must set SO_REUSEPORT, as Ray Serve's proxy
-        does.
-    """
-    if sys.platform != "linux":
-        listener.close()
-        return
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    listener.shutdown(socket.SHUT_RDWR)
 
 
 def base_url(listener: socket.socket) -> str:

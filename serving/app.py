@@ -7,15 +7,15 @@ middleware and objects for requests and responses would cost several times that.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from starlette.types import Receive, Scope, Send
 
 from serving import inference
 from serving.embeddings import Embeddings
-from serving.errors import RequestError, as_request_error, envelope, overloaded
+from serving.errors import RequestError, as_request_error, envelope
 from serving.exchange import Answer, ClientGoneError, Exchange
 from serving.guard.admission import Admission
 from serving.guard.keys import KeyRing
@@ -27,11 +27,15 @@ from serving.protocols import openai
 from serving.service import Service
 from serving.watching.recorder import Recorder
 
+if TYPE_CHECKING:
+    from serving.watching.spans import Tracer
+
 __all__ = ["Application", "Route"]
 
-_log = logging.getLogger("serving")
 _JSON = (b"content-type", JSON.encode())
 _KEYS_EVERY_S = 1.0
+#: In logs and figures alone: there is nobody to be told.
+_CLIENT_GONE = 499
 
 Handler = Callable[[Exchange], Awaitable[Answer]]
 
@@ -72,13 +76,25 @@ class Application:
         Without it nobody is asked for a key.
     replica : str
         Marks the figures as this process's, where one address leads to several.
+    access_log : bool
+        A line for every request, not only for those that fail.
+    tracer : Tracer, optional
     """
 
-    def __init__(self, service: Service, *, keys: KeyRing | None = None, replica: str = "") -> None:
+    def __init__(
+        self,
+        service: Service,
+        *,
+        keys: KeyRing | None = None,
+        replica: str = "",
+        access_log: bool = False,
+        tracer: Tracer | None = None,
+    ) -> None:
         self.service = service
         self.admission = Admission(service.limits, keys=keys)
         names = {*_names(_EXACT), *_names(_OF_MODELS), *_names(_OF_REPOSITORY), _CARD[1]}
-        self.recorder = Recorder(service.models, routes=names, replica=replica)
+        self.recorder = Recorder(service.models, routes=names, replica=replica, access_log=access_log, tracer=tracer)
+        service.batcher.tracer = tracer
         service.told = self.recorder.batch
         self.recorder.metrics.watch(
             queue_rows=lambda: service.batcher.queued_rows,
@@ -110,7 +126,8 @@ class Application:
             return
         exchange = Exchange(scope, receive, send)
         exchange.admission = self.admission
-        route = None
+        self.recorder.begin(exchange)
+        route, failure, cause = None, None, None
         try:
             route = self._route(exchange)
             exchange.key = self.admission.identify(
@@ -118,14 +135,19 @@ class Application:
             )
             answer = await (self._with_body(exchange, route) if route.takes_body else route.handler(exchange))
         except ClientGoneError:
+            self.recorder.end(exchange, _CLIENT_GONE)
             return
         except asyncio.CancelledError:
-            if exchange.gone:
-                return  # by the watcher, whose client is not there any more
-            raise
+            if not exchange.gone:
+                raise
+            # By the watcher, whose client is not there any more.
+            self.recorder.end(exchange, _CLIENT_GONE)
+            return
         except Exception as error:
-            answer = self._failed(exchange, route, error)
-        timing = self.recorder.answered(exchange, answer.status)
+            failure = as_request_error(error)
+            cause = error if failure.kind == "internal_error" else None
+            answer = _failed(exchange, route, failure)
+        timing = self.recorder.end(exchange, answer.status, failure=failure, cause=cause)
         await exchange.answer(answer, timing)
 
     def _route(self, exchange: Exchange) -> Route:
@@ -156,23 +178,12 @@ class Application:
         return None
 
     async def _with_body(self, exchange: Exchange, route: Route) -> Answer:
-        service = self.service
-        if not service.ready:
-            raise overloaded(f"the service is not ready: {service.failure or service.state}")
+        self.service.require_ready()
         self.admission.enter(exchange)
         try:
             return await route.handler(exchange)
         finally:
             self.admission.leave(exchange)
-
-    def _failed(self, exchange: Exchange, route: Route | None, error: Exception) -> Answer:
-        failure = as_request_error(error)
-        if failure.kind == "internal_error":
-            _log.error("request %s failed", exchange.request_id.decode(), exc_info=error)
-        self.recorder.refused(exchange.route, failure)
-        headers = [(name.encode(), value.encode("latin-1", "replace")) for name, value in failure.headers.items()]
-        form = route.form if route is not None else _form_of(exchange.path)
-        return Answer(failure.status, [_JSON, *headers], form(failure, exchange.request_id))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -185,6 +196,8 @@ class Application:
                 if self._reading_keys is not None:
                     self._reading_keys.cancel()
                 await self.service.stop()
+                if self.recorder.tracer is not None:
+                    await asyncio.to_thread(self.recorder.tracer.close)
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
@@ -242,6 +255,12 @@ def _attribute(owner: object, path: str) -> Handler:
     for name in path.split("."):
         owner = getattr(owner, name)
     return owner  # type: ignore[return-value]  # what the tables name are handlers
+
+
+def _failed(exchange: Exchange, route: Route | None, failure: RequestError) -> Answer:
+    headers = [(name.encode(), value.encode("latin-1", "replace")) for name, value in failure.headers.items()]
+    form = route.form if route is not None else _form_of(exchange.path)
+    return Answer(failure.status, [_JSON, *headers], form(failure, exchange.request_id))
 
 
 def _form_of(path: str) -> Callable[[RequestError, bytes], bytes]:

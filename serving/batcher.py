@@ -17,14 +17,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import RequestError, overloaded, too_late
 
-__all__ = ["BatchFigures", "Computes", "Job", "RowBatcher"]
+if TYPE_CHECKING:
+    from serving.watching.spans import Tracer
+
+__all__ = ["Batch", "Computes", "Job", "RowBatcher"]
 
 #: Rows that are not worth splitting over lanes: handing over to a thread costs as much as computing them.
 _MIN_SHARE = 32
@@ -41,6 +44,8 @@ Features = dict[str, NDArray[np.float32]]
 
 class Computes(Protocol):
     """What a job is computed by: a model of one version."""
+
+    name: str
 
     def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
         """Encode checked rows, in a lane's thread."""
@@ -111,13 +116,6 @@ class Job:
         self.device_s = 0.0
 
 
-class BatchFigures(Protocol):
-    """Told of every batch, on the event loop."""
-
-    def __call__(self, batch: Batch) -> None:
-        """Take note."""
-
-
 class Batch:
     """Rows of one model that are computed together.
 
@@ -143,14 +141,23 @@ class Batch:
         self.began = self.device_s = 0.0
 
     def add(self, job: Job, n_rows: int) -> None:
+        """Take the next rows of a job."""
         self.members.append((job, job.taken, job.taken + n_rows))
         job.taken += n_rows
         self.n_rows += n_rows
         if job.outputs != self.outputs:
             self.outputs = job.outputs if not self.outputs else tuple(dict.fromkeys(self.outputs + job.outputs))
 
-    def compute(self) -> None:
+    def compute(self, tracer: Tracer | None = None) -> None:
         """Compute, in a lane's thread; whatever goes wrong is kept."""
+        spans = [] if tracer is None else [job.span for job, _, _ in self.members if job.span is not None]
+        if tracer is None or not spans:
+            self._compute()
+            return
+        with tracer.batch(spans, model=self.model.name, rows=self.n_rows):
+            self._compute()
+
+    def _compute(self) -> None:
         self.began = time.perf_counter()
         try:
             parts = [job.rows[start:stop] for job, start, stop in self.members]
@@ -171,9 +178,9 @@ class Batch:
 class _Lane:
     """A thread that computes one batch after the other."""
 
-    def __init__(self, number: int, done: Callable[[_Lane, Batch], None]) -> None:
+    def __init__(self, number: int, done: Callable[[_Lane, Batch], None], tracer: Tracer | None) -> None:
         self._inbox: SimpleQueue[Batch | None] = SimpleQueue()
-        self._done = done
+        self._done, self._tracer = done, tracer
         self._thread = threading.Thread(target=self._run, name=f"lane-{number}", daemon=True)
         self._thread.start()
 
@@ -182,7 +189,7 @@ class _Lane:
 
     def _run(self) -> None:
         while (batch := self._inbox.get()) is not None:
-            batch.compute()
+            batch.compute(self._tracer)
             self._done(self, batch)
 
 
@@ -218,11 +225,13 @@ class RowBatcher:
     max_batch_rows : int
     max_queued_rows, max_queued_bytes : int
         What may wait; more is refused at once.
-    told : BatchFigures
+    told : callable
         Called with every batch that was computed.
 
     Attributes
     ----------
+    tracer : Tracer or None
+        Gives each batch a span; to be set before :meth:`start`.
     queued_rows, queued_bytes : int
         What waits.
     rate : float
@@ -236,11 +245,12 @@ class RowBatcher:
         max_batch_rows: int,
         max_queued_rows: int,
         max_queued_bytes: int,
-        told: BatchFigures,
+        told: Callable[[Batch], None],
     ) -> None:
         self._n_lanes, self._max_batch_rows = lanes, max_batch_rows
         self._max_queued_rows, self._max_queued_bytes = max_queued_rows, max_queued_bytes
         self._told = told
+        self.tracer: Tracer | None = None
         self._lines: dict[Computes, _Line] = {}
         self._turn: deque[_Line] = deque()
         self._idle: list[_Lane] = []
@@ -254,7 +264,7 @@ class RowBatcher:
     def start(self) -> None:
         """Start the lanes; on the event loop that all other calls come from."""
         self._loop = asyncio.get_running_loop()
-        self._lanes = [_Lane(number, self._report) for number in range(self._n_lanes)]
+        self._lanes = [_Lane(number, self._report, self.tracer) for number in range(self._n_lanes)]
         self._idle = list(self._lanes)
 
     def close(self) -> None:

@@ -20,6 +20,7 @@ import orjson
 from numpy.typing import NDArray
 
 from serving.errors import CodecError, shown
+from serving.protocols.tensors import flatten
 from vaefeat.input_spec import InputSpec
 
 __all__ = ["EmbedBody", "decode_json", "decode_npy", "decode_raw", "encode_json", "encode_npy"]
@@ -185,13 +186,14 @@ def decode_json(body: bytes, *, max_lists: int, max_values: int) -> EmbedBody:
 def _numbers(rows: Any) -> NDArray[Any]:
     if not isinstance(rows, list):
         raise CodecError(f"got rows of type {type(rows).__name__}, wanted a list with one nested list per row")
+    values, nesting = flatten(rows)
+    # NumPy would give every value the size of the longest text: one of a megabyte among a thousand numbers takes 4 GB.
+    if not set(map(type, values)) <= {int, float, bool}:
+        raise CodecError("got rows that hold other things than numbers, wanted numbers only; null has no place either")
     try:
-        array = np.asarray(rows)
+        return np.asarray(values).reshape(nesting)
     except (ValueError, OverflowError) as error:
-        raise CodecError("got rows of different lengths or depths, wanted one shape for all rows") from error
-    if array.dtype.kind not in "buif":
-        raise CodecError(f"got rows that hold {array.dtype} values, wanted numbers only; null has no place either")
-    return array
+        raise CodecError(f"got rows nested {len(nesting)} deep, wanted at most {_MAX_DIMENSIONS}") from error
 
 
 def encode_json(array: NDArray[np.float32], **fields: Any) -> bytes:

@@ -16,13 +16,13 @@ from typing import Any
 from ray import serve
 from ray.serve import Application as ServeApplication
 
-from serving.app import Application
-from serving.desk import fetch_listener
+from serving.desk import ask_for_reload, fetch, reloads
 from serving.errors import ModelError
-from serving.http_server import HttpServer, lanes_for, loop_factory, make_server
+from serving.http_server import HttpServer, lanes_for, loop_factory, make_application, make_server, serving_grpc
 from serving.models import Models
 from serving.service import Service
 from serving.settings import ServiceSettings
+from serving.watching.logs import start_logging
 
 __all__ = ["EmbeddingReplica", "application"]
 
@@ -44,7 +44,14 @@ class EmbeddingReplica:
         _keep_on_loopback()
         self._settings = settings
         models = Models.from_bundles(settings.bundles, place=settings.place)
-        self._service = Service(models, settings.limits, lanes=lanes_for(models.current[0].device, settings.threads))
+        self._service = Service(
+            models,
+            settings.limits,
+            lanes=lanes_for(models.current[0].device, settings.threads),
+            watches=settings.watch,
+            alone=settings.replicas == 1,
+        )
+        self._service.changed = None if settings.replicas == 1 else lambda: ask_for_reload(Path(desk))
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._started = threading.Event()
@@ -75,16 +82,26 @@ class EmbeddingReplica:
             self._started.set()
 
     async def _serve(self, desk: Path) -> None:
-        server = make_server(Application(self._service), self._settings)
+        listener, errors = fetch(desk)
+        start_logging(self._settings.log_level, stream=errors)
+        app = make_application(self._service, self._settings)
+        server = make_server(app, self._settings)
         # Before the first connection is accepted: there are others to accept it.
         await self._service.start()
         while not (self._service.ready or self._service.failure):
             await asyncio.sleep(_TICK_S)
         if self._service.failure:
             return
-        serving = asyncio.create_task(server.serve(sockets=[fetch_listener(desk)]))
-        await self._until_stopped(server, serving)
-        await serving
+        async with serving_grpc(app, self._settings):
+            serving = asyncio.create_task(server.serve(sockets=[listener]))
+            reloading = asyncio.create_task(self._reload_when_told(desk))
+            await self._until_stopped(server, serving)
+            reloading.cancel()
+            await serving
+
+    async def _reload_when_told(self, desk: Path) -> None:
+        async for _ in reloads(desk):
+            await self._service.reload()
 
     async def _until_stopped(self, server: HttpServer, serving: asyncio.Task[None]) -> None:
         while not serving.done():

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import uvicorn
 
 from serving.app import Application
 from serving.connection import Connection
+from serving.guard.keys import KeyRing
+from serving.service import Service
 from serving.settings import ServiceSettings
+from serving.watching.tracing import open_tracer
 from vaefeat.processors import available_cpus
 
-__all__ = ["HttpServer", "lanes_for", "loop_factory", "make_server"]
+__all__ = ["HttpServer", "lanes_for", "loop_factory", "make_application", "make_server", "serving_grpc"]
 
 #: Connections that may wait to be accepted.
 BACKLOG = 2048
@@ -27,6 +31,24 @@ class HttpServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Do nothing: uvicorn would raise signals again after a clean stop."""
         yield
+
+
+def make_application(service: Service, settings: ServiceSettings) -> Application:
+    """Put a service behind HTTP, with keys, logs and traces as the settings say.
+
+    Raises
+    ------
+    SetupError
+        Keys or traces that cannot be.
+    """
+    return Application(
+        service,
+        keys=None if settings.keys is None else KeyRing.from_file(settings.keys),
+        # Where one address leads to several processes, each marks its figures.
+        replica="" if settings.replicas == 1 else str(os.getpid()),
+        access_log=settings.access_log,
+        tracer=open_tracer(os.environ),
+    )
 
 
 def make_server(app: Application, settings: ServiceSettings) -> HttpServer:
@@ -60,3 +82,31 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 def lanes_for(device: str, threads: int | None) -> int:
     """Batches that are computed at the same time: one for each processor, or one on a GPU."""
     return 1 if device == "cuda" else threads or available_cpus()
+
+
+@contextlib.asynccontextmanager
+async def serving_grpc(app: Application, settings: ServiceSettings) -> AsyncIterator[None]:
+    """Serve gRPC beside HTTP, where the settings ask for it; to be entered when the models are ready.
+
+    Raises
+    ------
+    SetupError
+        The port cannot be had.
+    """
+    if not settings.grpc_address:
+        yield
+        return
+    from serving.protocols.oip_grpc import start_grpc
+
+    server = await start_grpc(
+        app.service,
+        settings.grpc_address,
+        max_message_bytes=settings.limits.max_body_bytes,
+        keys=app.admission.keys,
+        rates=app.admission.rates,
+        shared=settings.replicas > 1,
+    )
+    try:
+        yield
+    finally:
+        await server.stop(settings.limits.compute_timeout_s)

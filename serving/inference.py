@@ -149,16 +149,20 @@ class Inference:
     async def load(self, exchange: Exchange) -> Answer:
         """Load a model's folder again, or go back to a version that is still held."""
         name, version = self._named(exchange), await self._asked_version(exchange)
-        models = self._service.models
+        service = self._service
         if version is None:
-            model = await self._service.change(models.load, name)
+            model = await service.change(service.models.load, name)
+            if service.changed is not None:
+                await service.off_loop(service.changed)
         else:
-            model = await self._service.change(models.choose, name, version)
+            self._refuse_unless_alone()
+            model = await service.change(service.models.choose, name, version)
         return json_answer({"name": model.name, "version": model.version, "state": "READY"})
 
     async def unload(self, exchange: Exchange) -> Answer:
         """Serve a model no more."""
         await exchange.body(self._service.limits)
+        self._refuse_unless_alone()
         await self._service.change(self._service.models.unload, self._named(exchange))
         return json_answer({})
 
@@ -177,6 +181,15 @@ class Inference:
         if not isinstance(values, dict) or not isinstance(version, str | None):
             raise CodecError('got a body of another form, wanted none, or {"parameters": {"version": "..."}}')
         return version
+
+    def _refuse_unless_alone(self) -> None:
+        if not self._service.alone:
+            raise RequestError(
+                409,
+                "conflict",
+                "several processes answer here, and this one alone would do so; put the bundle that you want into the "
+                "model's folder, and load it",
+            )
 
     def _named(self, exchange: Exchange) -> str:
         return exchange.path.split("/")[4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import parse_qsl
 
 import orjson
 
@@ -43,7 +44,6 @@ class Meta:
         about = {
             "service": "vaefeat",
             "version": __version__,
-            "models": self._service.models.names,
             "routes": self._routes(),
             "example": example,
         }
@@ -61,7 +61,8 @@ class Meta:
         """Tell whether requests are going to be answered well."""
         service = self._service
         if service.ready:
-            return json_answer({"ready": True})
+            providers = dict.fromkeys(model.provider for model in service.models.current)
+            return json_answer({"ready": True, "providers": list(providers)})
         state = {"ready": False, "failed": bool(service.failure), "reason": service.failure or service.state}
         return json_answer(state, status=503)
 
@@ -74,8 +75,10 @@ class Meta:
         return Answer(200, _JSON, self._cards[1])
 
     async def model(self, exchange: Exchange) -> Answer:
-        """Describe one model, as OpenAI's clients ask for it."""
-        return json_answer(self._card(self._service.find(exchange.path.removeprefix("/v1/models/"))))
+        """Describe one model, as OpenAI's clients ask for it; ``?version=`` names one that is not the newest."""
+        query = dict(parse_qsl(exchange.scope["query_string"].decode("latin-1")))
+        name = exchange.path.removeprefix("/v1/models/")
+        return json_answer(self._card(self._service.find(name, query.get("version"))))
 
     async def metrics(self, exchange: Exchange) -> Answer:
         """Give the figures to Prometheus."""

@@ -227,6 +227,17 @@ class Models:
         """Names that can be loaded: those that are served, and those that were unloaded."""
         return sorted(self._sources)
 
+    def stamps(self) -> dict[str, tuple[int, ...]]:
+        """Tell one content of each served folder's manifest from the next, without reading it."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name in self._versions:
+            try:
+                status = (self._sources[name] / "bundle.json").stat()
+            except OSError:
+                continue  # it is just being exchanged, or has gone; there is nothing to load
+            found[name] = (status.st_ino, status.st_size, status.st_mtime_ns)
+        return found
+
     def load(self, name: str) -> ServedModel:
         """Load a name's folder again and serve what is there now; takes a while, and belongs into a thread.
 

@@ -46,7 +46,7 @@ def _one_of(*schemas: _Schema) -> _Schema:
 _DIGEST: _Schema = {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"}
 _VERSION: _Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _SHAPE = _list(_COUNT)
-_READY = _object({"ready": _BOOLEAN}, optional={"failed": _BOOLEAN, "reason": _TEXT})
+_READY = _object({"ready": _BOOLEAN}, optional={"failed": _BOOLEAN, "reason": _TEXT, "providers": _list(_TEXT)})
 _OUTPUTS: _Schema = {"type": "object", "additionalProperties": _COUNT}
 _INPUT = _object(
     {"kind": {"enum": ["image", "vector"]}, "shape": _SHAPE, "dtype": {"enum": ["uint8", "float32"]}}
@@ -316,7 +316,12 @@ _OPERATIONS: dict[str, _Operation] = {
         scope="embed",
     ),
     "GET /v1/models/{model}": _Operation(
-        summary="One model", door="OpenAIError", answers={JSON: _of("Card")}, refusals=(404,), scope="embed"
+        summary="One model",
+        door="OpenAIError",
+        parameters=(_parameter("version", "query", _TEXT, "A digest; the newest without it"),),
+        answers={JSON: _of("Card")},
+        refusals=(404,),
+        scope="embed",
     ),
     "POST /v1/embed": _EMBED,
     "POST /v1/embeddings": _Operation(

@@ -27,9 +27,11 @@ from ray.serve.schema import LoggingConfig
 
 from serving.address import base_url
 from serving.announcement import announce
+from serving.asked import Asked
 from serving.deployment import application
 from serving.desk import Desk
 from serving.errors import EngineError
+from serving.models import find_bundles
 from serving.settings import ServiceSettings
 from vaefeat.errors import DeviceError
 
@@ -52,16 +54,16 @@ class _Stopped(Exception):
     """A stop was asked for while the service was starting."""
 
 
-def run(settings: ServiceSettings, listener: socket.socket, stop: threading.Event) -> None:
-    """Serve until `stop` is set, from a thread that is not the main one and lives as long as Ray.
+def run(settings: ServiceSettings, listener: socket.socket, asked: Asked) -> None:
+    """Serve until a stop is asked for, from a thread that is not the main one and lives as long as Ray.
 
     Parameters
     ----------
     settings : ServiceSettings
     listener : socket
         From :func:`serving.address.claim`; the replicas accept from it.
-    stop : threading.Event
-        Set by the signal handlers. A start that is under way is finished first, because Ray's processes are only all
+    asked : Asked
+        By signals. A start that is under way is finished first, because Ray's processes are only all
         known to Ray once they are all started.
 
     Raises
@@ -76,24 +78,21 @@ def run(settings: ServiceSettings, listener: socket.socket, stop: threading.Even
     with (
         _ray_errors_told_plainly(),
         _scratch_folder() as folder,
-        Desk(folder / _DESK, listener),
+        Desk(folder / _DESK, listener) as desk,
         contextlib.redirect_stdout(sys.stderr),
     ):
         try:
             with contextlib.suppress(_Stopped):
-                models = _start(settings, listener, folder, stop)
-                providers = [model["provider"] for model in models]
-                names = [model["id"] for model in models]
+                providers = _start(settings, listener, folder, asked.stop)
+                names = find_bundles(settings.bundles)
                 announce(base_url(listener), engine="ray", models=names, providers=providers, stream=stdout)
-                _watch(stop)
+                _watch(desk, asked)
         finally:
             _shut_down(drain_s=settings.limits.compute_timeout_s)
 
 
-def _start(
-    settings: ServiceSettings, listener: socket.socket, folder: Path, stop: threading.Event
-) -> list[dict[str, Any]]:
-    """Start everything and return the models that the service lists."""
+def _start(settings: ServiceSettings, listener: socket.socket, folder: Path, stop: threading.Event) -> list[str]:
+    """Start everything and return the execution providers that the service computes with."""
     _go_on_unless(stop)
     _start_ray(folder)
     _go_on_unless(stop)
@@ -140,8 +139,8 @@ def _wait_for_replica(stop: threading.Event) -> None:
         _go_on_unless(stop, after_s=_TICK_S)
 
 
-def _wait_for_answers(url: str, stop: threading.Event) -> list[dict[str, Any]]:
-    """Ask until the service says that it is ready, and return the models that it lists."""
+def _wait_for_answers(url: str, stop: threading.Event) -> list[str]:
+    """Ask until the service says that it is ready, and return the execution providers that it tells."""
     deadline = time.monotonic() + _START_TIMEOUT_S
     reason = ""
     with httpx.Client(base_url=url, timeout=5.0, trust_env=False) as client:
@@ -149,8 +148,8 @@ def _wait_for_answers(url: str, stop: threading.Event) -> list[dict[str, Any]]:
             try:
                 ready = client.get("/readyz")
                 if ready.status_code == 200:
-                    models: list[dict[str, Any]] = client.get("/v1/models").json()["data"]
-                    return models
+                    providers: list[str] = ready.json()["providers"]
+                    return providers
                 reason = ready.text
                 if ready.headers.get("content-type") == "application/json" and ready.json().get("failed"):
                     raise EngineError(ready.json()["reason"])
@@ -194,9 +193,12 @@ def _scratch_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _watch(stop: threading.Event) -> None:
+def _watch(desk: Desk, asked: Asked) -> None:
     """Return once a stop is asked for; fail if Ray dies first, which its own driver would never notice."""
-    while not stop.wait(_WATCH_S):
+    while not asked.stop.wait(_WATCH_S):
+        if asked.reload.is_set():
+            asked.reload.clear()
+            desk.reload()
         if dead := _dead_daemons():
             raise EngineError(f"Ray's {' and '.join(dead)} ended; was memory short? Start the service again")
 

@@ -30,6 +30,8 @@ _log = logging.getLogger("serving")
 _T = TypeVar("_T")
 #: Between two comparisons with the reference while serving, in seconds.
 _PROVE_EVERY_S = 5.0
+#: Between two looks at watched folders.
+_LOOK_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,17 @@ class Embedded:
     job: Job | None
     errors: Mapping[int, str] = field(default_factory=dict)
     decode_s: float = 0.0
+
+    @property
+    def n_rows(self) -> int:
+        """Rows that were asked for."""
+        return len(next(iter(self.features.values())))
+
+    @property
+    def seconds(self) -> tuple[float, float, float]:
+        """Waiting for the device, decoding images, in the encoder."""
+        job = self.job
+        return (job.cut - job.queued, self.decode_s, job.device_s) if job is not None else (0.0, self.decode_s, 0.0)
 
 
 class Caller(Protocol):
@@ -78,9 +91,15 @@ class Service:
     limits : Limits
     lanes : int
         Batches that are computed at the same time.
+    watches : bool
+        Whether a bundle whose folder changes is loaded again.
+    alone : bool
+        Whether no other process answers at the same address.
 
     Attributes
     ----------
+    changed : callable or None
+        Called after a client had a folder loaded again, for other processes to follow.
     told : callable or None
         Hears of every :class:`Batch` that was computed.
     ready : bool
@@ -89,12 +108,16 @@ class Service:
         Why not, empty otherwise; nothing but a new process mends it.
     """
 
-    def __init__(self, models: Models, limits: Limits, *, lanes: int) -> None:
+    def __init__(
+        self, models: Models, limits: Limits, *, lanes: int, watches: bool = False, alone: bool = True
+    ) -> None:
         self.models, self.limits = models, limits
+        self.watches, self.alone = watches, alone
         self.ready = False
         self.failure = ""
         self.state = "warming up"
         self.told: Callable[[Batch], None] | None = None
+        self.changed: Callable[[], None] | None = None
         self.batcher = RowBatcher(
             lanes=lanes,
             max_batch_rows=limits.max_batch_rows,
@@ -115,6 +138,8 @@ class Service:
             return
         self.batcher.start()
         self._tasks.append(asyncio.create_task(self._watch_over()))
+        if self.watches:
+            self._tasks.append(asyncio.create_task(self.watch()))
 
     async def stop(self) -> None:
         """End everything; requests in flight were answered before."""
@@ -165,6 +190,7 @@ class Service:
             400 for an unknown output, 413 for too many rows, 422 where no image can be read, 503 and 504 under load,
             500 for features that are not finite.
         """
+        self.require_ready()
         if unknown := [output for output in outputs if output not in model.outputs]:
             wanted = sorted(model.outputs)
             raise RequestError(400, "invalid_parameter", f"got output={unknown[0][:80]!r}, wanted one of {wanted}")
@@ -186,6 +212,39 @@ class Service:
     async def change(self, function: Callable[..., _T], *arguments: Any) -> _T:
         """Change the models, one change after the other, in a thread of its own."""
         return await asyncio.get_running_loop().run_in_executor(self._loader, function, *arguments)
+
+    async def reload(self) -> None:
+        """Load every name's folder again; what cannot be loaded is logged, and what was served goes on."""
+        for name in self.models.names:
+            try:
+                await self.change(self.models.load, name)
+            except ModelError as error:
+                _log.error("%s", error)
+
+    async def watch(self) -> None:
+        """Load a bundle again whenever its folder changes, until cancelled."""
+        before = self.models.stamps()
+        while True:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            # Twice the same: whoever writes the bundle has finished with its manifest, which comes last.
+            if (now := self.models.stamps()) != before and now == await self._stamps_later():
+                before = now
+                await self.reload()
+
+    async def _stamps_later(self) -> dict[str, tuple[int, ...]]:
+        await asyncio.sleep(_LOOK_EVERY_S / 4)
+        return self.models.stamps()
+
+    def require_ready(self) -> None:
+        """Refuse work that would not be done well.
+
+        Raises
+        ------
+        RequestError
+            503.
+        """
+        if not self.ready:
+            raise overloaded(f"the service is not ready: {self.failure or self.state}")
 
     def fail(self, reason: str) -> None:
         """Take the service out: nobody is told 200 by what does not work."""

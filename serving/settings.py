@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Self
 
 from serving.errors import SetupError
 from serving.models import Place
@@ -69,15 +67,6 @@ class Limits:
             if not getattr(self, bound.name) > 0:
                 raise SetupError(f"got {bound.name}={getattr(self, bound.name)}, wanted more than 0")
 
-    def to_json(self) -> str:
-        """One line for an environment variable: Ray's proxy is a process that takes no arguments of ours."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, line: str) -> Self:
-        """Rebuild from :meth:`to_json`."""
-        return cls(**json.loads(line))
-
 
 @dataclass(frozen=True, kw_only=True)
 class ServiceSettings:
@@ -93,6 +82,15 @@ class ServiceSettings:
         Processors that a replica computes on; all that are available when None.
     replicas : int
         Processes, under Ray; each holds the models.
+    keys : Path, optional
+        File of API keys; without it nobody is asked for one.
+    watch : bool
+        Whether a bundle whose folder changes is loaded again by itself.
+    access_log : bool
+        A line for every request, not only for those that fail.
+    log_level : {"debug", "info", "warning", "error"}
+    grpc_address : str
+        Host and port of gRPC; empty for none.
     limits : Limits
     """
 
@@ -100,6 +98,11 @@ class ServiceSettings:
     device: str = "auto"
     threads: int | None = None
     replicas: int = 1
+    keys: Path | None = None
+    watch: bool = False
+    access_log: bool = False
+    log_level: str = "warning"
+    grpc_address: str = ""
     limits: Limits = field(default_factory=Limits)
 
     @property

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from vaefeat.grid import GridRun, pretrain_grid
     from vaefeat.heads import FewLabelHead, few_label_head
     from vaefeat.pretraining import pretrain
-    from vaefeat.remote import RemoteEncoder
+    from vaefeat.remote import AsyncRemoteEncoder, RemoteEncoder
     from vaefeat.vae_classifier import VAEClassifier
 
 __all__ = [
+    "AsyncRemoteEncoder",
     "Bundle",
     "FewLabelHead",
     "FineTuneClassifier",
@@ -52,6 +53,7 @@ except PackageNotFoundError:  # a checkout that is on the path without being ins
     __version__ = "0+checkout"
 
 _ROOMS = {
+    "AsyncRemoteEncoder": "vaefeat.remote",
     "Bundle": "vaefeat.bundle",
     "FewLabelHead": "vaefeat.heads",
     "FineTuneClassifier": "vaefeat.finetune",

@@ -5,7 +5,8 @@
                             digest, input, outputs, configuration, data fingerprint, figures, versions, parity
 ``encoder.onnx``            rows -> mean, logvar, hidden, of a classifier also probability (float32); preprocessing
                             inside, any batch size
-``decoder.onnx``            latents -> rows in the units of the training rows (float32)
+``decoder.onnx``            latents -> rows in the units of the training rows (float32); not where the encoder was
+                            fine-tuned away from it
 ``weights.safetensors``     the torch weights, to fine-tune
 ``head.safetensors``        of a classifier: the weights of its last layer
 ``reference.safetensors``   some rows with their means, and the means' distribution: what a server checks itself by
@@ -34,13 +35,14 @@ from vaefeat.atomic import replace_file, sync_folder
 from vaefeat.errors import BundleError, InputError
 from vaefeat.input_spec import InputSpec
 
-__all__ = ["SCHEMA_VERSION", "Bundle", "Manifest", "load_bundle"]
+__all__ = ["MAX_NAME_LENGTH", "SCHEMA_VERSION", "Bundle", "Manifest", "load_bundle"]
 
 SCHEMA_VERSION = 2
 #: What a bundle without classes still is: readers from before there were any understand it, and its digest stays.
 _WITHOUT_CLASSES = 1
 MANIFEST_FILE = "bundle.json"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+MAX_NAME_LENGTH = 64
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
 _MAX_MANIFEST_BYTES = 16 * 2**20
 #: What JSON holds under each key; whoever reads the values relies on it.
 _FORMS = {
@@ -127,6 +129,12 @@ class Manifest:
         return {**values, "classes": classes} if classes else values
 
     @property
+    def decodes(self) -> bool:
+        """Whether the decoder belongs to the encoder: not after fine-tuning that left it behind (``elbo_weight=0``)."""
+        run = self.data.get("finetuning")
+        return run is None or run["config"]["elbo_weight"] > 0
+
+    @property
     def schema_version(self) -> int:
         """Of the form that it is written in: the oldest that has all it says."""
         return SCHEMA_VERSION if self.classes else _WITHOUT_CLASSES
@@ -207,6 +215,15 @@ class Bundle:
         if hashlib.sha256(content).hexdigest() != self.files[name]["sha256"]:
             raise _changed(self.path / name)
         return content
+
+    def refuse_decoding(self) -> None:
+        """Raise InputError where the decoder knows nothing of what the encoder now says (:attr:`Manifest.decodes`)."""
+        if not self.manifest.decodes:
+            raise InputError(
+                f"got bundle {self.name!r}, a classifier that was fine-tuned with elbo_weight=0: its decoder is still "
+                "that of the pretrained encoder, and rows and bounds from both together would be wrong; take the "
+                "pretrained bundle, or fine-tune with elbo_weight above 0"
+            )
 
     def save(self, path: str | PathLike[str]) -> Bundle:
         """Write the bundle to a folder, the manifest last, and load it back verified.
@@ -315,8 +332,8 @@ def check_name(name: str) -> None:
     """Raise InputError unless `name` can name a bundle: it becomes a file name and part of a URL."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InputError(
-            f"got the bundle name {name!r}, wanted 1 to 64 letters, digits, '.', '_' or '-', not starting with a dot "
-            "or dash; choose one with name="
+            f"got the bundle name {name!r}, wanted 1 to {MAX_NAME_LENGTH} letters, digits, '.', '_' or '-', not "
+            "starting with a dot or dash; choose one with name="
         )
 
 

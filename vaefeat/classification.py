@@ -84,13 +84,15 @@ def train_classifier(
     ConfigError
         An unknown model or augmentation, or settings that do not fit each other or the rows.
     InputError
-        Rows that are all the same, or that the likelihood has no meaning for.
+        Rows that are all the same, or that the likelihood has no meaning for; an encoder whose decoder was left behind.
     TrainingError
         See :meth:`vaefeat.labelled_training.LabelledTrainer.run`.
     """
     if kind not in LABELLED_MODELS:
         raise unknown_name("model", kind, LABELLED_MODELS)
     refuse_untrainable(rows, "X")
+    if encoder:
+        encoder.refuse_decoding()
     likelihood = encoder.manifest.model["likelihood"] if encoder else model.likelihood
     chosen = _augmentations(augmentations, rows.shape[1:], ids=likelihood == "tokens")
     log_prior_K = _log_class_prior(labels)

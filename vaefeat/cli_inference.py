@@ -186,6 +186,7 @@ def diagnose(
     from vaefeat.data import load_rows
 
     loaded = load_bundle(bundle)
+    loaded.refuse_decoding()
     rows = loaded.manifest.input.prepare(load_rows(data, split=split, image_size=image_size, max_rows=max_rows).array)
     with shown_activity("load torch and the rest"), requiring("train", what="diagnose"):
         from vaefeat.model import diagnostics

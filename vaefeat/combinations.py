@@ -21,6 +21,7 @@ _PRIORS_WITHOUT_CLOSED_FORM = {"mixture", "vamp", "flow"}
 #: Whose KL divergence is no sum over latents, or none.
 _OTHER_POSTERIORS = {*_CATEGORICAL, *_FLOWS, "full", "deterministic"}
 _BOUNDS = {"elbo", "iwae", "infovae"}
+_WITHOUT_VIEWS = {*_BOUNDS, "mmd", "sliced_wasserstein", "reconstruction"}
 
 
 def refuse_model(config: ModelConfig) -> None:
@@ -104,12 +105,13 @@ def refuse_training(config: TrainConfig) -> None:
 
 
 def refuse_pair(model: ModelConfig, train: TrainConfig) -> None:
-    """Refuse an objective that the model has no terms for.
+    """Refuse an objective that the model has no terms for, or that leaves unheard what was asked for.
 
     Raises
     ------
     ConfigError
     """
+    _refuse_unheard(model, train)
     pair = f"posterior={model.posterior!r} and prior={model.prior!r}"
     if model.posterior == "deterministic" and train.objective in _BOUNDS:
         raise ConfigError(
@@ -182,6 +184,18 @@ def refuse_workers(model: ModelConfig, train: TrainConfig, *, n_workers: int) ->
             f"got objective={train.objective!r} with several workers: it compares the whole minibatch's latents with "
             "the prior's, and each worker has a part; take another objective, or one worker"
         )
+
+
+def _refuse_unheard(model: ModelConfig, train: TrainConfig) -> None:
+    # Here and not where a configuration is made: bundles of such pairs were trained, and must still load.
+    if train.objective not in _WITHOUT_VIEWS:
+        return
+    for name, value in (("style_dim", model.style_dim), ("neighbours", train.neighbours)):
+        if value:
+            raise ConfigError(
+                f"got {name}={value} with objective={train.objective!r}, which has no views of a row to compare and "
+                f"would leave it unheard; take objective='contrastive', or {name}=0"
+            )
 
 
 def _refuse_latents(config: ModelConfig) -> None:

@@ -23,11 +23,17 @@ class OnnxDecoder:
         As for :class:`vaefeat.encoder.OnnxEncoder`.
     batch_size : int
         Latents decoded at a time.
+
+    Raises
+    ------
+    InputError
+        The encoder was fine-tuned, and the decoder was not.
     """
 
     def __init__(
         self, bundle: Bundle, *, device: str = "auto", threads: int | None = None, batch_size: int = 256
     ) -> None:
+        bundle.refuse_decoding()
         self.latent_dim = bundle.manifest.latent_dim
         self.row_shape = bundle.manifest.input.shape
         self.batch_size = batch_size

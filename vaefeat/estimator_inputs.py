@@ -13,6 +13,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import validate_data
 
 from vaefeat.errors import ConfigError, InputError
+from vaefeat.settings import plain_value
 
 __all__ = ["flat_images", "named_augmentations", "plain_settings", "training_rows"]
 
@@ -94,10 +95,4 @@ def plain_settings(own: Mapping[str, Any], options: Mapping[str, Any] | None, *,
         raise InputError(f"got {what}={options!r}, wanted a mapping of field names to values, or None")
     if both := sorted(own.keys() & (options or {}).keys()):
         raise InputError(f"got {both[0]!r} in {what}, which the estimator sets itself; give it as its own parameter")
-    return {key: _plain_value(value) for key, value in {**own, **(options or {})}.items()}
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    return tuple(map(_plain_value, value)) if isinstance(value, tuple | list) else value
+    return {key: plain_value(value) for key, value in {**own, **(options or {})}.items()}

@@ -331,11 +331,15 @@ class VAEFeatures(_Features):
     Parameters
     ----------
     encoder : path-like, URL, Bundle, OnnxEncoder or RemoteEncoder
-        ``http://`` or ``https://`` asks the service there.
+        ``http://`` or ``https://`` asks the service there. For a service that wants a key, pass a RemoteEncoder that
+        has it: copies within this process keep the key, pickles do not (see :meth:`RemoteEncoder.authenticate`).
     output : {"mean", "hidden", "logvar"}
         The posterior's mean, the encoder's last hidden layer, or the logarithm of the posterior's variance.
     model : str, optional
         Which of the service's models; needed when it has several.
+    digest : str, optional
+        The only bundle to accept, ``sha256:...`` (``digest_`` of a fitted one). Without it, each ``fit`` takes what is
+        there by then, and keeps to it.
     device : {"auto", "cpu", "cuda"}
         Where a bundle runs.
     threads : int, optional
@@ -362,12 +366,14 @@ class VAEFeatures(_Features):
         *,
         output: str = "mean",
         model: str | None = None,
+        digest: str | None = None,
         device: str = "auto",
         threads: int | None = None,
     ) -> None:
         self.encoder = encoder
         self.output = output
         self.model = model
+        self.digest = digest
         self.device = device
         self.threads = threads
 
@@ -385,9 +391,14 @@ class VAEFeatures(_Features):
         BundleError, RemoteError, DeviceError
             The encoder cannot be loaded.
         InputError
-            It takes other rows, or has no such output.
+            It takes other rows, has no such output, or is another than `digest` says.
         """
         encoder = self._open()
+        if self.digest is not None and encoder.digest != self.digest:
+            raise InputError(
+                f"got digest={self.digest!r} and an encoder with {encoder.digest}; pass the encoder that is meant, or "
+                "leave out digest= to take this one"
+            )
         rows = validate_data(self, flat_images(X, encoder.input.shape), dtype="numeric")
         encoder.input.prepare(rows[:1])
         if self.output not in encoder.outputs:
@@ -403,7 +414,7 @@ class VAEFeatures(_Features):
         if isinstance(self.encoder, str) and self.encoder.startswith(("http://", "https://")):
             if self.device != "auto" or self.threads is not None:
                 raise InputError("got device or threads for a service, which decides both itself; leave them out")
-            return RemoteEncoder(self.encoder, model=self.model)
+            return RemoteEncoder(self.encoder, model=self.model, digest=self.digest)
         if self.model is not None:
             raise InputError(f"got model={self.model!r} for a bundle, which holds one model; leave it out")
         return OnnxEncoder(self.encoder, device=self.device, threads=self.threads)

@@ -22,6 +22,7 @@ from vaefeat.estimator_inputs import flat_images, named_augmentations
 from vaefeat.finetune_config import FineTuneConfig
 from vaefeat.labels import class_names, class_shares, encode_labels, given_shares, labelled_accuracy
 from vaefeat.model_card import renamed
+from vaefeat.settings import plain_value
 
 __all__ = ["FineTuneClassifier"]
 
@@ -49,7 +50,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     unlabelled_ratio : float
     learning_rate, layer_decay, weight_decay : float
     unfreezing : float
-    unlabelled_weight, elbo_weight : float
+    unlabelled_weight : float
+    elbo_weight : float
+        With 0 the bundle has no decoder: the pretrained one does not know what the encoder now says.
     teacher_decay : float
         See :class:`vaefeat.finetune_config.FineTuneConfig`.
     augmentations : {"auto"} or tuple of str
@@ -216,7 +219,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         ----------
         path : path-like
         name : str, optional
-            The model's name in a service; that of the pretrained bundle when None.
+            The model's name in a service; that of the pretrained bundle with ``-classifier`` behind it when None.
 
         Returns
         -------
@@ -238,7 +241,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _config(self, base: Bundle, seed: int) -> FineTuneConfig:
         own = FineTuneConfig.__dataclass_fields__.keys() - {"augmentations", "seed"}
-        values = {name: _plain(getattr(self, name)) for name in own}
+        values = {name: plain_value(getattr(self, name)) for name in own}
         return FineTuneConfig(**values, augmentations=self._augmentations(base), seed=seed)
 
     def _augmentations(self, base: Bundle) -> tuple[str, ...]:
@@ -252,8 +255,3 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             colour = moving and base.manifest.input.shape[0] == 3
             return _AUTO_COLOUR if colour else _AUTO_IMAGE if moving else _AUTO_TABLE
         return named_augmentations(self.augmentations)
-
-
-def _plain(value: Any) -> Any:
-    """Turn NumPy's numbers, as grids have, into Python's."""
-    return value.item() if isinstance(value, np.generic) else value

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vaefeat.bundle import Bundle
+from vaefeat.bundle import MAX_NAME_LENGTH, Bundle
 from vaefeat.config import TrainConfig
 from vaefeat.export import export_decoder, export_encoder, measure_parity
 from vaefeat.finetune_config import FineTuneConfig
@@ -28,6 +28,7 @@ __all__ = ["classifier_bundle", "fine_tune"]
 _SHOWN_ROWS = 1000
 _BATCH_SIZE = 256
 _PICTURED = 12
+_SUFFIX = "-classifier"
 
 
 def fine_tune(
@@ -87,8 +88,8 @@ def classifier_bundle(
     Parameters
     ----------
     base : Bundle
-        What fine-tuning began with. Its name stays, and so does what is known of its pretraining; the held-out figures
-        are measured again, for they are another encoder's now.
+        What fine-tuning began with. What is known of its pretraining stays; the held-out figures are measured again,
+        for they are another encoder's now, and the decoder is left out where it was not trained along.
     found : FineTuned
     tuner : FineTuner
         Which found it.
@@ -117,7 +118,6 @@ def classifier_bundle(
     )
     contents = {
         "encoder.onnx": export_encoder(classifier, shown),
-        "decoder.onnx": export_decoder(classifier.vae),
         "weights.safetensors": weights_of(classifier.vae),
         "head.safetensors": weights_of(classifier.head),
     }
@@ -133,6 +133,7 @@ def classifier_bundle(
     figures = {"elbo": measured.elbo, "log_likelihood": measured.log_likelihood, "kl": measured.kl}
     manifest = replace(
         manifest,
+        name=_classifier_name(manifest.name),
         outputs={**_without_classes(manifest.outputs), "probability": len(classes)},
         active_units=measured.active,
         classes=classes,
@@ -140,11 +141,13 @@ def classifier_bundle(
         metrics={**manifest.metrics, **figures, "n_heldout": 0},
         parity={},
     )
+    if manifest.decodes:
+        contents["decoder.onnx"] = export_decoder(classifier.vae)
     exported = Bundle.of(manifest, contents)
     manifest = replace(manifest, parity=measure_parity(classifier, exported, shown))
     contents[REFERENCE_FILE] = Reference.of(exported, shown, seed=tuner.config.seed).to_bytes()
     picture = None
-    if manifest.input.kind == "image":
+    if manifest.decodes and manifest.input.kind == "image":
         picture = "reconstructions.png"
         pictured = shown[:_PICTURED]
         contents[picture] = reconstruction_picture(pictured, denoise(classifier.vae, pictured))
@@ -156,6 +159,11 @@ def _sample(tuner: FineTuner) -> NDArray[Any]:
     """Spread over the rows, which may be sorted."""
     step = max(1, len(tuner.rows) // _SHOWN_ROWS)
     return np.array(tuner.rows[::step][:_SHOWN_ROWS])
+
+
+def _classifier_name(base: str) -> str:
+    """Name a classifier so that a service can hold it and its base at once; names are short (`check_name`)."""
+    return base[: MAX_NAME_LENGTH - len(_SUFFIX)] + _SUFFIX
 
 
 def _without_classes(outputs: dict[str, int]) -> dict[str, int]:

@@ -29,7 +29,7 @@ from vaefeat.model.preprocessing import Preprocessing
 from vaefeat.model.vae import VAE
 from vaefeat.observers import ProgressBar, shown_activity
 from vaefeat.pretraining import ONE_AT_A_TIME, make_bundle, make_folder, refuse_untrainable
-from vaefeat.settings import check_choice, check_int, unknown_name
+from vaefeat.settings import check_choice, check_int, plain_value, unknown_name
 from vaefeat.training import TrainingResult
 
 __all__ = ["GRID_FILE", "GridRun", "best_run", "pretrain_grid"]
@@ -320,7 +320,7 @@ def _combinations(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
         if isinstance(given, str) or not isinstance(given, Sequence | np.ndarray) or not len(given):
             raise ConfigError(f"got {key}={given!r} in a grid, wanted its values, such as [{_EXAMPLES[key]}]")
         # NumPy's numbers are no numbers of Python's, which is what configurations and JSON hold.
-        values[key] = [value.item() if isinstance(value, np.generic) else value for value in given]
+        values[key] = [plain_value(value) for value in given]
         if twice := [value for value in values[key] if values[key].count(value) > 1]:
             raise ConfigError(f"got {key}={twice[0]!r} twice in a grid, wanted each value once; leave one out")
     if not values:

@@ -71,7 +71,7 @@ features = OnnxEncoder("this folder").embed(rows)  # (n, {manifest.latent_dim}) 
 
 {_probabilities(manifest)}\
 `encoder.onnx` also gives the posterior's log-variance (`logvar`) and the last hidden layer (`hidden`,
-{manifest.outputs["hidden"]} values); `decoder.onnx` turns latents back into rows; `weights.safetensors` holds the torch
+{manifest.outputs["hidden"]} values); {_decoder(manifest)}; `weights.safetensors` holds the torch
 weights. `bundle.json` lists every file with its SHA-256 and the whole configuration.
 """
 
@@ -105,6 +105,15 @@ def _classes(manifest: Manifest) -> str:
         f"| classes | {len(names)}: {', '.join(shown)} |\n"
         f"| fine-tuned on | {run['n_labelled']:,} labelled and {run['n_unlabelled']:,} unlabelled rows, "
         f"{run['n_steps']:,} steps |\n"
+    )
+
+
+def _decoder(manifest: Manifest) -> str:
+    if manifest.decodes:
+        return "`decoder.onnx` turns latents back into rows"
+    return (
+        "**there is no decoder**, since fine-tuning (`elbo_weight=0`) moved the encoder away from it:\n"
+        "reconstructions, samples and scores are the pretrained bundle's"
     )
 
 

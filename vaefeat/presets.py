@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.errors import ConfigError
-from vaefeat.settings import check_choice, check_int
+from vaefeat.settings import check_choice, check_int, plain_value
 
 __all__ = [
     "EFFORTS",
@@ -134,9 +134,7 @@ def plain_changes(given: Any, *, what: str) -> Any:
         return given
     if not isinstance(given, Mapping):
         raise ConfigError(f"got {what}={given!r}, wanted a mapping of fields to values, or a whole configuration")
-    return {
-        key: value.tolist() if isinstance(value, np.generic | np.ndarray) else value for key, value in given.items()
-    }
+    return {key: plain_value(value) for key, value in given.items()}
 
 
 def refuse_changes(model: Changes, train: Changes, *, preset: str = "features") -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Any, Self
 
+import numpy as np
+
 from vaefeat.errors import ConfigError
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "check_number",
     "check_text",
     "check_tuple",
+    "plain_value",
     "unknown_name",
     "with_overrides",
 ]
@@ -55,6 +58,15 @@ class Settings:
         """Plain values that JSON can hold; :meth:`from_dict` gives the same settings back."""
         plain = asdict(self)  # type: ignore[call-overload]  # every subclass is a dataclass
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+
+def plain_value(value: Any) -> Any:
+    """Turn NumPy's numbers and arrays, as grids have, into Python's numbers and tuples; leave the rest."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    return tuple(map(plain_value, value)) if isinstance(value, tuple | list) else value
 
 
 def with_overrides(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def opened(model: Model, *, seed: int = 0) -> Iterator[Trained]:
     Raises
     ------
     InputError
-        Something else, or a seed that is no whole number of at least 0.
+        Something else, a classifier whose decoder was left behind, or a seed that is no whole number of at least 0.
     BundleError
         The bundle is missing, corrupt or edited.
     """
@@ -189,4 +189,5 @@ def _resolved(model: Model) -> tuple[VAE, InputSpec]:
         model = load_bundle(model)
     if not isinstance(model, Bundle):
         raise InputError(f"got a model of type {type(model).__name__}, wanted a Bundle, the folder of one, or a VAE")
+    model.refuse_decoding()
     return restore_vae(model), model.manifest.input

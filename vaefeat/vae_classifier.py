@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["VAEClassifier"]
 
-#: Fields of ModelConfig that have one value here: latents are Gaussian.
-_FIXED = {"posterior", "prior", "initialization"}
+#: Fields of ModelConfig that have one value here: latents are Gaussian, and there are no views for one to compare.
+_FIXED = {"posterior", "prior", "initialization", "style_dim"}
 #: Fields of TrainConfig that this training knows; others would change nothing.
 _TRAIN_OPTIONS = (
     "optimizer",
@@ -73,8 +73,8 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     likelihood : str
         See :class:`vaefeat.config.ModelConfig`.
     model_options : mapping, optional
-        Any other fields of :class:`vaefeat.config.ModelConfig` but posterior and prior, which are Gaussian, and
-        initialization.
+        Any other fields of :class:`vaefeat.config.ModelConfig` but posterior and prior, which are Gaussian,
+        initialization and style_dim.
     classification_weight : float
         Nats of bound that a nat of log q(y|x), averaged over the labels, outweighs.
     consistency : float

@@ -30,6 +30,7 @@ class Admission:
 
     Attributes
     ----------
+    rates : RateLimiter
     in_flight, in_flight_bytes : int
         Requests with a body that are being answered, and what their bodies take.
     """
@@ -37,7 +38,7 @@ class Admission:
     def __init__(self, limits: Limits, *, keys: KeyRing | None = None) -> None:
         self.keys = keys
         self._limits = limits
-        self._rates = RateLimiter()
+        self.rates = RateLimiter()
         self._present: dict[Exchange, None] = {}
         self.in_flight_bytes = 0
         self._looking: asyncio.TimerHandle | None = None
@@ -67,7 +68,7 @@ class Admission:
         RequestError
             429.
         """
-        if key is not None and (wait_s := self._rates.take(key, rows=n_rows)):
+        if key is not None and (wait_s := self.rates.take(key, rows=n_rows)):
             raise rate_limited(wait_s)
 
     def enter(self, exchange: Exchange) -> None:
@@ -96,7 +97,7 @@ class Admission:
                 f"got a body of {n_bytes} bytes, wanted at most {limits.max_body_bytes}; send fewer rows at a time"
             )
         key = exchange.key
-        if key is not None and (wait_s := self._rates.take(key, bytes=n_bytes)):
+        if key is not None and (wait_s := self.rates.take(key, bytes=n_bytes)):
             raise rate_limited(wait_s)
         if len(self._present) >= limits.max_in_flight or self.in_flight_bytes + n_bytes > limits.max_in_flight_bytes:
             raise overloaded(f"{len(self._present)} requests are being answered, which is the most at a time")

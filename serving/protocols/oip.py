@@ -12,7 +12,7 @@ schedule policy extensions, https://github.com/triton-inference-server/server/tr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ __all__ = [
     "parse_json_length",
     "parse_priority",
     "parse_timeout",
+    "refuse_parameters",
 ]
 
 #: Of the protocol's extensions, those that are here whatever else the service has.
@@ -62,7 +63,7 @@ _REQUEST_KEYS = {"id", "parameters", "inputs", "outputs", "model_name", "model_v
 _INPUT_KEYS = {"name", "shape", "datatype", "parameters", "data"}
 _OUTPUT_KEYS = {"name", "parameters"}
 #: They would change the answer's form, so that to pass over them would be wrong.
-_REFUSED = {"classification", "shared_memory_region"}
+_REFUSED = ("classification", "shared_memory_region")
 #: Shorter JSON cannot take much memory, whatever it holds; everything beside rows and images fits into it.
 _SHORT_JSON = 4096
 
@@ -93,6 +94,13 @@ class InferRequest:
     outputs: tuple[tuple[str, bool], ...]
     priority: int
     timeout_s: float | None
+
+    @property
+    def batch(self) -> NDArray[Any] | list[bytes]:
+        """Rows or images, whichever is there."""
+        batch = self.images if self.rows is None else self.rows
+        assert batch is not None
+        return batch
 
 
 def parse_json_length(header: bytes | None, *, body_length: int) -> int | None:
@@ -229,9 +237,20 @@ def _parameters(fields: dict[str, Any], what: str) -> dict[str, Any]:
         return {}
     if not isinstance(parameters, dict):
         raise CodecError(f"got the parameters {shown(parameters)} of {what}, wanted a JSON object")
-    if refused := _REFUSED & parameters.keys():
-        raise CodecError(f"got the parameter {refused.pop()!r} of {what}, which is not served; leave it out")
+    refuse_parameters(parameters, what)
     return parameters
+
+
+def refuse_parameters(parameters: Collection[str], what: str) -> None:
+    """Refuse parameters that would change what values or answers mean.
+
+    Raises
+    ------
+    CodecError
+    """
+    for name in _REFUSED:
+        if name in parameters:
+            raise CodecError(f"got the parameter {name!r} of {what}, which is not served; leave it out")
 
 
 def _only_input(inputs: object) -> dict[str, Any]:

@@ -157,14 +157,13 @@ def _items(values: Mapping[str, Any], max_items: int) -> NDArray[Any] | list[byt
 def _rows(given: list[Any]) -> NDArray[Any]:
     if not all(isinstance(row, list) for row in given):
         raise _refused("got lists of numbers among other items, wanted one kind", "input")
-    # NumPy would read texts that look like numbers, and null as NaN.
+    # NumPy would read texts as numbers, and null as NaN.
     if not set(map(type, chain.from_iterable(given))) <= _NUMBERS:
         raise _refused("got lists that do not hold numbers, wanted a flat list of numbers for each row", "input")
     try:
-        rows = np.asarray(given, dtype=np.float64)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise CodecError("got rows of different lengths or with something else than numbers") from error
-    return rows
+        return np.asarray(given, dtype=np.float64)
+    except (ValueError, OverflowError) as error:
+        raise CodecError("got rows of different lengths, wanted one length for all") from error
 
 
 def _conversations(messages: Any) -> list[Any]:

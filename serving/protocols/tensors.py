@@ -24,9 +24,11 @@ __all__ = [
     "ROWS",
     "check_input",
     "check_outputs",
+    "flatten",
     "images_from_bytes",
     "images_from_texts",
     "rows_from_bytes",
+    "rows_from_numbers",
     "rows_from_values",
 ]
 
@@ -184,9 +186,14 @@ def rows_from_values(data: object, *, datatype: str, shape: Sequence[int], spec:
     """
     if datatype == "FP16":
         raise CodecError("got FP16 in JSON, which the protocol does not allow; send FP32, or send it as binary data")
-    values, nesting = _flattened(data)
+    values, nesting = flatten(data)
     if nesting != [len(values)] and nesting != list(shape):
         raise CodecError(f"got data nested as {nesting}, wanted {shown(list(shape))} or one flat list")
+    return rows_from_numbers(values, datatype=datatype, shape=shape, spec=spec)
+
+
+def rows_from_numbers(values: Sequence[Any], *, datatype: str, shape: Sequence[int], spec: InputSpec) -> NDArray[Any]:
+    """Read numbers that follow each other in row-major order; else as :func:`rows_from_values`."""
     wanted = shape[0] * spec.n_features
     if len(values) != wanted:
         raise CodecError(f"got {len(values)} values for the shape {shown(list(shape))}, wanted {wanted}")
@@ -208,8 +215,14 @@ def _of_bytes(buffer: bytes | array[Any], *, datatype: str, shape: Sequence[int]
     return rows if rows.flags.aligned else rows.copy()
 
 
-def _flattened(data: object) -> tuple[list[Any], list[int]]:
-    """All values in one list, and how they were nested."""
+def flatten(data: object) -> tuple[list[Any], list[int]]:
+    """Give all values of nested lists in one list, and how they were nested.
+
+    Raises
+    ------
+    CodecError
+        No list, or lists of different lengths or depths.
+    """
     if not isinstance(data, list):
         raise CodecError(f"got data of type {type(data).__name__}, wanted a list of numbers, nested or flat")
     nesting = [len(data)]

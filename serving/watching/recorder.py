@@ -1,4 +1,4 @@
-"""Puts what happens into the figures: each exchange when it is answered, each batch when it is computed."""
+"""Puts what happens where it can be seen: figures, logs and traces of each exchange, figures of each batch."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from serving.errors import RequestError
 from serving.models import Models, ServedModel
+from serving.watching.logs import RequestLog, RequestRecord
 from serving.watching.metrics import Metrics, ModelMetrics
 from serving.watching.timing import server_timing
 
 if TYPE_CHECKING:
     from serving.batcher import Batch
+    from serving.errors import RequestError
     from serving.exchange import Exchange
+    from serving.watching.spans import Tracer
 
 __all__ = ["Recorder"]
 
 
 class Recorder:
-    """The figures of one process.
+    """What is told of one process.
 
     Parameters
     ----------
@@ -29,35 +31,83 @@ class Recorder:
         The application's, as labels show them.
     replica : str
         Marks the figures as this process's, where one address leads to several.
+    access_log : bool
+        A line for every request, not only for those that fail.
+    tracer : Tracer, optional
     """
 
-    def __init__(self, models: Models, *, routes: Collection[str], replica: str = "") -> None:
+    def __init__(
+        self,
+        models: Models,
+        *,
+        routes: Collection[str],
+        replica: str = "",
+        access_log: bool = False,
+        tracer: Tracer | None = None,
+    ) -> None:
         self.metrics = Metrics(routes=routes, replica=replica)
+        self.tracer = tracer
+        self._log = RequestLog(access=access_log)
         self._models = models
         self._known: dict[ServedModel, ModelMetrics] = {}
         self._generation = -1
+
+    def begin(self, exchange: Exchange) -> None:
+        """Begin the span of an exchange."""
+        if self.tracer is not None:
+            scope = exchange.scope
+            exchange.span = self.tracer.start_request(scope["headers"], method=scope["method"], path=exchange.path)
 
     def batch(self, batch: Batch) -> None:
         """Take note of a batch."""
         if isinstance(batch.model, ServedModel) and batch.error is None:
             self._of(batch.model).computed(rows=batch.n_rows, padded_rows=0, device_s=batch.device_s)
 
-    def refused(self, route: str, error: RequestError) -> None:
-        """Take note of a request that was turned away."""
-        self.metrics.refused(error.kind)
+    def end(
+        self, exchange: Exchange, status: int, *, failure: RequestError | None = None, cause: Exception | None = None
+    ) -> bytes | None:
+        """Take note of how an exchange ends.
 
-    def answered(self, exchange: Exchange, status: int) -> bytes | None:
-        """Take note of an answer; give the Server-Timing header of one that rows were computed for."""
-        embedded = exchange.embedded
-        if embedded is None or exchange.served is None:
+        Parameters
+        ----------
+        exchange : Exchange
+        status : int
+        failure : RequestError, optional
+            What its client is told.
+        cause : Exception, optional
+            What is behind it, where that is a defect.
+
+        Returns
+        -------
+        bytes or None
+            The Server-Timing header of an answer that rows were computed for.
+        """
+        if failure is not None:
+            self.metrics.refused(failure.kind)
+        timing = None
+        if exchange.embedded is None or exchange.served is None:
             self.metrics.answered(exchange.route, status)
-            return None
-        total_s = time.perf_counter() - exchange.began
-        job = embedded.job
-        queue_s, device_s = (job.cut - job.queued, job.device_s) if job is not None else (0.0, 0.0)
-        decode_s = embedded.decode_s
-        self._of(exchange.served).answered(exchange.route, status, total_s=total_s, queue_s=queue_s, decode_s=decode_s)
-        return server_timing(queue=queue_s, decode=decode_s, device=device_s, total=total_s)
+        else:
+            total_s = time.perf_counter() - exchange.began
+            queue_s, decode_s, device_s = exchange.embedded.seconds
+            self._of(exchange.served).answered(
+                exchange.route, status, total_s=total_s, queue_s=queue_s, decode_s=decode_s
+            )
+            timing = server_timing(queue=queue_s, decode=decode_s, device=device_s, total=total_s)
+        if self._log.wants(status):
+            self._log.write(_record(exchange, status, failure), cause=cause)
+        if exchange.span is not None and self.tracer is not None:
+            embedded = exchange.embedded
+            self.tracer.end_request(
+                exchange.span,
+                method=exchange.scope["method"],
+                route=exchange.route,
+                status=status,
+                model=exchange.model or None,
+                rows=embedded.n_rows if embedded is not None else 0,
+                error=failure.kind if failure is not None else None,
+            )
+        return timing
 
     def _of(self, model: ServedModel) -> ModelMetrics:
         if self._generation != self._models.generation:
@@ -74,3 +124,30 @@ class Recorder:
         held = set(self._models.held)
         for model in [model for model in self._known if model not in held]:
             self.metrics.forget(self._known.pop(model))
+
+
+def _record(exchange: Exchange, status: int, failure: RequestError | None) -> RequestRecord:
+    trace = None
+    if exchange.span is not None:
+        from serving.watching.spans import trace_id
+
+        trace = trace_id(exchange.span)
+    embedded = exchange.embedded
+    queue_s, decode_s, device_s = embedded.seconds if embedded is not None else (None, None, None)
+    return RequestRecord(
+        request_id=exchange.request_id.decode("latin-1"),
+        route=exchange.route,
+        status=status,
+        error=failure.kind if failure is not None else None,
+        detail=failure.message if failure is not None else None,
+        model=exchange.model or None,
+        version=exchange.version or None,
+        key=exchange.key.id if exchange.key is not None else None,
+        rows=embedded.n_rows if embedded is not None else None,
+        bytes=exchange.announced_bytes or None,
+        queue_s=queue_s,
+        decode_s=decode_s,
+        device_s=device_s,
+        total_s=time.perf_counter() - exchange.began,
+        trace_id=trace,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import os
 import signal
 import socket
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import pytest
 from numpy.typing import NDArray
 
 from vaefeat import OnnxEncoder, RemoteEncoder
-from vaefeat.bundle import load_bundle
+from vaefeat.bundle import Bundle, load_bundle
 
 CHECKOUT = Path(__file__).parents[2]
 NPY = {"content-type": "application/x-npy"}
@@ -51,6 +52,12 @@ class Service:
                 if process.environ().get("VAEFEAT_TEST_MARK") == self.mark and process.status() != "zombie":
                     found.append(process)
         return found
+
+    def log(self) -> list[dict[str, Any]]:
+        """Read what it logged; fails for anything on standard error that is no line of the log, or an error."""
+        lines: list[dict[str, Any]] = [json.loads(line) for line in self.errors.read_text().splitlines()]
+        assert [line for line in lines if line["level"] == "error"] == []
+        return lines
 
     def press_ctrl_c(self) -> int:
         """Send SIGINT to the foreground process group, as a terminal does."""
@@ -104,7 +111,7 @@ def service(
         # Last of all, for whatever the tests did to it:
         assert started.press_ctrl_c() == 0
         assert started.family() == []
-        assert started.errors.read_text() == ""
+        assert {line["status"] // 100 for line in started.log()} <= {4}
         assert started.process.stdout is not None
         assert started.process.stdout.read() == "", "more than the one line on stdout"
 
@@ -126,7 +133,7 @@ def test_ready_line_tells_address_engine_models_and_provider(service: Service) -
     assert url.startswith("http://127.0.0.1:")
     assert engine in {"engine=ray", "engine=local"}
     assert (models, provider) == ("models=digits", "provider=CPUExecutionProvider")
-    assert httpx.get(f"{url}/readyz").json() == {"ready": True}
+    assert httpx.get(f"{url}/readyz").json()["ready"]
     assert httpx.get(f"{url}/livez").status_code == 200
 
 
@@ -168,15 +175,14 @@ def test_bad_requests_are_answered_in_the_envelope_and_the_next_one_works(servic
     assert httpx.post(f"{service.url}/v1/embed", content=npy.read_bytes(), headers=NPY).status_code == 200
 
 
-@pytest.mark.parametrize("streamed", [False, True])
-def test_a_body_over_the_limit_is_answered_413(service: Service, streamed: bool) -> None:
-    def parts() -> Iterator[bytes]:
-        for _ in range(65):
-            yield bytes(2**20)
-
-    content: Any = parts() if streamed else bytes(64 * 2**20 + 1)
-    answer = httpx.post(f"{service.url}/v1/embed", content=content, headers=NPY, timeout=30)
+def test_a_body_over_the_limit_is_answered_413(service: Service) -> None:
+    answer = httpx.post(f"{service.url}/v1/embed", content=bytes(64 * 2**20 + 1), headers=NPY, timeout=30)
     assert (answer.status_code, answer.json()["error"]["type"]) == (413, "too_large")
+
+
+def test_a_body_of_unknown_length_is_answered_411(service: Service) -> None:
+    answer = httpx.post(f"{service.url}/v1/embed", content=iter([bytes(100)]), headers=NPY, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (411, "length_required")
 
 
 def test_a_body_just_within_the_limit_arrives(service: Service) -> None:
@@ -283,7 +289,9 @@ def test_a_bad_bundle_is_refused_before_anything_is_started(engine: str, digits_
     load_bundle(digits_bundle).save(tmp_path / "edited")
     (tmp_path / "edited" / "encoder.onnx").write_bytes(b"something else")
     assert "hashes" in refusal(tmp_path / "edited", "--engine", engine, "--port", 0, tmp_path=tmp_path)
-    assert "wanted the folder of a bundle" in refusal(tmp_path, "--engine", engine, "--port", 0, tmp_path=tmp_path)
+    (tmp_path / "empty").mkdir()
+    told = refusal(tmp_path / "empty", "--engine", engine, "--port", 0, tmp_path=tmp_path)
+    assert "wanted the folder of a bundle" in told
 
 
 def test_two_bundles_with_one_name_are_refused(digits_bundle: Path, tmp_path: Path) -> None:
@@ -332,3 +340,112 @@ def test_command_line_without_a_bundle_explains_itself(tmp_path: Path) -> None:
     with launched(tmp_path=tmp_path) as started:
         assert started.process.wait(20) == 2
         assert "BUNDLE" in started.errors.read_text()
+
+
+def post_npy(url: str, body: bytes, **headers: str) -> httpx.Response:
+    return httpx.post(f"{url}/v1/embed", content=body, headers={**NPY, **headers}, timeout=20)
+
+
+@pytest.mark.parametrize("how", ["signal", "watch", "client"])
+@pytest.mark.parametrize("engine", ["local", RAY])
+def test_a_new_bundle_takes_over_without_a_failed_request(
+    engine: str, how: str, digits_bundle: Path, variant: Callable[..., Bundle], tmp_path: Path, npy: Path
+) -> None:
+    load_bundle(digits_bundle).save(tmp_path / "digits")
+    new, body = variant(), npy.read_bytes()
+    arguments = [tmp_path / "digits", "--engine", engine, "--port", 0, *(["--watch"] if how == "watch" else [])]
+    if engine == "ray":
+        arguments += ["--replicas", 2]
+    with launched(*arguments, tmp_path=tmp_path) as started:
+        url = wait_until_ready(started).url
+        new.save(tmp_path / "digits")
+        if how == "signal":
+            started.process.send_signal(signal.SIGHUP)
+        elif how == "client":
+            assert httpx.post(f"{url}/v2/repository/models/digits/load", content=b"", timeout=20).status_code == 200
+        deadline, last = time.monotonic() + 40, [""]
+        while last[-30:] != [new.digest] * 30 and time.monotonic() < deadline:
+            answer = post_npy(url, body)  # a connection each time: to any of the replicas
+            assert answer.status_code == 200
+            last.append(answer.headers["x-vaefeat-digest"])
+        assert last[-30:] == [new.digest] * 30
+        old = load_bundle(digits_bundle).digest
+        pinned = httpx.post(f"{url}/v1/embed?version={old[7:]}", content=body, headers=NPY)
+        assert pinned.headers["x-vaefeat-digest"] == old
+        assert started.press_ctrl_c() == 0
+        assert started.family() == []
+
+
+@pytest.mark.parametrize("engine", ["local", RAY])
+def test_a_bad_bundle_at_reload_is_logged_and_the_old_one_serves(
+    engine: str, digits_bundle: Path, tmp_path: Path, npy: Path
+) -> None:
+    load_bundle(digits_bundle).save(tmp_path / "digits")
+    with launched(tmp_path / "digits", "--engine", engine, "--port", 0, tmp_path=tmp_path) as started:
+        url = wait_until_ready(started).url
+        (tmp_path / "digits" / "encoder.onnx").write_bytes(b"something else")
+        started.process.send_signal(signal.SIGHUP)
+        deadline = time.monotonic() + 20
+        while "hashes" not in started.errors.read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert "hashes" in started.errors.read_text()
+        assert post_npy(url, npy.read_bytes()).headers["x-vaefeat-digest"] == load_bundle(digits_bundle).digest
+
+
+@pytest.mark.serve
+def test_with_two_replicas_one_may_be_killed_and_clients_see_only_closed_connections(
+    digits_bundle: Path, tmp_path: Path, digits_rows: NDArray[np.uint8], local: OnnxEncoder
+) -> None:
+    wanted = local.embed(digits_rows[:200])
+    with launched(digits_bundle, "--replicas", 2, "--port", 0, tmp_path=tmp_path) as started:
+        url = wait_until_ready(started).url
+        replicas = [process for process in started.family() if "ServeReplica" in process.name()]
+        assert len(replicas) == 2
+        with RemoteEncoder(url, batch_size=20) as remote:
+            remote.embed(digits_rows[:200])
+            replicas[0].kill()
+            begun = time.monotonic()
+            while time.monotonic() - begun < 15:
+                assert remote.embed(digits_rows[:200]).tobytes() == wanted.tobytes()
+        replicas = [process for process in started.family() if "ServeReplica" in process.name()]
+        assert len(replicas) == 2
+        assert started.press_ctrl_c() == 0
+        assert started.family() == []
+
+
+@pytest.mark.parametrize("engine", ["local", RAY])
+def test_a_public_host_with_keys_asks_for_them(engine: str, digits_bundle: Path, tmp_path: Path, npy: Path) -> None:
+    keys = tmp_path / "keys.toml"
+    command = [sys.executable, "-m", "serving.keys", "new", "--id", "me", "--scope", "embed", "--file", str(keys)]
+    secret = subprocess.run(command, check=True, capture_output=True, text=True, cwd=CHECKOUT).stdout.strip()
+    arguments = [digits_bundle, "--engine", engine, "--host", "0.0.0.0", "--port", 0, "--keys", keys]
+    with launched(*arguments, tmp_path=tmp_path) as started:
+        url = wait_until_ready(started).url
+        assert post_npy(url, npy.read_bytes()).status_code == 401
+        assert post_npy(url, npy.read_bytes(), authorization=f"Bearer {secret}").status_code == 200
+        with RemoteEncoder(url, api_key=secret) as remote:
+            assert remote.embed(np.load(npy)[:3]).shape[0] == 3
+        keys.write_text(keys.read_text().replace("[keys.me]", "[keys.you]"))
+        assert started.press_ctrl_c() == 0
+        assert secret not in started.errors.read_text()
+
+
+@pytest.mark.parametrize("engine", ["local", RAY])
+def test_a_request_under_way_is_answered_although_the_service_stops(
+    engine: str, digits_bundle: Path, tmp_path: Path, npy: Path
+) -> None:
+    body = npy.read_bytes()
+    head = (
+        f"POST /v1/embed HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-npy\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with launched(digits_bundle, "--engine", engine, "--port", 0, tmp_path=tmp_path) as started:
+        url = httpx.URL(wait_until_ready(started).url)
+        with socket.create_connection((url.host, url.port), timeout=20) as connection:
+            connection.sendall(head.encode() + body[:1000])
+            while "vaefeat_in_flight 1" not in httpx.get(f"{url}metrics").text:
+                time.sleep(0.02)
+            started.process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+            connection.sendall(body[1000:])
+            assert connection.recv(100).startswith(b"HTTP/1.1 200 OK")
+        assert started.process.wait(60) == 0

@@ -20,7 +20,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 def test_service_answers_inside_and_is_gone_after(digits_bundle: Path) -> None:
     with running_server(digits_bundle, engine="local", start_timeout_s=60) as address:
-        assert httpx.get(f"{address}/readyz").json() == {"ready": True}
+        assert httpx.get(f"{address}/readyz").json()["ready"]
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{address}/readyz")
 

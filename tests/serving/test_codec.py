@@ -204,15 +204,16 @@ def test_decode_json_of_any_bytes_raises_nothing_but_codec_error(tail: bytes) ->
     "body",
     [
         b'{"rows": [["' + b"x" * 100_000 + b'"' + b', "a"' * 2_000 + b"]]}",
+        b'{"rows": [["' + b"x" * 100_000 + b'"' + b", 1" * 2_000 + b"]]}",
         b'{"rows": [' + b"{}," * 200_000 + b"{}]}",
     ],
-    ids=["texts", "objects"],
+    ids=["texts", "one text", "objects"],
 )
 def test_json_of_texts_or_objects_is_refused_without_taking_memory(body: bytes) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(CodecError, match="numbers only"):
             decode_json(body, max_lists=100, max_values=1_000_000)
-        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+        assert tracemalloc.get_traced_memory()[1] < 3_000_000  # the parser's own, for a body of 0.1 MB
     finally:
         tracemalloc.stop()

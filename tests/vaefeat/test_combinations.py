@@ -160,6 +160,16 @@ REFUSED_PAIRS = [
         pair({"prior": prior}, {"objective": objective}, STANDARD, ("objective='infovae'", {"objective": "infovae"}))
         for prior, objective in itertools.product(TRAINED_PRIORS, ("mmd", "sliced_wasserstein", "reconstruction"))
     ),
+    *(
+        pair(
+            {"style_dim": 2} if name == "style_dim" else {},
+            {"objective": objective, **({"neighbours": 3} if name == "neighbours" else {})},
+            ("objective='contrastive'", {"objective": "contrastive"}),
+            (f"{name}=0", {name: 0}),
+        )
+        for name, objective in itertools.product(("style_dim", "neighbours"), OBJECTIVES)
+        if objective != "contrastive"
+    ),
 ]
 
 
@@ -265,3 +275,4 @@ def test_latents_of_zero_are_refused() -> None:
 def test_names_that_others_register_are_theirs_to_combine() -> None:
     ModelConfig(posterior="mine", prior="vamp", latent_dim=1)
     refuse_pair(ModelConfig(posterior="mine", prior="theirs"), TrainConfig(free_bits=1.0, kl_estimator="analytic"))
+    refuse_pair(ModelConfig(style_dim=2), TrainConfig(objective="mine", neighbours=3))

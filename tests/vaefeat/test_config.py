@@ -14,7 +14,7 @@ import pytest
 from vaefeat import ModelConfig, TrainConfig, VAETransformer
 from vaefeat.errors import ConfigError, InputError, MissingExtraError, VaefeatError
 from vaefeat.model.vae import VAE
-from vaefeat.settings import Settings, unknown_name, with_overrides
+from vaefeat.settings import Settings, plain_value, unknown_name, with_overrides
 
 NOT_WHOLE = [0, -1, 1.0, 1.5, True, "1", None, math.nan]
 NOT_NUMBERS = [math.nan, math.inf, -math.inf, "1", None, True, 1j]
@@ -199,6 +199,23 @@ def test_transformer_turns_numpys_numbers_into_settings() -> None:
     assert TrainConfig.from_dict(train) == TrainConfig(kl_weight=0.25, max_epochs=2, seed=7)
     for settings in (model, train):
         assert {type(value) for value in settings.values()} <= {int, float, bool, str, list, tuple, type(None)}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (np.int16(2), 2),
+        (np.bool_(True), True),
+        (np.array(0.5), 0.5),
+        (np.array([16, 8]), (16, 8)),
+        ([np.int64(4), (np.float64(0.5), "a")], (4, (0.5, "a"))),
+        ({"mean": 1}, {"mean": 1}),
+    ],
+)
+def test_plain_value_has_nothing_of_numpy_left(value: Any, expected: Any) -> None:
+    # NumPy's numbers equal Python's, but no JSON is made of them.
+    plain = plain_value(value)
+    assert (plain, json.dumps(plain)) == (expected, json.dumps(expected))
 
 
 @pytest.mark.parametrize(

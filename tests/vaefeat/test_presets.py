@@ -10,8 +10,10 @@ import pytest
 from numpy.typing import NDArray
 
 from vaefeat import ModelConfig, TrainConfig, VAETransformer, pretrain
+from vaefeat.combinations import refuse_pair
 from vaefeat.errors import ConfigError
 from vaefeat.model.augmentation import suitable
+from vaefeat.model.objectives import OBJECTIVES
 from vaefeat.presets import backgrounds_differ, choose_settings, mirrored_rows_belong, refuse_changes
 
 TABLE = np.random.default_rng(0).normal(size=(300, 7)).astype(np.float32)
@@ -91,9 +93,27 @@ def test_mapping_changes_a_preset_field_by_field() -> None:
     assert train.objective == "contrastive"
 
 
-def test_another_objective_leaves_no_latents_to_style() -> None:
-    model, train = choose_settings(TABLE, n_rows=300, train={"objective": "iwae", "n_samples": 5})
-    assert (model.style_dim, train.objective) == (0, "iwae")
+@pytest.mark.parametrize("effort", ["fast", "best"])
+@pytest.mark.parametrize("objective", sorted(set(OBJECTIVES) - {"contrastive"}))
+def test_another_objective_leaves_out_what_only_views_have_a_use_for(objective: str, effort: str) -> None:
+    images = noise(4, 1, 28, 28)
+    model, train = choose_settings(images, n_rows=60_000, effort=effort, train={"objective": objective})
+    assert (model.style_dim, train.neighbours, train.objective) == (0, 0, objective)
+    refuse_pair(model, train)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"train": {"objective": "elbo", "neighbours": 5}},
+        {"train": {"objective": "elbo"}, "model": {"style_dim": 5}},
+        {"preset": "textbook", "model": {"style_dim": 5}},
+        {"model": ModelConfig(style_dim=5)},
+    ],
+)
+def test_what_only_views_have_a_use_for_is_refused_where_it_was_asked_for(asked: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"=5 with objective='elbo', which has no views"):
+        pretrain(TABLE, progress=False, **asked)
 
 
 def test_configuration_takes_the_place_of_the_preset() -> None:
@@ -126,9 +146,12 @@ def test_changes_are_refused_before_any_row_is_read() -> None:
 
 def test_numpys_numbers_are_numbers() -> None:
     model, train = choose_settings(
-        TABLE, n_rows=300, model={"latent_dim": np.int64(9)}, train={"max_epochs": np.int32(2)}
+        TABLE,
+        n_rows=300,
+        model={"latent_dim": np.int64(9), "hidden_dims": (np.int64(16), np.int64(8))},
+        train={"max_epochs": np.int32(2)},
     )
-    assert (model.latent_dim, train.max_epochs) == (9, 2)
+    assert (model.latent_dim, model.hidden_dims, train.max_epochs) == (9, (16, 8), 2)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import asyncio
 import copy
 import gc
-import http.server
 import json
 import pickle
+import shutil
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +17,14 @@ import psutil
 import pytest
 from numpy.typing import NDArray
 
-from serving import local_engine
 from serving.address import base_url, claim
-from serving.settings import Limits, ServiceSettings
+from serving.asked import Asked
+from serving.settings import Limits
+from tests.vaefeat.remote_servers import served, stranger
 from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import InputError, RemoteError
-from vaefeat.remote import RemoteEncoder
-
-
-@contextmanager
-def served(*bundles: Path, limits: Limits | None = None, port: int = 0) -> Iterator[str]:
-    """Run the local engine in a thread; requests sent before it is up wait in the listener's queue."""
-    listener, stop = claim("127.0.0.1", port), threading.Event()
-    url = base_url(listener)
-    settings = ServiceSettings(bundles=bundles, device="cpu", limits=limits or Limits())
-    server = threading.Thread(target=local_engine.run, args=(settings, listener, stop))
-    server.start()
-    try:
-        yield url
-    finally:
-        stop.set()
-        server.join()
-        listener.close()
+from vaefeat.remote import AsyncRemoteEncoder, RemoteEncoder
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +47,7 @@ def renamed(bundle: Path, folder: Path, name: str) -> Path:
 
 
 def test_remote_encoder_describes_the_bundle_as_the_local_one_does(url: str, local: OnnxEncoder) -> None:
-    with RemoteEncoder(url) as remote:
+    with RemoteEncoder(url, digest=local.digest) as remote:
         for attribute in ("name", "digest", "input", "outputs", "classes", "latent_dim", "active_units", "provider"):
             assert getattr(remote, attribute) == getattr(local, attribute)
         assert local.name in repr(remote)
@@ -119,39 +105,111 @@ def test_remote_encoder_where_several_models_are_served_needs_a_name(digits_bund
             assert remote.digest == load_bundle(other).digest
 
 
+def changed(bundle: Path, folder: Path) -> Bundle:
+    """Write the same encoder under the same name with another digest."""
+    old = load_bundle(bundle)
+    manifest = type(old.manifest).from_dict({**old.manifest.to_dict(), "objective": "other"})
+    return Bundle.of(manifest, {file: old.read(file) for file in old.files}).save(folder)
+
+
+def test_embed_while_the_server_swaps_bundles_keeps_to_the_pinned_one(
+    digits_bundle: Path, local: OnnxEncoder, digits_rows: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    folder, asked = tmp_path / "served", Asked()
+    load_bundle(digits_bundle).save(folder)
+    with served(folder, asked=asked) as url, RemoteEncoder(url) as remote:
+        shutil.rmtree(folder)
+        new = changed(digits_bundle, folder)
+        asked.reload.set()
+        deadline = time.monotonic() + 30
+        while (newest := RemoteEncoder(url)).digest != new.digest and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert newest.digest == new.digest
+        assert remote.digest == local.digest
+        np.testing.assert_array_equal(remote.embed(digits_rows[:50]), local.embed(digits_rows[:50]))
+
+
 def test_embed_after_the_server_changed_the_bundle_refuses_to_mix(
     digits_bundle: Path, tmp_path: Path, digits_rows: NDArray[np.uint8]
 ) -> None:
-    old = load_bundle(digits_bundle)
-    changed = Bundle.of(
-        type(old.manifest).from_dict({**old.manifest.to_dict(), "objective": "other"}),
-        {file: old.read(file) for file in old.files},
-    ).save(tmp_path / "changed")
-    assert changed.path is not None
+    old, new = load_bundle(digits_bundle), changed(digits_bundle, tmp_path / "changed")
+    assert new.path is not None
     with served(digits_bundle) as url:
         remote = RemoteEncoder(url)
         remote.embed(digits_rows[:2])
-    with served(changed.path, port=int(url.rpartition(":")[2])), remote:
+    with served(new.path, port=int(url.rpartition(":")[2])), remote:
         with pytest.raises(RemoteError, match="serves another bundle") as caught:
             remote.embed(digits_rows[:2])
-        assert old.digest in str(caught.value)
-        assert changed.digest in str(caught.value)
+        for bundle in (old, new):
+            assert bundle.digest.removeprefix("sha256:") in str(caught.value)
 
 
 def test_embed_after_the_server_stopped_names_the_url_and_works_once_it_is_back(
     digits_bundle: Path, digits_rows: NDArray[np.uint8]
 ) -> None:
     with served(digits_bundle) as url:
-        remote = RemoteEncoder(url)
+        remote = RemoteEncoder(url, patience_s=2)
     with pytest.raises(RemoteError, match=f"{url} cannot be reached.*python -m serving"):
         remote.embed(digits_rows[:2])
     with served(digits_bundle, port=int(url.rpartition(":")[2])), remote:
         assert remote.embed(digits_rows[:2]).shape == (2, remote.latent_dim)
 
 
+def test_embed_while_the_server_restarts_waits_for_it(
+    digits_bundle: Path, local: OnnxEncoder, digits_rows: NDArray[np.uint8]
+) -> None:
+    with served(digits_bundle) as url:
+        remote = RemoteEncoder(url, batch_size=10)
+        remote.embed(digits_rows[:40])
+    features: list[NDArray[np.float32]] = []
+    waiting = threading.Thread(target=lambda: features.append(remote.embed(digits_rows[:40])))
+    waiting.start()
+    time.sleep(0.5)
+    with served(digits_bundle, port=int(url.rpartition(":")[2])), remote:
+        waiting.join()
+    np.testing.assert_array_equal(features[0], local.embed(digits_rows[:40]))
+
+
+def test_embed_after_a_restart_with_smaller_limits_cuts_smaller(
+    digits_bundle: Path, local: OnnxEncoder, digits_rows: NDArray[np.uint8]
+) -> None:
+    rows = np.tile(digits_rows, (40, 1, 1, 1))  # 4.6 MB, more than a socket holds
+    with served(digits_bundle, limits=Limits(max_rows=100_000)) as url:
+        remote = RemoteEncoder(url, batch_size=100_000)
+        remote.embed(rows[:10])
+    smaller = Limits(max_rows=100_000, max_body_bytes=2**20)
+    with served(digits_bundle, limits=smaller, port=int(url.rpartition(":")[2])), remote:
+        np.testing.assert_array_equal(remote.embed(rows), local.embed(rows))
+
+
+def test_remote_encoder_where_nobody_listens_says_so_at_once() -> None:
+    begun = time.monotonic()
+    with claim("127.0.0.1", 0) as listener:
+        url = base_url(listener)
+    with pytest.raises(RemoteError, match="cannot be reached"):
+        RemoteEncoder(url)
+    assert time.monotonic() - begun < 5
+
+
+def test_async_remote_encoder_gives_the_local_encoder_s_bits_in_order(
+    url: str, local: OnnxEncoder, digits_rows: NDArray[np.uint8]
+) -> None:
+    rows = digits_rows[:50]
+
+    async def run() -> None:
+        async with await AsyncRemoteEncoder.connect(url, batch_size=7) as remote:
+            assert remote.digest == local.digest
+            assert local.name in repr(remote)
+            mean, logvar = await asyncio.gather(remote.embed(rows), remote.embed(rows, output="logvar"))
+        np.testing.assert_array_equal(mean, local.embed(rows))
+        np.testing.assert_array_equal(logvar, local.embed(rows, output="logvar"))
+
+    asyncio.run(run())
+
+
 def test_remote_encoder_of_a_listener_that_never_answers_times_out() -> None:
     with claim("127.0.0.1", 0) as silent, pytest.raises(RemoteError, match=r"did not answer within 0\.2 s"):
-        RemoteEncoder(base_url(silent), timeout_s=0.2)
+        RemoteEncoder(base_url(silent), timeout_s=0.2, patience_s=0)
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", "", "http://key@127.0.0.1:8000"])
@@ -176,10 +234,10 @@ def test_remote_encoder_copied_within_the_process_is_the_same_with_its_key(local
     seen: list[Any] = []
     answers: dict[str, tuple[int, dict[str, str], bytes]] = {
         "/v1/models": (200, {}, card(local)),
-        "/v1/embed": (500, {}, b""),
+        "/v1/embed": (400, {}, b""),
     }
     with stranger(answers, seen) as url, copy.deepcopy(RemoteEncoder(url, api_key="sesame")) as remote:
-        with pytest.raises(RemoteError):
+        with pytest.raises(InputError):
             remote.embed(np.zeros((1, 64)))
     assert [headers["authorization"] for headers in seen] == ["Bearer sesame"] * 2
 
@@ -218,34 +276,6 @@ def test_embed_from_many_threads_gives_each_its_own_rows(
     np.testing.assert_array_equal(np.concatenate([got[start] for start in range(0, 320, 40)]), wanted)
 
 
-@contextmanager
-def stranger(answers: dict[str, tuple[int, dict[str, str], bytes]], seen: list[Any]) -> Iterator[str]:
-    """Run an HTTP server that is not ours and answers what it was told to."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            seen.append(self.headers)
-            self.rfile.read(int(self.headers.get("content-length", 0)))
-            status, headers, body = answers[self.path.partition("?")[0]]
-            self.send_response(status)
-            for name, value in {**headers, "content-length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_POST = do_GET
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-
-
 def card(encoder: OnnxEncoder) -> bytes:
     model = {
         "id": encoder.name,
@@ -277,7 +307,7 @@ def test_remote_encoder_of_another_server_says_what_it_answered(
     status: int, body: bytes, error: type[Exception], told: str
 ) -> None:
     with stranger({"/v1/models": (status, {}, body)}, []) as url, pytest.raises(error, match=told) as caught:
-        RemoteEncoder(url)
+        RemoteEncoder(url, patience_s=0)
     assert url in str(caught.value)
 
 

@@ -18,10 +18,13 @@ from vaefeat.model.objectives import OBJECTIVES
 from vaefeat.model.vae import VAE
 from vaefeat.optimizers import make_optimizers
 from vaefeat.step import Knobs, TrainingStep, _laid_like
+from vaefeat.tuning import choose_engine
 from vaefeat.world import World
 
 SMALL: dict[str, Any] = {"latent_dim": 4, "hidden_dims": (16,), "network": "mlp"}
 CPU = torch.device("cpu")
+#: Of whose second step on neighbours look.
+NEIGHBOURS: dict[str, Any] = {"objective": "contrastive", "neighbours": 3, "remembered": 150}
 
 
 def make_step(rows: NDArray[Any], model: dict[str, Any] | None = None, **train: Any) -> TrainingStep:
@@ -30,6 +33,7 @@ def make_step(rows: NDArray[Any], model: dict[str, Any] | None = None, **train: 
         vae = VAE.for_rows(ModelConfig(**{**SMALL, **(model or {})}), rows)
     vae.train()
     objective = OBJECTIVES[config.objective](config)
+    objective.start(vae)
     return TrainingStep(vae, objective, config, n_train=len(rows), full=len(rows), world=World())
 
 
@@ -48,6 +52,8 @@ def after_steps(step: TrainingStep, rows: Tensor, n_steps: int = 2) -> tuple[Ten
         # Its temperature changes from step to step: a compiled graph must not take it for a constant.
         pytest.param({"posterior": "joint", "latent_dim": 14}, {}, id="joint", marks=pytest.mark.slow),
         pytest.param({"posterior": "iaf", "prior": "mixture"}, {}, id="flow", marks=pytest.mark.slow),
+        # What it remembers is written within the graph.
+        pytest.param({"style_dim": 1}, NEIGHBOURS, id="neighbours", marks=pytest.mark.slow),
         pytest.param({"posterior": "full"}, {"gradient_clip": 0.5}, id="full-clipped", marks=pytest.mark.slow),
         pytest.param(
             {"likelihood": "gaussian", "gaussian_std": "optimal"}, {"corruption": "masking"}, id="optimal-variance",
@@ -67,10 +73,37 @@ def test_compiled_steps_equal_steps_kernel_by_kernel(
         figures, weights = after_steps(compiled, rows)
     wanted_figures, wanted = after_steps(plain, rows)
     torch.testing.assert_close(figures, wanted_figures, rtol=1e-4, atol=1e-3)
+    for ours, theirs in zip(compiled.objective.memory.buffers(), plain.objective.memory.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
     for name, value in wanted.items():
         # Adam's first steps have the size of the learning rate however small a gradient is: most must agree closely.
         apart = (weights[name] - value).abs()
         assert (apart > 1e-3).float().mean() < 0.02, name
+
+
+def test_untouched_step_forgets_the_views_it_saw(digits_rows: NDArray[np.uint8]) -> None:
+    rows = torch.from_numpy(digits_rows[:64])
+    step = make_step(digits_rows[:64], **NEIGHBOURS)
+    after_steps(step, rows)
+    before, noise = copy.deepcopy(step.objective.memory.state_dict()), torch.get_rng_state()
+    with step.untouched():
+        step.gradients(rows, n_rows=64)
+        assert step.objective.memory.n_seen == before["n_seen"] + 64
+    for name, value in step.objective.memory.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert torch.equal(torch.get_rng_state(), noise)
+
+
+@pytest.mark.slow
+def test_compiling_and_measuring_remember_nothing(digits_rows: NDArray[np.uint8]) -> None:
+    rows = torch.from_numpy(digits_rows[:64])
+    step = make_step(digits_rows[:64], **NEIGHBOURS, compile=True)
+    after_steps(step, rows)
+    before = copy.deepcopy(step.objective.memory.state_dict())
+    engine = choose_engine(step, rows, step.config, n_rows=64, n_steps=10**9, threads=1)
+    assert engine.compiled
+    for name, value in step.objective.memory.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_compiled_step_draws_new_noise_at_each_call_and_the_same_from_the_same_seed(

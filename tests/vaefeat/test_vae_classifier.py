@@ -289,6 +289,7 @@ def test_settings_that_cannot_be_are_refused_in_fit(X: NDArray[np.uint8]) -> Non
         ({"augmentations": 3}, "got augmentations=3"),
         ({"encoder": "somewhere"}, "got an encoder for model='m2'"),
         ({"model_options": {"prior": "vamp"}}, "got 'prior' in model_options"),
+        ({"model": "m1m2", "model_options": {"style_dim": 2}}, "got 'style_dim' in model_options"),
         ({"train_options": {"patience": 3}}, "got train_options key 'patience'"),
         ({"n_components": 0}, "got latent_dim=0"),
         ({"image_shape": (1, 8, 9)}, "wanted 72 values for image_shape"),

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from vaefeat import ModelConfig, TrainConfig
+from vaefeat.checkpoint import read_checkpoint, restore_memory, under
 from vaefeat.combinations import refuse_workers
 from vaefeat.errors import ConfigError
+from vaefeat.model.contrast import Memory
 from vaefeat.model.objectives import OBJECTIVES
 from vaefeat.model.vae import VAE
 from vaefeat.placement import threads_for, using_threads
@@ -39,6 +41,20 @@ NOISE_FREE = (
 NOISY = (
     ModelConfig(latent_dim=4, network="mlp", hidden_dims=(32,)),
     TrainConfig(max_epochs=3, batch_size=4, device="cpu", threads=1, checkpoint_seconds=1e-9),
+)
+#: Whose workers each remember the views of their own rows, as few of them as two minibatches bring.
+REMEMBERING = (
+    ModelConfig(latent_dim=4, style_dim=1, network="mlp", hidden_dims=(32,)),
+    TrainConfig(
+        objective="contrastive",
+        neighbours=2,
+        remembered=4,
+        max_epochs=3,
+        batch_size=4,
+        device="cpu",
+        threads=1,
+        checkpoint_seconds=1e-9,
+    ),
 )
 SEEDS = (0, 1, 2)
 
@@ -64,7 +80,7 @@ folder, rank, settings = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.arg
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
 cpu = torch.device("cpu")
 rows = np.load(folder / "rows.npy")
-noise_free, noisy = [(ModelConfig.from_dict(m), TrainConfig.from_dict(t)) for m, t in settings["runs"]]
+noise_free, noisy, remembering = [(ModelConfig.from_dict(m), TrainConfig.from_dict(t)) for m, t in settings["runs"]]
 facts, tensors = {}, {}
 
 def trainer(model, train, data=rows, **more):
@@ -103,27 +119,28 @@ run = trainer(model, train)
 facts["history"] = [record.train_elbo for record in run.run().history]
 keep("trained", run.vae)
 
-model, train = noisy
-whole = trainer(model, train, checkpoint=folder / "whole.safetensors")
-whole.run()
-keep("whole", whole.vae)
-
 class StopAt(Observer):
     def on_steps(self, *, epoch, step, **figures):
         if (epoch, step) == (2, 50):
             request_stop(signal.SIGTERM)
 
-stopped = folder / "stopped.safetensors"
-try:
-    trainer(model, train, checkpoint=stopped, observers=[StopAt()]).run()
-except TrainingInterrupted as stop:
-    facts["stopped"] = str(stop)
-dist.barrier()
-if rank == 0:
-    (folder / "kept.safetensors").write_bytes(stopped.read_bytes())
-continued = trainer(model, train, checkpoint=stopped)
-continued.run(resume=True)
-keep("continued", continued.vae)
+facts["stopped"] = []
+for name, (model, train) in {"noisy": noisy, "remembering": remembering}.items():
+    whole = trainer(model, train, checkpoint=folder / f"{name}-whole.safetensors")
+    whole.run()
+    keep(f"{name}-whole", whole.vae)
+    stopped = folder / f"{name}-stopped.safetensors"
+    try:
+        trainer(model, train, checkpoint=stopped, observers=[StopAt()]).run()
+    except TrainingInterrupted as stop:
+        facts["stopped"].append(str(stop))
+    dist.barrier()
+    if rank == 0:
+        (folder / f"{name}-kept.safetensors").write_bytes(stopped.read_bytes())
+    continued = trainer(model, train, checkpoint=stopped)
+    continued.run(resume=True)
+    keep(f"{name}-continued", continued.vae)
+    tensors.update({f"{name}-memory.{key}": value for key, value in continued.objective.memory.state_dict().items()})
 
 everything = np.load(folder / "everything.npy")
 facts["elbos"] = []
@@ -175,7 +192,7 @@ def group(tmp_path_factory: pytest.TempPathFactory, digits_rows: NDArray[np.uint
     np.save(folder / "rows.npy", rows)
     np.save(folder / "everything.npy", digits_rows)
     settings = {
-        "runs": [[config.to_dict() for config in run] for run in (NOISE_FREE, NOISY)],
+        "runs": [[config.to_dict() for config in run] for run in (NOISE_FREE, NOISY, REMEMBERING)],
         "elbo": [config.to_dict() for config in ELBO],
         "seeds": SEEDS,
     }
@@ -289,14 +306,44 @@ def test_noise_free_training_of_two_is_that_of_one(group: Group, rows: NDArray[n
     assert_same(trained, group.under("trained", 1))
 
 
-def test_two_workers_that_were_stopped_go_on_as_if_they_had_not_been(group: Group) -> None:
+@pytest.mark.parametrize("name", ["noisy", "remembering"])
+def test_two_workers_that_were_stopped_go_on_as_if_they_had_not_been(group: Group, name: str) -> None:
     for rank in (0, 1):
-        assert "in epoch 2 after batch 50 of 68" in group.facts[rank]["stopped"]
-        assert_same(group.under("continued", rank), group.under("whole", 0))
+        assert all("in epoch 2 after batch 50 of 68" in told for told in group.facts[rank]["stopped"])
+        assert_same(group.under(f"{name}-continued", rank), group.under(f"{name}-whole", 0))
+
+
+def test_each_worker_remembers_views_of_its_own(group: Group) -> None:
+    first, second = (group.under("remembering-memory", rank) for rank in (0, 1))
+    # 271 rows an epoch in minibatches of 4, of the last of which the second worker has one row, and the first two.
+    assert [int(memory["n_seen"]) for memory in (first, second)] == [3 * 136, 3 * 135]
+    assert not torch.equal(first["views"], second["views"])
+
+
+@pytest.mark.parametrize("n_workers", [1, 3])
+def test_checkpoint_gives_each_worker_its_own_memory_and_new_ones_the_first_ones(group: Group, n_workers: int) -> None:
+    tensors, meta = read_checkpoint(group.folder / "remembering-kept.safetensors")
+    assert meta["workers"] == 2
+    kept = [under(f"memory.{rank}.", tensors) for rank in (0, 1)]
+    assert not torch.equal(kept[0]["views"], kept[1]["views"])
+    for rank in range(n_workers):
+        memory = Memory(4, 3)
+        restore_memory(memory, tensors, World(rank, n_workers))
+        assert_same(memory.state_dict(), kept[rank if rank < 2 else 0])
+
+
+def test_another_number_of_workers_goes_on_with_what_the_first_remembers(group: Group, rows: NDArray[np.uint8]) -> None:
+    path = group.folder / "remembering-kept.safetensors"
+    run = alone(*REMEMBERING, rows, checkpoint=path)
+    run._load(path)
+    seen = int(read_checkpoint(path)[0]["memory.0.n_seen"])
+    assert seen == 136 + 2 * 50
+    assert run.objective.memory.n_seen == seen
+    assert len(alone(*REMEMBERING, rows, checkpoint=path).run(resume=True).history) == 3
 
 
 def test_another_number_of_workers_goes_on_where_two_were_stopped(group: Group, rows: NDArray[np.uint8]) -> None:
-    run = alone(*NOISY, rows, checkpoint=group.folder / "kept.safetensors")
+    run = alone(*NOISY, rows, checkpoint=group.folder / "noisy-kept.safetensors")
     result = run.run(resume=True)
     assert len(result.history) == 3
     assert run.step == 0

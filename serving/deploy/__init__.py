@@ -1,0 +1,1 @@
+"""What runs the service elsewhere: files for those who operate it, and what writes them."""

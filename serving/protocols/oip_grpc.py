@@ -1,0 +1,398 @@
+"""The Open Inference Protocol v2 over gRPC, and gRPC's own health protocol.
+
+The six calls of ``inference.GRPCInferenceService`` and both of ``grpc.health.v1.Health``, on the same
+:class:`serving.service.Service` as everything else.
+
+References
+----------
+See :mod:`serving.protocols.oip_messages`; https://grpc.io/docs/guides/health-checking.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+import serving.protocols.oip_messages as messages
+from serving.errors import CodecError, SetupError, as_request_error
+from serving.guard.keys import require_scope
+from serving.guard.rates import rate_limited
+from serving.protocols.oip import (
+    InferRequest,
+    describe_model,
+    describe_server,
+    failures_text,
+    marked_failures,
+    parse_priority,
+    parse_timeout,
+    refuse_parameters,
+)
+from serving.protocols.tensors import (
+    IMAGES,
+    check_input,
+    check_outputs,
+    images_from_bytes,
+    rows_from_bytes,
+    rows_from_numbers,
+)
+
+if TYPE_CHECKING:
+    from serving.guard.keys import Key, KeyRing
+    from serving.guard.rates import RateLimiter
+    from serving.models import ServedModel
+    from serving.service import Embedded, Service
+    from vaefeat.input_spec import InputSpec
+
+__all__ = [
+    "HealthServicer",
+    "InferenceServicer",
+    "add_GRPCInferenceServiceServicer_to_server",
+    "add_HealthServicer_to_server",
+    "decode_model_infer",
+    "encode_model_infer",
+    "start_grpc",
+]
+
+_log = logging.getLogger("serving")
+
+_INFERENCE_SERVICE = "inference.GRPCInferenceService"
+_HEALTH_SERVICE = "grpc.health.v1.Health"
+#: What the health of can be asked for.
+_KNOWN = ("", _INFERENCE_SERVICE)
+_CALLS = ("ServerLive", "ServerReady", "ModelReady", "ServerMetadata", "ModelMetadata", "ModelInfer")
+#: The field of InferTensorContents that holds values of a datatype.
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
+    "INT64": "int64_contents",
+    **dict.fromkeys(("UINT8", "UINT16", "UINT32"), "uint_contents"),
+    "UINT64": "uint64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+_CODES = {
+    401: grpc.StatusCode.UNAUTHENTICATED,
+    403: grpc.StatusCode.PERMISSION_DENIED,
+    404: grpc.StatusCode.NOT_FOUND,
+    408: grpc.StatusCode.DEADLINE_EXCEEDED,
+    409: grpc.StatusCode.FAILED_PRECONDITION,
+    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    500: grpc.StatusCode.INTERNAL,
+    503: grpc.StatusCode.UNAVAILABLE,
+    504: grpc.StatusCode.DEADLINE_EXCEEDED,
+}
+#: A status travels in the trailers, which gRPC bounds at 8 KiB.
+_MAX_DETAILS = 2000
+#: Calls that are answered at the same time; further ones are RESOURCE_EXHAUSTED. gRPC reads a message whole before
+#: anyone is asked, so this and the size of a message bound the memory.
+_MAX_CALLS = 64
+#: How often Watch looks whether something changed, in seconds.
+_WATCH_EVERY_S = 0.5
+
+
+def decode_model_infer(
+    message: Any, *, spec: InputSpec, outputs: Mapping[str, int], max_rows: int
+) -> InferRequest:  # the message's class is made at run time
+    """Read a ModelInferRequest; parameters as :func:`serving.protocols.oip.decode_infer`.
+
+    Raises
+    ------
+    CodecError
+        Anything that is not such a request.
+    RequestError
+        413 for more than `max_rows`.
+    """
+    if len(message.inputs) != 1:
+        raise CodecError(f"got {len(message.inputs)} inputs, wanted one")
+    (tensor,) = message.inputs
+    refuse_parameters(tensor.parameters, "the input")
+    name, datatype, shape = tensor.name, tensor.datatype, list(tensor.shape)
+    n = check_input(name, datatype, shape, spec=spec, max_rows=max_rows)
+    rows, images = None, None
+    if message.raw_input_contents:
+        raw = _only_raw(message, tensor)
+        if name == IMAGES:
+            images = images_from_bytes(raw, n=n)
+        else:
+            rows = rows_from_bytes(raw, datatype=datatype, shape=shape, spec=spec)
+    else:
+        values = _typed_contents(tensor, datatype)
+        if name != IMAGES:
+            rows = rows_from_numbers(values, datatype=datatype, shape=shape, spec=spec)
+        elif len(values) == n:
+            images = list(values)
+        else:
+            raise CodecError(f"got {len(values)} items of BYTES, wanted {n}, as the shape says")
+    names = [output.name for output in message.outputs]
+    check_outputs(names, outputs=outputs)
+    for output in message.outputs:
+        refuse_parameters(output.parameters, "an output")
+    return InferRequest(
+        message.id or None,
+        rows,
+        images,
+        tuple((name, True) for name in names) or (("mean", True),),
+        parse_priority(_parameter(message, "priority")),
+        parse_timeout(_parameter(message, "timeout")),
+    )
+
+
+def _only_raw(message: Any, tensor: Any) -> bytes:
+    if len(message.raw_input_contents) != 1 or tensor.HasField("contents"):
+        raise CodecError(
+            f"got {len(message.raw_input_contents)} raw_input_contents"
+            f"{' and contents of the input' if tensor.HasField('contents') else ''}, wanted one for the one input, "
+            "or its contents in their place"
+        )
+    raw: bytes = message.raw_input_contents[0]
+    return raw
+
+
+def _typed_contents(tensor: Any, datatype: str) -> Any:
+    field = _CONTENTS.get(datatype)
+    if field is None:
+        raise CodecError(f"got no raw_input_contents, wanted them for {datatype}, which contents have no field for")
+    filled = [descriptor.name for descriptor, _ in tensor.contents.ListFields()]
+    if filled != [field]:
+        raise CodecError(
+            f"got the contents {filled}, wanted {field} for {datatype}, or raw_input_contents in their place"
+        )
+    return getattr(tensor.contents, field)
+
+
+def _parameter(message: Any, name: str) -> Any:
+    # Asking a map for what is not there would put it there.
+    if name not in message.parameters:
+        return None
+    parameter = message.parameters[name]
+    choice = parameter.WhichOneof("parameter_choice")
+    return None if choice is None else getattr(parameter, choice)
+
+
+def encode_model_infer(model: ServedModel, request: InferRequest, embedded: Embedded) -> Any:
+    """Write a ModelInferResponse with raw contents.
+
+    The features of images that could not be decoded are NaN, as :class:`serving.protocols.oip.InferEncoder` has it.
+    """
+    response = messages.ModelInferResponse(
+        model_name=model.name, model_version=model.version, id=request.id or "", parameters={}
+    )
+    response.parameters["digest"].string_param = model.digest
+    if embedded.errors:
+        response.parameters["errors"].string_param = failures_text(embedded)
+    for name, _ in request.outputs:
+        features = marked_failures(embedded, name)
+        response.outputs.add(name=name, datatype="FP32", shape=features.shape)
+        response.raw_output_contents.append(features.tobytes())
+    return response
+
+
+class InferenceServicer:
+    """The calls of ``inference.GRPCInferenceService``, by their names there.
+
+    Parameters
+    ----------
+    service : Service
+    keys : KeyRing, optional
+        One with the scope ``embed`` is asked for by everything but what probes call: ServerLive, ServerReady and
+        ModelReady. It travels in the metadata, as ``authorization: Bearer KEY`` or ``x-api-key: KEY``.
+    rates : RateLimiter, optional
+        Slows keys down to their rates.
+    """
+
+    def __init__(self, service: Service, *, keys: KeyRing | None = None, rates: RateLimiter | None = None) -> None:
+        self._service, self._keys, self._rates = service, keys, rates
+
+    async def ServerLive(self, request: Any, context: Any) -> Any:
+        """Answer, which is the news."""
+        return messages.ServerLiveResponse(live=True)
+
+    async def ServerReady(self, request: Any, context: Any) -> Any:
+        """Tell whether every model works."""
+        return messages.ServerReadyResponse(ready=self._service.ready)
+
+    async def ModelReady(self, request: Any, context: Any) -> Any:
+        """Tell whether one model works."""
+        async with _told_to(context):
+            self._service.find(request.name, request.version)
+            return messages.ModelReadyResponse(ready=self._service.ready)
+
+    async def ServerMetadata(self, request: Any, context: Any) -> Any:
+        """Describe the server; of the protocol's extensions, only parameters and priorities are for gRPC."""
+        async with _told_to(context):
+            self._key_of(context)
+            return messages.ServerMetadataResponse(**describe_server(extensions=("parameters", "schedule_policy")))
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:
+        """Describe a model."""
+        async with _told_to(context):
+            self._key_of(context)
+            model = self._service.find(request.name, request.version)
+            return messages.ModelMetadataResponse(**describe_model(model, versions=self._service.versions(model.name)))
+
+    async def ModelInfer(self, request: Any, context: Any) -> Any:
+        """Embed rows or images."""
+        async with _told_to(context):
+            key = self._key_of(context)
+            model = self._service.find(request.model_name or None, request.model_version)
+            limits = self._service.limits
+            asked = decode_model_infer(request, spec=model.input, outputs=model.outputs, max_rows=limits.max_rows)
+            self._spend(key, rows=len(asked.batch), bytes=request.ByteSize())
+            embedded = await self._service.embed(
+                model,
+                asked.batch,
+                outputs=tuple(name for name, _ in asked.outputs),
+                priority=asked.priority,
+                timeout_s=_sooner(asked.timeout_s, context.time_remaining()),
+            )
+            return encode_model_infer(model, asked, embedded)
+
+    def _key_of(self, context: Any) -> Key | None:
+        if self._keys is None:
+            return None
+        metadata = {name: value.encode() for name, value in context.invocation_metadata() if isinstance(value, str)}
+        return require_scope(self._keys.identify(metadata.get("authorization"), metadata.get("x-api-key")), "embed")
+
+    def _spend(self, key: Key | None, *, rows: int, bytes: int) -> None:
+        if key is not None and self._rates is not None and (wait_s := self._rates.take(key, rows=rows, bytes=bytes)):
+            raise rate_limited(wait_s)
+
+
+def _sooner(timeout_s: float | None, deadline_s: float | None) -> float | None:
+    given = [seconds for seconds in (timeout_s, deadline_s) if seconds is not None]
+    return min(given, default=None)
+
+
+@asynccontextmanager
+async def _told_to(context: Any) -> AsyncIterator[None]:
+    """End the call with the status of whatever is raised inside."""
+    try:
+        yield
+    except Exception as error:
+        refusal = as_request_error(error)
+        if refusal is not error and refusal.status == 500:
+            _log.exception("a gRPC request failed")
+        await context.abort(
+            _CODES.get(refusal.status, grpc.StatusCode.INVALID_ARGUMENT),
+            refusal.message[:_MAX_DETAILS],
+            tuple((name, value) for name, value in refusal.headers.items() if name == "retry-after"),
+        )
+
+
+class HealthServicer:
+    """Both calls of ``grpc.health.v1.Health``: the whole server is known as "", and the inference service by its name.
+
+    Parameters
+    ----------
+    service : Service
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def Check(self, request: Any, context: Any) -> Any:
+        """Tell how it is now."""
+        if (status := self._status(request.service)) == messages.SERVICE_UNKNOWN:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"got service {request.service[:80]!r}, wanted {_KNOWN}")
+        return messages.HealthCheckResponse(status=status)
+
+    async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """Tell how it is now, and whenever that changes."""
+        told = None
+        while True:
+            if (status := self._status(request.service)) != told:
+                told = status
+                yield messages.HealthCheckResponse(status=status)
+            await asyncio.sleep(_WATCH_EVERY_S)
+
+    def _status(self, name: str) -> int:
+        if name not in _KNOWN:
+            return messages.SERVICE_UNKNOWN
+        return messages.SERVING if self._service.ready else messages.NOT_SERVING
+
+
+def add_GRPCInferenceServiceServicer_to_server(servicer: Any, server: Any) -> None:
+    """Register what has the calls of :class:`InferenceServicer`, as generated code does.
+
+    Ray Serve's ``grpc_servicer_functions`` takes this function too.
+    """
+    _register(server, _INFERENCE_SERVICE, {name: _unary(getattr(servicer, name), name) for name in _CALLS})
+
+
+def add_HealthServicer_to_server(servicer: Any, server: Any) -> None:
+    """Register what has the calls of :class:`HealthServicer`."""
+    check = _unary(servicer.Check, "HealthCheck")
+    watch = grpc.unary_stream_rpc_method_handler(servicer.Watch, check.request_deserializer, check.response_serializer)
+    _register(server, _HEALTH_SERVICE, {"Check": check, "Watch": watch})
+
+
+def _unary(call: Any, messages_of: str) -> Any:
+    return grpc.unary_unary_rpc_method_handler(
+        call,
+        request_deserializer=getattr(messages, f"{messages_of}Request").FromString,
+        response_serializer=getattr(messages, f"{messages_of}Response").SerializeToString,
+    )
+
+
+def _register(server: Any, name: str, handlers: dict[str, Any]) -> None:
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+    server.add_registered_method_handlers(name, handlers)
+
+
+async def start_grpc(
+    service: Service,
+    address: str,
+    *,
+    max_message_bytes: int,
+    keys: KeyRing | None = None,
+    rates: RateLimiter | None = None,
+    shared: bool = False,
+) -> grpc.aio.Server:
+    """Serve both protocols.
+
+    Parameters
+    ----------
+    service : Service
+    address : str
+        Host and port, ``127.0.0.1:8001``.
+    max_message_bytes : int
+        Largest request; 64 of them may be in memory at the same time.
+    keys : KeyRing, optional
+    rates : RateLimiter, optional
+        As for :class:`InferenceServicer`.
+    shared : bool
+        Whether other processes serve at the same port; connections are shared out among them.
+
+    Returns
+    -------
+    grpc.aio.Server
+        Running; ``await server.stop(grace_s)`` ends it.
+
+    Raises
+    ------
+    SetupError
+        The address cannot be bound.
+    """
+    server = grpc.aio.server(
+        maximum_concurrent_rpcs=_MAX_CALLS,
+        options=[
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_send_message_length", -1),
+            # Of two services on one port, each would get some of the connections, without a word.
+            ("grpc.so_reuseport", int(shared)),
+        ],
+    )
+    add_GRPCInferenceServiceServicer_to_server(InferenceServicer(service, keys=keys, rates=rates), server)
+    add_HealthServicer_to_server(HealthServicer(service), server)
+    try:
+        server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise SetupError(f"got {address}, which gRPC cannot listen on ({error}); choose another port") from error
+    await server.start()
+    return server

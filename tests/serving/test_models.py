@@ -1,0 +1,138 @@
+"""Versions: loaded beside the old one, proved, put in place, chosen again; and what is bad changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from serving.errors import ModelError, RequestError, SetupError
+from serving.models import Models, Place, ServedModel, find_bundles
+from vaefeat.bundle import Bundle, load_bundle
+from vaefeat.encoder import OnnxEncoder
+
+PLACE = Place(device="cpu", max_batch_rows=8)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, digits_bundle: Path) -> Path:
+    load_bundle(digits_bundle).save(tmp_path / "digits")
+    return tmp_path / "digits"
+
+
+def test_load_of_a_new_bundle_takes_over_and_keeps_the_version_before(
+    folder: Path, variant: Callable[..., Bundle], digits_rows: NDArray[np.uint8]
+) -> None:
+    models = Models.from_bundles([folder], place=PLACE)
+    (old,) = models.current
+    variant().save(folder)
+    new = models.load("digits")
+    assert models.find("digits") is new
+    assert models.versions("digits") == (new.version, old.version)
+    assert models.find("digits", old.version) is old
+    assert models.find(None, old.digest) is old
+    (before,), (after,) = (model.compute(digits_rows[:3], ["mean"]) for model in (old, new))
+    np.testing.assert_array_equal(after, before * 2)
+
+
+def test_load_of_an_unchanged_bundle_changes_nothing(folder: Path) -> None:
+    models = Models.from_bundles([folder], place=PLACE)
+    (old,) = models.current
+    assert models.load("digits") is old
+    assert models.generation == 0
+
+
+def test_load_of_a_third_version_lets_the_first_go(folder: Path, variant: Callable[..., Bundle]) -> None:
+    models = Models.from_bundles([folder], place=PLACE)
+    first = models.current[0].version
+    for factor in (2.0, 3.0):
+        variant(factor=factor).save(folder)
+        models.load("digits")
+    assert first not in models.versions("digits")
+    assert len(models.versions("digits")) == 2
+
+
+@pytest.mark.parametrize("fault", ["edited", "dishonest", "renamed", "gone"])
+def test_load_of_a_bad_bundle_leaves_the_old_one_serving(
+    folder: Path, variant: Callable[..., Bundle], fault: str
+) -> None:
+    models = Models.from_bundles([folder], place=PLACE)
+    (old,) = models.current
+    if fault == "edited":
+        (folder / "encoder.onnx").write_bytes(b"something else")
+    elif fault == "dishonest":
+        variant(honest=False).save(folder)
+    elif fault == "renamed":
+        variant(name="other").save(folder)
+    else:
+        (folder / "bundle.json").unlink()
+    with pytest.raises(ModelError):
+        models.load("digits")
+    assert models.find("digits") is old
+    assert models.versions("digits") == (old.version,)
+
+
+def test_choose_of_the_version_before_rolls_back_and_forth(folder: Path, variant: Callable[..., Bundle]) -> None:
+    models = Models.from_bundles([folder], place=PLACE)
+    (old,) = models.current
+    variant().save(folder)
+    new = models.load("digits")
+    assert models.choose("digits", old.version) is old
+    assert models.versions("digits") == (old.version, new.version)
+    assert models.load("digits") is new  # what the folder holds
+    with pytest.raises(RequestError) as caught:
+        models.choose("digits", "0" * 64)
+    assert caught.value.status == 404
+
+
+def test_unload_of_the_last_model_is_refused_and_of_another_is_not(
+    folder: Path, variant: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    variant(name="second").save(tmp_path / "second")
+    models = Models.from_bundles([folder, tmp_path / "second"], place=PLACE)
+    models.unload("second")
+    assert models.names == ["digits"]
+    with pytest.raises(RequestError, match="only one"):
+        models.unload("digits")
+    assert models.load("second").name == "second"
+    assert models.names == ["digits", "second"]
+
+
+def test_find_of_what_is_not_served_says_what_is(folder: Path) -> None:
+    models = Models.from_bundles([folder], place=PLACE)
+    with pytest.raises(RequestError, match="wanted one of 'digits'") as caught:
+        models.find("other")
+    assert caught.value.status == 404
+
+
+def test_warm_up_of_a_device_that_computes_something_else_fails(variant: Callable[..., Bundle]) -> None:
+    with pytest.raises(ModelError, match="standard deviations"):
+        ServedModel(variant(factor=1.1, honest=False), place=PLACE).warm_up()
+    ServedModel(variant(factor=1.1), place=PLACE).warm_up()
+
+
+def test_warm_up_without_a_reference_wants_finite_features(variant: Callable[..., Bundle]) -> None:
+    ServedModel(variant(reference=False), place=PLACE).warm_up()
+    with pytest.raises(ModelError, match="NaN or infinity"):
+        ServedModel(variant(factor=float("inf"), reference=False), place=PLACE).warm_up()
+
+
+def test_find_bundles_in_a_folder_of_bundles_finds_all(
+    folder: Path, variant: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    variant(name="second").save(tmp_path / "other-folder")
+    (tmp_path / "notes").mkdir()
+    assert find_bundles([tmp_path]) == {"digits": folder, "second": tmp_path / "other-folder"}
+    variant().save(tmp_path / "twice")
+    with pytest.raises(SetupError, match="two bundles named 'digits'"):
+        find_bundles([tmp_path])
+
+
+def test_served_model_computes_the_encoder_s_bits(folder: Path, digits_rows: NDArray[np.uint8]) -> None:
+    model = ServedModel(load_bundle(folder), place=PLACE)
+    encoder = OnnxEncoder(folder, device="cpu")
+    for output, features in zip(model.outputs, model.compute(digits_rows[:77], list(model.outputs)), strict=True):
+        assert features.tobytes() == encoder.embed(digits_rows[:77], output=output).tobytes()
