@@ -8,7 +8,6 @@
 What happens to a request, from the network inwards:
 
 ===================  ==================================================================================================
-``edge``             request ids, bounds on the body while it arrives, one form for whatever failed
 ``app``              the routes; Starlette, knows nothing of Ray
 ``media``            Content-Type and Accept: which form a body has, and which its answer takes
 ``codec``            bytes <-> arrays: npy and JSON, strict

@@ -92,7 +92,7 @@ class Application:
     ) -> None:
         self.service = service
         self.admission = Admission(service.limits, keys=keys)
-        names = {*_names(_EXACT), *_names(_OF_MODELS), *_names(_OF_REPOSITORY), "/v1/models/{model}"}
+        names = {*_names(_EXACT), *_names(_OF_MODELS), *_names(_OF_REPOSITORY), _CARD[1]}
         self.recorder = Recorder(service.models, routes=names, replica=replica, access_log=access_log, tracer=tracer)
         service.batcher.tracer = tracer
         service.told = self.recorder.batch
@@ -107,13 +107,15 @@ class Application:
         self._exact = self._bound(_EXACT)
         self._of_models = self._bound(_OF_MODELS)
         self._of_repository = self._bound(_OF_REPOSITORY)
-        self._card = {"GET": Route("/v1/models/{model}", self._meta.model, scope="embed", form=openai.error_form)}
+        self._card = self._bound({"": _CARD})[""]
         self._reading_keys: asyncio.Task[None] | None = None
 
     def routes(self) -> list[str]:
         """List what is served, method and address."""
-        tables = (_EXACT, _OF_MODELS, _OF_REPOSITORY)
-        return [f"{method} {name}" for table in tables for method, name, *_ in table.values()]
+        rows = [*_EXACT.values(), _CARD, *_OF_MODELS.values(), *_OF_REPOSITORY.values()]
+        named = [f"{method} {name}" for method, name, *_ in rows]
+        versioned = [f"{method} {name.replace(_NAME, _NAME + _OF_VERSION)}" for method, name, *_ in _OF_MODELS.values()]
+        return list(dict.fromkeys([*named, *versioned]))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run one exchange, or the lifespan."""
@@ -159,7 +161,7 @@ class Application:
                 405,
                 "method_not_allowed",
                 "got a method that is not served here; see the Allow header",
-                headers={"allow": ", ".join(methods)},
+                headers={"allow": ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])},
             )
         exchange.route = route.name
         return route
@@ -217,6 +219,7 @@ _OIP = inference.error_form
 #: By address: method, name, handler, scope, whether there is a body, form of errors.
 _EXACT: dict[str, _Row] = {
     "/": ("GET", "/", "_meta.index", "", False, envelope),
+    "/openapi.json": ("GET", "/openapi.json", "_meta.openapi", "", False, envelope),
     "/livez": ("GET", "/livez", "_meta.livez", "", False, envelope),
     "/readyz": ("GET", "/readyz", "_meta.readyz", "", False, envelope),
     "/metrics": ("GET", "/metrics", "_meta.metrics", "metrics", False, envelope),
@@ -229,6 +232,8 @@ _EXACT: dict[str, _Row] = {
     "/v2/health/ready": ("GET", "/v2/health/ready", "_inference.ready", "", False, _OIP),
     "/v2/repository/index": ("POST", "/v2/repository/index", "_inference.index", "admin", True, _OIP),
 }
+_CARD: _Row = ("GET", "/v1/models/{model}", "_meta.model", "embed", False, openai.error_form)
+_NAME, _OF_VERSION = "{model}", "/versions/{version}"
 #: By what follows /v2/models/{model}[/versions/{version}].
 _OF_MODELS: dict[str, _Row] = {
     "": ("GET", "/v2/models/{model}", "_inference.model", "embed", False, _OIP),
@@ -259,4 +264,9 @@ def _failed(exchange: Exchange, route: Route | None, failure: RequestError) -> A
 
 
 def _form_of(path: str) -> Callable[[RequestError, bytes], bytes]:
+    """Tell in which form an error is written where no route was found, or not with this method."""
+    if (row := _EXACT.get(path)) is not None:
+        return row[-1]
+    if path.startswith("/v1/models/"):
+        return openai.error_form
     return _OIP if path.startswith("/v2/") else envelope

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.errors import RequestError, overloaded
+from serving.errors import RequestError, overloaded, too_late
 
 if TYPE_CHECKING:
     from serving.watching.spans import Tracer
@@ -404,7 +404,7 @@ class RowBatcher:
             if job.future.done() or job.deadline < now:
                 waiting.popleft()
                 self._forget(job, left)
-                self._fail(job, _too_late())
+                self._fail(job, too_late("got no place on the device"))
                 continue
             n_rows = min(left, wanted - batch.n_rows)
             if not job.taken:
@@ -465,7 +465,7 @@ class RowBatcher:
         now = time.perf_counter()
         for job in self._waiting():
             if job.deadline < now:
-                self._fail(job, _too_late())
+                self._fail(job, too_late("got no place on the device"))
         if self._turn or self.busy:
             self._sweep = self._loop.call_later(_SWEEP_S, self._look_at_deadlines)
 
@@ -491,15 +491,6 @@ def _collect(job: Job, features: Mapping[str, NDArray[np.float32]], start: int, 
         if output not in job.parts:
             job.parts[output] = np.empty((n_rows, *computed.shape[1:]), computed.dtype)
         job.parts[output][start:stop] = computed[there]
-
-
-def _too_late() -> RequestError:
-    return RequestError(
-        504,
-        "deadline_exceeded",
-        "got no place on the device before the request's time was over; send fewer rows, or allow more time",
-        headers={"retry-after": "1"},
-    )
 
 
 def _not_finite(row: int) -> RequestError:

@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from serving.errors import CodecError
+from serving.errors import CodecError, shown
 from serving.protocols.tensors import flatten
 from vaefeat.input_spec import InputSpec
 
@@ -144,7 +144,7 @@ def _npy_beginning(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     return file.getvalue()
 
 
-def decode_json(body: bytes, *, max_lists: int) -> EmbedBody:
+def decode_json(body: bytes, *, max_lists: int, max_values: int) -> EmbedBody:
     """Read ``{"rows": [[...], ...], "model": "...", "output": "..."}``; the last two may be left out.
 
     Parameters
@@ -153,6 +153,8 @@ def decode_json(body: bytes, *, max_lists: int) -> EmbedBody:
         UTF-8.
     max_lists : int
         Most lists that a body may hold: one, and one or more for each row.
+    max_values : int
+        Most numbers that all rows may hold together. A number of two bytes takes forty in memory.
 
     Raises
     ------
@@ -161,6 +163,10 @@ def decode_json(body: bytes, *, max_lists: int) -> EmbedBody:
     """
     if body.count(b"[") > max_lists:
         raise CodecError(f"got more than {max_lists} lists, which is more than the allowed rows hold; send fewer rows")
+    if body.count(b",") > max_values + _MAX_JSON_QUOTES:
+        raise CodecError(
+            f"got more than {max_values} numbers, which is more than the allowed rows hold; send fewer rows"
+        )
     # NumPy would give every value the size of the longest text, before anyone sees that there is text at all.
     if body.count(b"{") > _MAX_JSON_BRACES or body.count(b'"') > _MAX_JSON_QUOTES:
         raise CodecError('got texts or objects among the rows, wanted {"rows": [[...], ...]} with numbers only')
@@ -169,7 +175,7 @@ def decode_json(body: bytes, *, max_lists: int) -> EmbedBody:
     except orjson.JSONDecodeError as error:
         raise CodecError(f"got a body that is not JSON: {error}; NaN and Infinity have no JSON form") from error
     if not isinstance(values, dict) or "rows" not in values or not values.keys() <= _JSON_KEYS:
-        got = f"the keys {sorted(values)[:8]}" if isinstance(values, dict) else f"a {type(values).__name__}"
+        got = f"the keys {shown(sorted(values))}" if isinstance(values, dict) else f"a {type(values).__name__}"
         raise CodecError(f'got JSON with {got}, wanted {{"rows": [[...], ...]}}, and "model" and "output" if need be')
     for key in ("model", "output"):
         if not isinstance(values.get(key), str | None):

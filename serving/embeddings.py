@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from serving.errors import RequestError
 from serving.exchange import Answer, Exchange
-from serving.media import JSON
+from serving.media import JSON, require_plain
 from serving.protocols.openai import decode_embeddings, encode_embeddings
 from serving.service import Service
 
@@ -20,9 +20,11 @@ class Embeddings:
     async def create(self, exchange: Exchange) -> Answer:
         """Embed the items of one request."""
         service = self._service
+        require_plain(exchange.headers)
         content = await exchange.body(service.limits)
         most = service.limits.max_rows
-        asked = await service.off_loop(lambda: decode_embeddings(content, max_items=most))
+        values = most * max(model.input.n_features for model in service.models.current)
+        asked = await service.off_loop(lambda: decode_embeddings(content, max_items=most, max_values=values))
         # Clients insist on naming a model; where one is served, they may write what they like only by leaving it out.
         model = service.find(asked.model or None)
         exchange.model, exchange.version = model.name, model.version

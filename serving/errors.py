@@ -15,6 +15,7 @@ Every failed request is answered with one JSON envelope, whoever noticed the fai
 type                       status  when
 =========================  ======  ====================================================================================
 ``malformed_body``         400     not npy or JSON of the form that was announced
+``malformed_request``      400     not HTTP
 ``invalid_parameter``      400     an unknown query parameter, output or key, or no model named where several are served
 ``unauthorized``           401     no API key, or one that is unknown or has expired
 ``forbidden``              403     an API key without the scope that this needs
@@ -22,13 +23,14 @@ type                       status  when
 ``unknown_model``          404     no such model
 ``method_not_allowed``     405
 ``not_acceptable``         406     Accept leaves neither npy nor JSON
-``body_timeout``           408     the body did not arrive in time
+``body_timeout``           408     the body, or the headers, did not arrive in time
 ``conflict``               409     a model that cannot be loaded or unloaded as asked
 ``length_required``        411     a body whose length no Content-Length announces
 ``too_large``              413     more bytes or rows than the limits allow
 ``unsupported_media_type`` 415     neither npy nor JSON, or compressed
 ``invalid_rows``           422     well-formed, but not what the bundle takes (:class:`vaefeat.errors.InputError`)
 ``rate_limited``           429     more rows or bytes than the API key's rate; try again after Retry-After
+``head_too_large``         431     a request line and headers that do not end
 ``internal_error``         500     a defect of ours; the server's log has it under the request id
 ``non_finite_output``      500     the encoder computed NaN or infinity
 ``overloaded``             503     too many requests or rows at once; try again after Retry-After
@@ -39,10 +41,9 @@ type                       status  when
 from __future__ import annotations
 
 from collections.abc import Mapping
+from reprlib import Repr
 
 import orjson
-from starlette.exceptions import HTTPException
-from starlette.responses import Response
 
 from vaefeat.errors import InputError
 
@@ -54,10 +55,15 @@ __all__ = [
     "SetupError",
     "as_request_error",
     "envelope",
-    "error_response",
     "overloaded",
+    "shown",
     "too_large",
+    "too_late",
 ]
+
+_repr = Repr()
+_repr.maxstring = _repr.maxother = 80
+_repr.maxlevel = 2
 
 
 class SetupError(Exception):
@@ -110,6 +116,11 @@ class RequestError(Exception):
         self.param = param
 
 
+def shown(value: object) -> str:
+    """Quote what a client sent, however much it is: an error is a line, whatever it is about."""
+    return _repr.repr(value)
+
+
 def too_large(message: str) -> RequestError:
     """Answer 413; the connection closes, because the rest of such a body is not worth reading."""
     return RequestError(413, "too_large", message, headers={"connection": "close"})
@@ -118,6 +129,16 @@ def too_large(message: str) -> RequestError:
 def overloaded(message: str, *, retry_after_s: int = 1) -> RequestError:
     """Answer 503 with a time after which to try again."""
     return RequestError(503, "overloaded", message, headers={"retry-after": str(retry_after_s)})
+
+
+def too_late(what: str) -> RequestError:
+    """Answer 504 for what has not happened in time."""
+    return RequestError(
+        504,
+        "deadline_exceeded",
+        f"{what} before the request's time was over; send fewer rows, or allow more time",
+        headers={"retry-after": "1"},
+    )
 
 
 def as_request_error(error: Exception) -> RequestError:
@@ -130,18 +151,7 @@ def as_request_error(error: Exception) -> RequestError:
         return RequestError(422, "invalid_rows", str(error))
     if isinstance(error, ModelError):
         return RequestError(409, "conflict", str(error))
-    if isinstance(error, HTTPException):
-        return _of_status(error.status_code, str(error.detail), error.headers)
     return RequestError(500, "internal_error", "the server failed on this request; its log has the details")
-
-
-def _of_status(status: int, detail: str, headers: Mapping[str, str] | None) -> RequestError:
-    known = {
-        404: ("not_found", "got an address that is not served; GET / lists those that are"),
-        405: ("method_not_allowed", "got a method that is not served here; see the Allow header"),
-    }
-    kind, message = known.get(status, ("http_error", detail))
-    return RequestError(status, kind, message, headers=headers)
 
 
 def envelope(error: RequestError, request_id: bytes) -> bytes:
@@ -149,8 +159,3 @@ def envelope(error: RequestError, request_id: bytes) -> bytes:
     # A message may quote what the client sent, so it may hold what UTF-8 cannot.
     message = error.message.encode("utf-8", "backslashreplace").decode()
     return orjson.dumps({"error": {"type": error.kind, "message": message, "request_id": request_id.decode()}})
-
-
-def error_response(error: RequestError, request_id: str) -> Response:
-    """Put an error into the envelope, for what stands before the application."""
-    return Response(envelope(error, request_id.encode()), error.status, error.headers, media_type="application/json")

@@ -21,13 +21,18 @@ if TYPE_CHECKING:
     from serving.models import ServedModel
     from serving.service import Embedded
 
-__all__ = ["Answer", "ClientGoneError", "Exchange", "Headers", "json_answer"]
+__all__ = ["Answer", "ClientGoneError", "Exchange", "Headers", "json_answer", "new_request_id"]
 
 Headers = list[tuple[bytes, bytes]]
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 #: An id of its own for each request costs a system call; a random beginning and a count are as unique.
 _PROCESS = uuid.uuid4().hex[:20].encode()
 _COUNT = itertools.count(1)
+
+
+def new_request_id() -> bytes:
+    """Make an id that no other request has."""
+    return b"%s%x" % (_PROCESS, next(_COUNT))
 
 
 class Answer(NamedTuple):
@@ -57,7 +62,7 @@ class Exchange:
     request_id : bytes
         The client's ``x-request-id`` if it is a plain one, else ours.
     announced_bytes : int
-        Content-Length; 0 without one.
+        Content-Length, or what the body has become; room is kept for it.
     body_is_read : bool
         From then on the only message that can come is that the client has gone.
     began : float
@@ -99,7 +104,7 @@ class Exchange:
         if given is not None and _REQUEST_ID.fullmatch(given):
             self.request_id = given
         else:
-            self.request_id = b"%s%x" % (_PROCESS, next(_COUNT))
+            self.request_id = new_request_id()
         self.announced_bytes = 0
         self.body_is_read = self.started = self.gone = False
         self.route = "other"
@@ -122,6 +127,11 @@ class Exchange:
         if self.admission is not None:
             self.admission.admit_rows(self.key, n_rows)
 
+    def grow(self, n_bytes: int) -> None:
+        """Keep room for a body that is larger than what was announced."""
+        if self.admission is not None:
+            self.admission.grow(self, n_bytes)
+
     async def body(self, limits: Limits) -> bytes:
         """Read the whole body.
 
@@ -131,19 +141,19 @@ class Exchange:
             408: it does not arrive in time; 413: more than was announced and is allowed.
         ClientGoneError
         """
-        message = await self._within(limits.body_timeout_s)
+        deadline = self.began + limits.body_timeout_s
+        message = await self._before(deadline)
         content: bytes = message.get("body", b"")
         if message.get("more_body", False):
-            content = await self._rest(content, limits)
+            content = await self._rest(content, deadline, limits)
         self.body_is_read = True
         return content
 
-    async def _rest(self, first: bytes, limits: Limits) -> bytes:
-        deadline = asyncio.get_running_loop().time() + limits.body_timeout_s
+    async def _rest(self, first: bytes, deadline: float, limits: Limits) -> bytes:
         whole = bytearray(first)
         more = True
         while more:
-            message = await self._within(deadline - asyncio.get_running_loop().time(), got=len(whole))
+            message = await self._before(deadline, got=len(whole))
             whole += message.get("body", b"")
             more = message.get("more_body", False)
             if len(whole) > limits.max_body_bytes:
@@ -153,9 +163,9 @@ class Exchange:
                 )
         return bytes(whole)
 
-    async def _within(self, timeout_s: float, *, got: int = 0) -> Any:
+    async def _before(self, deadline: float, *, got: int = 0) -> Any:
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(deadline - time.perf_counter()):
                 message = await self._receive()
         except TimeoutError:
             raise RequestError(

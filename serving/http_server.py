@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import uvicorn
 
 from serving.app import Application
+from serving.connection import Connection
 from serving.guard.keys import KeyRing
 from serving.service import Service
 from serving.settings import ServiceSettings
@@ -54,7 +55,7 @@ def make_server(app: Application, settings: ServiceSettings) -> HttpServer:
     """Make a server, to be run with ``await server.serve(sockets=[listener])``."""
     config = uvicorn.Config(
         app,
-        http="httptools",
+        http=Connection,
         lifespan="on",
         ws="none",
         log_config=None,

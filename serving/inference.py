@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import unquote
 
 import orjson
 
-from serving.errors import CodecError, RequestError
+from serving.errors import CodecError, RequestError, too_large
 from serving.exchange import Answer, Exchange, json_answer
 from serving.media import JSON
 from serving.models import ServedModel
@@ -42,9 +41,9 @@ def split_model_path(path: str) -> tuple[str, str | None, str] | None:
     version = None
     if len(rest) >= 2 and rest[0] == "versions":
         version, rest = rest[1], rest[2:]
-    if not name or len(rest) > 1:
+    if not name or version == "" or len(rest) > 1:
         return None
-    return unquote(name), version, rest[0] if rest else ""
+    return name, version, rest[0] if rest else ""
 
 
 def error_form(error: RequestError, request_id: bytes) -> bytes:
@@ -92,6 +91,7 @@ class Inference:
         if coding is not None:
             limit = service.limits.max_body_bytes
             content = await service.off_loop(lambda: inflate(content, encoding=coding.decode("latin-1"), limit=limit))
+            exchange.grow(len(content))
         length = parse_json_length(exchange.headers.get(b"inference-header-content-length"), body_length=len(content))
         most = service.limits.max_rows
         if (len(content) if length is None else length) <= service.limits.inline_bytes:
@@ -115,6 +115,9 @@ class Inference:
             )
         except InputError as error:
             raise RequestError(400, "invalid_rows", str(error)) from error
+        except RequestError as error:
+            # The protocol knows no 422.
+            raise (error if error.status != 422 else RequestError(400, error.kind, error.message)) from error
         exchange.note(model, embedded)
         encoder = self._encoder(model)
         if all(binary for _, binary in asked.outputs):
@@ -167,6 +170,8 @@ class Inference:
         content = await exchange.body(self._service.limits)
         if not content:
             return None
+        if len(content) > self._service.limits.inline_bytes:
+            raise too_large(f"got a body of {len(content)} bytes, wanted a version")
         try:
             values = orjson.loads(content)
         except orjson.JSONDecodeError as error:
@@ -187,7 +192,7 @@ class Inference:
             )
 
     def _named(self, exchange: Exchange) -> str:
-        return unquote(exchange.path.split("/")[4])
+        return exchange.path.split("/")[4]
 
     def _model(self, exchange: Exchange) -> ServedModel:
         found = split_model_path(exchange.path)

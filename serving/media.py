@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from serving.errors import RequestError
 
-__all__ = ["IMAGES", "JSON", "MULTIPART", "NPY", "RAW", "answer_type", "body_type"]
+__all__ = ["IMAGES", "JSON", "MULTIPART", "NPY", "RAW", "answer_type", "body_type", "require_plain"]
 
 NPY = "application/x-npy"
 JSON = "application/json"
@@ -25,14 +25,25 @@ def body_type(headers: Mapping[bytes, bytes]) -> str:
     RequestError
         415 for anything but what is listed above, and for what is compressed.
     """
-    encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
-    if encoding != "identity":
-        raise _unsupported(f"got Content-Encoding: {encoding[:40]}, wanted a body that is not compressed")
+    require_plain(headers)
     media_type = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
     if media_type not in _BODIES:
         got = f"Content-Type: {media_type[:80]}" if media_type else "no Content-Type"
         raise _unsupported(f"got {got}, wanted one of {', '.join(_BODIES)}; with curl: -H 'Content-Type: {NPY}'")
     return media_type
+
+
+def require_plain(headers: Mapping[bytes, bytes]) -> None:
+    """Refuse a body that is compressed.
+
+    Raises
+    ------
+    RequestError
+        415.
+    """
+    encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").strip().lower()
+    if encoding != "identity":
+        raise _unsupported(f"got Content-Encoding: {encoding[:40]}, wanted a body that is not compressed")
 
 
 def answer_type(accept: str | None, *, default: str) -> str:

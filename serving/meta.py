@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl
 
 import orjson
 
 from serving.exchange import Answer, Exchange, json_answer
 from serving.media import JSON
 from serving.models import ServedModel
+from serving.openapi import describe_api
 from serving.service import Service
 from serving.watching.recorder import Recorder
 from vaefeat import __version__
@@ -34,6 +35,7 @@ class Meta:
     def __init__(self, service: Service, recorder: Recorder, *, routes: Callable[[], Sequence[str]]) -> None:
         self._service, self._recorder, self._routes = service, recorder, routes
         self._cards: tuple[int, bytes] = (-1, b"")
+        self._description = orjson.dumps(describe_api())
 
     async def index(self, exchange: Exchange) -> Answer:
         """Tell a person who opens the address what is here."""
@@ -46,6 +48,10 @@ class Meta:
             "example": example,
         }
         return json_answer(about)
+
+    async def openapi(self, exchange: Exchange) -> Answer:
+        """Describe all routes to programs."""
+        return Answer(200, _JSON, self._description)
 
     async def livez(self, exchange: Exchange) -> Answer:
         """Answer, which is the news."""
@@ -71,7 +77,7 @@ class Meta:
     async def model(self, exchange: Exchange) -> Answer:
         """Describe one model, as OpenAI's clients ask for it; ``?version=`` names one that is not the newest."""
         query = dict(parse_qsl(exchange.scope["query_string"].decode("latin-1")))
-        name = unquote(exchange.path.removeprefix("/v1/models/"))
+        name = exchange.path.removeprefix("/v1/models/")
         return json_answer(self._card(self._service.find(name, query.get("version"))))
 
     async def metrics(self, exchange: Exchange) -> Answer:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.codec import EmbedBody, decode_json, decode_npy, decode_raw, encode_json, encode_npy
-from serving.errors import RequestError
+from serving.errors import RequestError, shown
 from serving.exchange import Answer, Exchange, Headers
 from serving.media import IMAGES, JSON, MULTIPART, NPY, RAW, answer_type, body_type
 from serving.models import ServedModel
@@ -23,6 +23,7 @@ __all__ = ["Native"]
 _PARAMETERS = {"model", "version", "output", "priority", "timeout_ms"}
 #: What addresses and headers say is the same for most requests of a client.
 _MOST_REMEMBERED = 512
+_LONGEST_REMEMBERED = 512
 #: Values that JSON encodes on the event loop; more take a thread.
 _INLINE_VALUES = 4096
 
@@ -41,9 +42,12 @@ class _Asked:
 
     @classmethod
     def of(cls, query_string: bytes, headers: Mapping[bytes, bytes]) -> _Asked:
-        query = dict(parse_qsl(query_string.decode("latin-1"), keep_blank_values=True))
+        pairs = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True)
+        query = dict(pairs)
         if unknown := sorted(query.keys() - _PARAMETERS):
-            raise _invalid(f"got the unknown query parameters {unknown}, wanted only {sorted(_PARAMETERS)}")
+            raise _invalid(f"got the unknown query parameters {shown(unknown)}, wanted only {sorted(_PARAMETERS)}")
+        if len(pairs) > len(query):
+            raise _invalid(f"got a query parameter twice, wanted each of {sorted(_PARAMETERS)} at most once")
         received = body_type(headers)
         preferred = JSON if received in (MULTIPART, *IMAGES) else received
         wanted = answer_type(_text(headers.get(b"accept")), default=preferred)
@@ -73,11 +77,11 @@ class Native:
         if asked.body_type == NPY:
             body = EmbedBody(decode_npy(content))
         elif asked.body_type == JSON:
-            most = self._most_lists(asked.model)
+            lists, values = self._most(asked.model)
             body = (
-                decode_json(content, max_lists=most)
+                decode_json(content, max_lists=lists, max_values=values)
                 if len(content) <= self._service.limits.inline_bytes
-                else await self._service.off_loop(lambda: decode_json(content, max_lists=most))
+                else await self._service.off_loop(lambda: decode_json(content, max_lists=lists, max_values=values))
             )
         else:
             body = EmbedBody(np.empty(0))
@@ -106,20 +110,23 @@ class Native:
         asked = self._remembered.get(said)
         if asked is None:
             asked = _Asked.of(exchange.scope["query_string"], headers)
-            if len(self._remembered) >= _MOST_REMEMBERED:
-                self._remembered.clear()
-            self._remembered[said] = asked
+            if sum(map(len, said)) <= _LONGEST_REMEMBERED:
+                if len(self._remembered) >= _MOST_REMEMBERED:
+                    self._remembered.clear()
+                self._remembered[said] = asked
         return asked
 
     async def _batch(
-        self, kind: str, content: bytes, body: EmbedBody, spec: InputSpec, exchange: Exchange
+        self, form: str, content: bytes, body: EmbedBody, spec: InputSpec, exchange: Exchange
     ) -> NDArray[np.generic] | list[bytes]:
-        if kind == RAW:
+        if form == RAW:
             return decode_raw(content, spec)
-        if kind in IMAGES:
+        if form in IMAGES:
             return [content]
-        if kind == MULTIPART:
-            return await self._service.off_loop(split_parts, content, exchange.headers[b"content-type"])
+        if form == MULTIPART:
+            most = self._service.limits.max_rows
+            kind = exchange.headers[b"content-type"]
+            return await self._service.off_loop(lambda: split_parts(content, kind, max_parts=most))
         return body.rows
 
     async def _answer(self, asked: _Asked, model: ServedModel, output: str, embedded: Embedded) -> Answer:
@@ -161,10 +168,12 @@ class Native:
             ]
         return headers
 
-    def _most_lists(self, name: str | None) -> int:
-        """Bound the nested lists of a JSON body before it is parsed: by the rows that are allowed of any model."""
+    def _most(self, name: str | None) -> tuple[int, int]:
+        """Bound the lists and numbers of a JSON body before it is parsed: by the rows that are allowed of any model."""
         specs = [model.input for model in self._service.models.current if name in (None, model.name)]
-        return 1 + self._service.limits.max_rows * max((_lists_in_a_row(spec) for spec in specs), default=1)
+        most = self._service.limits.max_rows
+        lists = 1 + most * max((_lists_in_a_row(spec) for spec in specs), default=1)
+        return lists, most * max((spec.n_features for spec in specs), default=1)
 
 
 def _lists_in_a_row(spec: InputSpec) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from serving.batcher import Batch, Job, RowBatcher
 from serving.errors import ModelError, RequestError, overloaded, too_large
-from serving.images import decode_into
+from serving.images import PixelRoom, decode_into
 from serving.models import Models, ServedModel
 from serving.settings import Limits
 from vaefeat.errors import DeviceError
@@ -125,6 +125,8 @@ class Service:
             max_queued_bytes=limits.max_queued_bytes,
             told=self._batch_done,
         )
+        self._room = PixelRoom(limits.max_image_pixels)
+        self._decoding_bytes = 0
         self._pool = ThreadPoolExecutor(limits.worker_threads, thread_name_prefix="codec")
         # Loading takes seconds; it must not stand in the way of bodies that wait to be decoded.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
@@ -293,12 +295,12 @@ class Service:
         if model.input.kind != "image":
             raise RequestError(422, "invalid_rows", f"got images, wanted {model.input}; send rows of numbers")
         began = time.perf_counter()
-        rows = np.zeros((len(encoded), *model.input.shape), model.input.dtype)
-        found = await _all(
-            self.off_loop(decode_into, rows, start, encoded[start : start + self.limits.images_per_task], model.input)
-            for start in range(0, len(encoded), self.limits.images_per_task)
-        )
-        errors = {position: message for part in found for position, message in part.items()}
+        n_bytes = len(encoded) * model.input.row_bytes
+        self._keep_room(n_bytes)
+        try:
+            rows, errors = await self._decode(model, encoded, deadline=began + timeout_s)
+        finally:
+            self._decoding_bytes -= n_bytes
         decode_s = time.perf_counter() - began
         if len(errors) == len(encoded):
             position, message = next(iter(sorted(errors.items())))
@@ -309,6 +311,43 @@ class Service:
         if errors:
             computed = {output: _spread(features, good, len(encoded)) for output, features in computed.items()}
         return Embedded(computed, job, errors, decode_s)
+
+    def _keep_room(self, n_bytes: int) -> None:
+        """Keep room for decoded rows: a file of a hundred bytes can become a row of a megabyte."""
+        most = self.limits.max_queued_bytes
+        if n_bytes > most:
+            raise too_large(
+                f"got images that make rows of {n_bytes} bytes, wanted at most {most}; send fewer at a time"
+            )
+        if self._decoding_bytes + n_bytes > most:
+            raise overloaded("as many images as there is room for are being decoded")
+        self._decoding_bytes += n_bytes
+
+    async def _decode(
+        self, model: ServedModel, encoded: Sequence[bytes], *, deadline: float
+    ) -> tuple[NDArray[Any], dict[int, str]]:
+        """Decode on some of the pool's threads: one request with many images leaves a thread to the others."""
+        rows = np.zeros((len(encoded), *model.input.shape), model.input.dtype)
+        size = self.limits.images_per_task
+        starts = iter(range(0, len(encoded), size))
+        errors: dict[int, str] = {}
+
+        async def work() -> None:
+            for start in starts:
+                part = encoded[start : start + size]
+                errors.update(await self.off_loop(decode_into, rows, start, part, model.input, self._room, deadline))
+
+        n_workers = min(max(1, self.limits.worker_threads - 1), -(-len(encoded) // size))
+        if n_workers == 1:
+            await work()
+            return rows, errors
+        workers = [asyncio.ensure_future(work()) for _ in range(n_workers)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+        return rows, errors
 
     def _batch_done(self, batch: Batch) -> None:
         if self.told is not None:
@@ -334,11 +373,6 @@ class Service:
 
     def _is_warming(self, name: str) -> None:
         self.state = f"warming up {name}"
-
-
-async def _all(calls: Any) -> list[dict[int, str]]:
-    tasks: list[Awaitable[dict[int, str]]] = list(calls)
-    return list(await asyncio.gather(*tasks))
 
 
 def _spread(features: NDArray[np.float32], good: NDArray[np.intp], n_rows: int) -> NDArray[np.float32]:

@@ -39,6 +39,8 @@ class Limits:
         Bodies up to this size are decoded on the event loop: handing them to a thread would take longer.
     images_per_task : int
         Images that one thread decodes before others get a turn.
+    max_image_pixels : int
+        Most pixels of an image, as its header says, and of all that are being decoded; one takes up to twenty bytes.
 
     Raises
     ------
@@ -58,6 +60,7 @@ class Limits:
     max_queued_bytes: int = 512 * 2**20
     inline_bytes: int = 65_536
     images_per_task: int = 16
+    max_image_pixels: int = 25_000_000
 
     def __post_init__(self) -> None:
         for bound in fields(self):

@@ -17,8 +17,9 @@ import os
 import struct
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -41,6 +42,9 @@ _FORMATS = ("PNG", "JPEG", "WEBP")
 _GREY_MODES = ("1", "L", "LA", "I;16")
 # Small blocks keep the threads busy with tiny images and bound what is in flight with large ones.
 _BLOCK = 32
+#: A camera writes ten; a small file of thousands takes hours, because each is a pass over all pixels.
+_MAX_JPEG_SCANS = 100
+_START_OF_SCAN = b"\xff\xda"
 
 
 class DecodedImages(NamedTuple):
@@ -214,7 +218,14 @@ def _blocks(items: Iterable[tuple[str, Path | bytes | None]]) -> Iterator[list[t
         yield block
 
 
-def decode_image(encoded: bytes, *, name: str, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
+def decode_image(
+    encoded: bytes,
+    *,
+    name: str,
+    shape: tuple[int, int, int],
+    max_pixels: int | None = None,
+    room: Callable[[int], AbstractContextManager[object]] | None = None,
+) -> NDArray[np.uint8]:
     """Decode one image to a row of a given shape.
 
     Parameters
@@ -225,6 +236,10 @@ def decode_image(encoded: bytes, *, name: str, shape: tuple[int, int, int]) -> N
         For error messages.
     shape : (int, int, int)
         Channels (1 or 3), height and width; another size is resized to it, grey is repeated over three channels.
+    max_pixels : int, optional
+        Most pixels of an image, as its header says; by default as many as Pillow allows.
+    room : callable, optional
+        Called with the number of pixels, once the header is read; what it returns is entered while they are in memory.
 
     Raises
     ------
@@ -232,9 +247,15 @@ def decode_image(encoded: bytes, *, name: str, shape: tuple[int, int, int]) -> N
         An image that cannot be read, or one in colour where `shape` is grey.
     """
     n_channels, *size = shape
-    (found,) = _decode_block([(name, encoded)], (size[0], size[1]), "raise", None)
-    pixels = found[1]
-    assert pixels is not None  # what cannot be read has raised
+    try:
+        _check_scans(encoded)
+        pixels = _decode(name, encoded, (size[0], size[1]), None, max_pixels=max_pixels, room=room)
+    except InputError:
+        raise
+    except _unreadable() as error:
+        # What Pillow says of a file that it does not know is the address of an object.
+        reason = "it is none of them" if isinstance(error, _unidentified()) else error
+        raise InputError(f"got {name} that cannot be read ({reason}), wanted a PNG, JPEG or WebP file") from error
     if pixels.ndim == 3 and n_channels == 1:
         raise InputError(f"got {name} in colour, wanted grey as the rows that the encoder was trained on; convert it")
     return np.ascontiguousarray(np.broadcast_to(pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1), shape))
@@ -247,22 +268,7 @@ def _decode_block(
     reference: Reference | None,
 ) -> list[tuple[str, NDArray[np.uint8] | None]]:
     """Decode in a thread; None stands for an image that is left out."""
-    from PIL import Image
-
-    # What Pillow's readers raise on damaged files. DecompressionBombWarning is raised where warnings are errors.
-    unreadable = (
-        _UnreadableError,
-        OSError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        LookupError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    )
+    unreadable = _unreadable()
     decoded: list[tuple[str, NDArray[np.uint8] | None]] = []
     for name, encoded in block:
         try:
@@ -282,8 +288,39 @@ def _decode_block(
     return decoded
 
 
+def _unreadable() -> tuple[type[Exception], ...]:
+    """List what Pillow's readers raise on damaged files."""
+    from PIL import Image
+
+    return (
+        _UnreadableError,
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        LookupError,
+        EOFError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,  # raised where warnings are errors
+    )
+
+
+def _unidentified() -> type[Exception]:
+    from PIL import UnidentifiedImageError
+
+    return UnidentifiedImageError
+
+
 def _decode(
-    name: str, encoded: Path | bytes | None, image_size: tuple[int, int] | None, reference: Reference | None
+    name: str,
+    encoded: Path | bytes | None,
+    image_size: tuple[int, int] | None,
+    reference: Reference | None,
+    *,
+    max_pixels: int | None = None,
+    room: Callable[[int], AbstractContextManager[object]] | None = None,
 ) -> NDArray[np.uint8]:
     """Decode one image to shape (H, W) or (H, W, 3)."""
     from PIL import Image, ImageOps
@@ -291,24 +328,38 @@ def _decode(
     if encoded is None:
         raise _UnreadableError("no image: the cell is null")
     with Image.open(encoded if isinstance(encoded, Path) else BytesIO(encoded), formats=_FORMATS) as image:
-        _check_header(image)
+        _check_header(image, max_pixels=max_pixels)
         must_fit = reference if image_size is None else None
         # Before the pixels are decoded; the orientation, which in PNG can stand behind them, may yet swap the sides.
         if must_fit is not None and sorted(image.size) != sorted(must_fit.size):
             raise _size_error(name, image, must_fit)
-        ImageOps.exif_transpose(image, in_place=True)
-        if must_fit is not None and image.size[::-1] != must_fit.size:
-            raise _size_error(name, image, must_fit)
-        plain = _to_grey_or_rgb(image)
-        if image_size is not None and plain.size != image_size[::-1]:
-            plain = plain.resize(image_size[::-1], Image.Resampling.BILINEAR)
-        return np.asarray(plain)
+        with nullcontext() if room is None else room(image.width * image.height):
+            ImageOps.exif_transpose(image, in_place=True)
+            if must_fit is not None and image.size[::-1] != must_fit.size:
+                raise _size_error(name, image, must_fit)
+            plain = _to_grey_or_rgb(image)
+            if image_size is not None and plain.size != image_size[::-1]:
+                plain = plain.resize(image_size[::-1], Image.Resampling.BILINEAR)
+            return np.asarray(plain)
 
 
-def _check_header(image: Image) -> None:
+def _check_scans(encoded: bytes) -> None:
+    """Refuse a JPEG file of very many scans before any of them is read.
+
+    Within a scan's data the marker cannot occur, because a byte 0xff is followed by a zero there.
+    """
+    if encoded[:2] == b"\xff\xd8" and (n_scans := encoded.count(_START_OF_SCAN)) > _MAX_JPEG_SCANS:
+        raise _UnreadableError(f"a JPEG file of {n_scans} scans, wanted at most {_MAX_JPEG_SCANS}")
+
+
+def _check_header(image: Image, *, max_pixels: int | None = None) -> None:
     """Refuse an image before its pixels are decoded."""
     from PIL import Image as Pillow
 
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        raise _UnreadableError(
+            f"{image.width} by {image.height} pixels, wanted at most {max_pixels} in all; make it smaller first"
+        )
     # Pillow itself only warns between this limit and twice as much.
     limit = Pillow.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:

@@ -32,7 +32,7 @@ class Admission:
     ----------
     rates : RateLimiter
     in_flight, in_flight_bytes : int
-        Requests with a body that are being answered, and what was announced of their bodies.
+        Requests with a body that are being answered, and what their bodies take.
     """
 
     def __init__(self, limits: Limits, *, keys: KeyRing | None = None) -> None:
@@ -79,8 +79,10 @@ class Admission:
         RequestError
             411, 413, 429, 503.
         """
-        announced = exchange.headers.get(b"content-length")
-        if announced is None or not announced.isdigit():
+        headers = exchange.headers
+        # With neither of the two there is no body (RFC 9112, section 6.3), as in curl -X POST.
+        announced = headers.get(b"content-length", b"" if b"transfer-encoding" in headers else b"0")
+        if not announced.isdigit():
             raise RequestError(
                 411,
                 "length_required",
@@ -106,6 +108,20 @@ class Admission:
         if self._looking is None:
             loop = asyncio.get_running_loop()
             self._looking = loop.call_later(_LOOK_FOR_CLIENTS_S, self._look_for_clients, loop)
+
+    def grow(self, exchange: Exchange, n_bytes: int) -> None:
+        """Keep room for a body that has become larger: inflated, a thousand times what was announced.
+
+        Raises
+        ------
+        RequestError
+            503.
+        """
+        more = max(0, n_bytes - exchange.announced_bytes)
+        if self.in_flight_bytes + more > self._limits.max_in_flight_bytes:
+            raise overloaded("bodies take all the memory that there is for them")
+        exchange.announced_bytes += more
+        self.in_flight_bytes += more
 
     def leave(self, exchange: Exchange) -> None:
         """Give the room back."""

@@ -20,7 +20,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from serving.errors import CodecError
+from serving.errors import CodecError, shown
 from serving.protocols.tensors import (
     IMAGES,
     ROWS,
@@ -30,7 +30,6 @@ from serving.protocols.tensors import (
     images_from_texts,
     rows_from_bytes,
     rows_from_values,
-    shown,
 )
 from vaefeat import __version__
 

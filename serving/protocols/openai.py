@@ -15,21 +15,24 @@ import binascii
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from serving.errors import CodecError, RequestError
+from serving.errors import CodecError, RequestError, shown
 
 __all__ = ["EmbeddingsRequest", "decode_embeddings", "encode_embeddings", "error_form"]
 
 _KEYS = {"model", "input", "messages", "encoding_format", "dimensions", "modality", "user"}
 _DATA_URI = re.compile(r"data:([a-zA-Z0-9.+/-]{0,64})((?:;[a-zA-Z0-9=._+-]{1,64})*),")
+_NUMBERS = {int, float, bool}
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
-#: Objects and lists that one item may bring along, which is what bounds the memory of a parsed body.
+#: Objects, lists, keys and texts that one item may bring along, which is what bounds the memory of a parsed body.
 _MARKS_PER_ITEM = 12
+_FEW_MARKS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class EmbeddingsRequest:
     dimensions: int | None
 
 
-def decode_embeddings(body: bytes, *, max_items: int) -> EmbeddingsRequest:
+def decode_embeddings(body: bytes, *, max_items: int, max_values: int) -> EmbeddingsRequest:
     """Read a request.
 
     Parameters
@@ -60,6 +63,8 @@ def decode_embeddings(body: bytes, *, max_items: int) -> EmbeddingsRequest:
         JSON.
     max_items : int
         Most items that are read.
+    max_values : int
+        Most numbers that all rows may hold together.
 
     Raises
     ------
@@ -68,8 +73,15 @@ def decode_embeddings(body: bytes, *, max_items: int) -> EmbeddingsRequest:
     RequestError
         400: text or an address where an image belongs, an unknown key or an option that there is none of.
     """
-    if body.count(b"{") + body.count(b"[") > 16 + _MARKS_PER_ITEM * max_items:
-        raise CodecError(f"got more lists and objects than {max_items} items need; send fewer at a time")
+    # Before it is parsed: lists of two bytes and numbers of one take tens of times that in memory.
+    marks = _FEW_MARKS + _MARKS_PER_ITEM * max_items
+    if (
+        body.count(b"{") + body.count(b"[") > marks
+        or body.count(b":") > marks
+        or body.count(b'"') > 2 * marks
+        or body.count(b",") > marks + max_values
+    ):
+        raise CodecError(f"got more lists, objects, texts or numbers than {max_items} items need; send fewer at a time")
     try:
         values = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -77,7 +89,7 @@ def decode_embeddings(body: bytes, *, max_items: int) -> EmbeddingsRequest:
     if not isinstance(values, dict):
         raise CodecError(f'got a {type(values).__name__}, wanted an object with "model" and "input"')
     if unknown := sorted(values.keys() - _KEYS):
-        raise _refused(f"got the unknown keys {unknown[:8]}, wanted only {sorted(_KEYS)}", unknown[0])
+        raise _refused(f"got the unknown keys {shown(unknown)}, wanted only {sorted(_KEYS)}", unknown[0][:80])
     return EmbeddingsRequest(
         _text(values, "model"),
         _items(values, max_items),
@@ -125,14 +137,14 @@ def _items(values: Mapping[str, Any], max_items: int) -> NDArray[Any] | list[byt
     if ("input" in values) == ("messages" in values):
         raise _refused('got "input" and "messages" together or neither, wanted one of them', "input")
     if values.get("modality", "image") != "image":
-        raise _refused(f'got modality={_short(values["modality"])}, wanted "image"', "modality")
+        raise _refused(f'got modality={shown(values["modality"])}, wanted "image"', "modality")
     if "messages" in values:
         return [_image(item, f"messages[{i}]") for i, item in enumerate(_conversations(values["messages"]))]
     given = values["input"]
     if isinstance(given, str | dict):
         given = [given]
     if not isinstance(given, list) or not given:
-        raise _refused(f"got input={_short(given)}, wanted one item or a list of some", "input")
+        raise _refused(f"got input={shown(given)}, wanted one item or a list of some", "input")
     if isinstance(given[0], int | float):
         given = [given]
     if len(given) > max_items:
@@ -145,9 +157,9 @@ def _items(values: Mapping[str, Any], max_items: int) -> NDArray[Any] | list[byt
 def _rows(given: list[Any]) -> NDArray[Any]:
     if not all(isinstance(row, list) for row in given):
         raise _refused("got lists of numbers among other items, wanted one kind", "input")
-    # NumPy would read texts as numbers, and give every value the size of the longest.
-    if any(type(value) not in (int, float) for row in given for value in row):
-        raise _refused("got lists that do not hold numbers alone, wanted a flat list of numbers for each row", "input")
+    # NumPy would read texts as numbers, and null as NaN.
+    if not set(map(type, chain.from_iterable(given))) <= _NUMBERS:
+        raise _refused("got lists that do not hold numbers, wanted a flat list of numbers for each row", "input")
     try:
         return np.asarray(given, dtype=np.float64)
     except (ValueError, OverflowError) as error:
@@ -157,7 +169,7 @@ def _rows(given: list[Any]) -> NDArray[Any]:
 def _conversations(messages: Any) -> list[Any]:
     """Give the one image of each conversation: a list of messages is one, a list of such lists are several."""
     if not isinstance(messages, list) or not messages:
-        raise _refused(f"got messages={_short(messages)}, wanted a list", "messages")
+        raise _refused(f"got messages={shown(messages)}, wanted a list", "messages")
     several = messages if isinstance(messages[0], list) else [messages]
     found = []
     for position, conversation in enumerate(several):
@@ -191,7 +203,7 @@ def _image(item: Any, where: str) -> bytes:
     bare = isinstance(item, dict)
     if bare:
         if item.keys() != {"image"}:
-            raise _refused(f'got {where} with the keys {sorted(item)[:5]}, wanted {{"image": "data:..."}}', "input")
+            raise _refused(f'got {where} with the keys {shown(sorted(item))}, wanted {{"image": "data:..."}}', "input")
         item = item["image"]
     if not isinstance(item, str):
         raise _refused(f"got {where} of type {type(item).__name__}, wanted a data URI of an image", "input")
@@ -214,14 +226,14 @@ def _image(item: Any, where: str) -> bytes:
 def _encoding(values: Mapping[str, Any]) -> bool:
     encoding = values.get("encoding_format", "float")
     if encoding not in ("float", "base64"):
-        raise _refused(f'got encoding_format={_short(encoding)}, wanted "float" or "base64"', "encoding_format")
+        raise _refused(f'got encoding_format={shown(encoding)}, wanted "float" or "base64"', "encoding_format")
     return bool(encoding == "base64")
 
 
 def _dimensions(values: Mapping[str, Any]) -> int | None:
     dimensions = values.get("dimensions")
     if dimensions is not None and (not isinstance(dimensions, int) or isinstance(dimensions, bool)):
-        raise _refused(f"got dimensions={_short(dimensions)}, wanted a whole number", "dimensions")
+        raise _refused(f"got dimensions={shown(dimensions)}, wanted a whole number", "dimensions")
     return dimensions
 
 
@@ -230,10 +242,6 @@ def _text(values: Mapping[str, Any], key: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise _refused(f"got {key} of type {type(value).__name__}, wanted a string", key)
     return value
-
-
-def _short(value: Any) -> str:
-    return repr(value)[:80]
 
 
 def _refused(message: str, param: str) -> RequestError:

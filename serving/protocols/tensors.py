@@ -10,13 +10,12 @@ import binascii
 from array import array
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from reprlib import Repr
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.errors import CodecError, RequestError
+from serving.errors import CodecError, RequestError, shown
 from vaefeat.input_spec import InputSpec
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
     "rows_from_bytes",
     "rows_from_numbers",
     "rows_from_values",
-    "shown",
 ]
 
 ROWS = "rows"
@@ -55,14 +53,6 @@ NUMPY: Mapping[str, np.dtype[Any]] = {
 _STORED = {**NUMPY, "BOOL": np.dtype("u1")}
 #: Of :mod:`array`, whose items refuse what they cannot hold.
 _TYPECODES = {datatype: "B" if datatype == "BOOL" else dtype.char for datatype, dtype in NUMPY.items()}
-_repr = Repr()
-_repr.maxstring = _repr.maxother = 80
-_repr.maxlevel = 2
-
-
-def shown(value: object) -> str:
-    """Quote what a client sent, however much it is."""
-    return _repr.repr(value)
 
 
 def check_input(name: object, datatype: object, shape: Sequence[Any], *, spec: InputSpec, max_rows: int) -> int:

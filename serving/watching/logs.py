@@ -25,7 +25,7 @@ __all__ = ["JsonLines", "RequestLog", "RequestRecord", "start_logging"]
 
 _log = logging.getLogger("serving.requests")
 #: Refusals that a client can cause as fast as it can send, so their lines are bounded.
-_FLOODS = frozenset({401, 403, 404, 405, 413, 429, 503})
+_FLOODS = frozenset({*range(400, 500), 503})
 _MAX_FLOOD_LINES_PER_S = 100
 _MAX_TRACEBACK_LINES = 60
 

@@ -1,4 +1,4 @@
-"""What tests of the service share: versions of a real bundle, and conversations with the application in process."""
+"""What tests of the service share: models, two that compute what is not finite, and conversations in process."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import onnx
 import pytest
+from onnx import helper
 
 from serving.app import Application
 from serving.models import Models, Place
 from serving.service import Service
 from serving.settings import Limits
+from vaefeat.bundle import Bundle, Manifest
+from vaefeat.input_spec import InputSpec
+
+CPU = Place(device="cpu", threads=1)
 
 
 @contextlib.asynccontextmanager
@@ -47,3 +53,49 @@ def talk() -> Callable[..., Any]:
         return asyncio.run(main())
 
     return run
+
+
+def save_logarithm(folder: Path, *, of_rest: bool) -> Path:
+    """Save an encoder of vectors whose mean is log(x), or log(1 - x), which is finite for rows of zeros."""
+    rows = helper.make_tensor_value_info("rows", onnx.TensorProto.FLOAT, ["batch", 2])
+    mean = helper.make_tensor_value_info("mean", onnx.TensorProto.FLOAT, ["batch", 2])
+    one = helper.make_tensor("one", onnx.TensorProto.FLOAT, [1], [1.0])
+    nodes = [helper.make_node("Sub", ["one", "rows"], ["rest"])] if of_rest else []
+    nodes.append(helper.make_node("Log", ["rest" if of_rest else "rows"], ["mean"]))
+    graph = helper.make_graph(nodes, "encoder", [rows], [mean], initializer=[one] if of_rest else [])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    manifest = Manifest(
+        name=folder.name,
+        input=InputSpec(kind="vector", shape=(2,), dtype="float32", low=0.0, high=9.0),
+        outputs={"mean": 2},
+        latent_dim=2,
+        active_units=(0, 1),
+        objective="elbo",
+        model={},
+        train={},
+        data={},
+        metrics={},
+        parity={},
+        versions={},
+    )
+    Bundle.of(manifest, {"encoder.onnx": model.SerializeToString()}).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits_models(digits_bundle: Path) -> Models:
+    return Models.from_bundles([digits_bundle], place=CPU)
+
+
+@pytest.fixture(scope="session")
+def both_models(digits_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Give the digits, and ``rest``, which is log(1 - x)."""
+    rest = save_logarithm(tmp_path_factory.mktemp("bundles") / "rest", of_rest=True)
+    return Models.from_bundles([digits_bundle, rest], place=CPU)
+
+
+@pytest.fixture(scope="session")
+def unready_models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Give log(x): not finite for rows of zeros, so that no service of it becomes ready."""
+    folder = save_logarithm(tmp_path_factory.mktemp("bundles") / "logarithm", of_rest=False)
+    return Models.from_bundles([folder], place=CPU)

@@ -140,12 +140,12 @@ def test_decode_npy_of_an_impossible_shape_raises_codec_error_without_allocating
 def test_encode_json_keeps_every_float32_exactly(array: NDArray[np.float32]) -> None:
     text = encode_json(array, model="digits")
     assert text.startswith(b'{"model":"digits","shape":[4,3],"embeddings":[[')
-    body = decode_json(b'{"rows":' + text[text.index(b"[[") : -1] + b"}", max_lists=5)
+    body = decode_json(b'{"rows":' + text[text.index(b"[[") : -1] + b"}", max_lists=5, max_values=100_000)
     assert body.rows.astype(np.float32).tobytes() == array.tobytes()
 
 
 def test_decode_json_with_everything_gives_all_three() -> None:
-    body = decode_json(b'{"rows": [[1, 2.5], [3, 4]], "model": "m", "output": "mean"}', max_lists=3)
+    body = decode_json(b'{"rows": [[1, 2.5], [3, 4]], "model": "m", "output": "mean"}', max_lists=3, max_values=100_000)
     assert (body.model, body.output) == ("m", "mean")
     np.testing.assert_array_equal(body.rows, [[1, 2.5], [3, 4]])
 
@@ -179,18 +179,23 @@ def test_decode_json_with_everything_gives_all_three() -> None:
 )
 def test_decode_json_of_anything_else_raises_codec_error(body: bytes) -> None:
     with pytest.raises(CodecError):
-        decode_json(body, max_lists=10_000)
+        decode_json(body, max_lists=10_000, max_values=100_000)
 
 
 def test_decode_json_of_more_lists_than_allowed_is_refused_unparsed() -> None:
     with pytest.raises(CodecError, match="more than 4 lists"):
-        decode_json(b"[" * 5, max_lists=4)
+        decode_json(b"[" * 5, max_lists=4, max_values=100_000)
+
+
+def test_decode_json_of_more_numbers_than_allowed_is_refused_unparsed() -> None:
+    with pytest.raises(CodecError, match="more than 1000 numbers"):
+        decode_json(b'{"rows": [[' + b"1," * 5000 + b"1]]}", max_lists=4, max_values=1000)
 
 
 @given(st.binary(max_size=60))
 def test_decode_json_of_any_bytes_raises_nothing_but_codec_error(tail: bytes) -> None:
     try:
-        decode_json(b'{"rows":[[' + tail, max_lists=100)
+        decode_json(b'{"rows":[[' + tail, max_lists=100, max_values=100_000)
     except CodecError:
         pass
 
@@ -208,7 +213,7 @@ def test_json_of_texts_or_objects_is_refused_without_taking_memory(body: bytes) 
     tracemalloc.start()
     try:
         with pytest.raises(CodecError, match="numbers only"):
-            decode_json(body, max_lists=100)
+            decode_json(body, max_lists=100, max_values=1_000_000)
         assert tracemalloc.get_traced_memory()[1] < 3_000_000  # the parser's own, for a body of 0.1 MB
     finally:
         tracemalloc.stop()

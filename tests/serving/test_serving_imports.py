@@ -15,7 +15,6 @@ import pytest
         "serving.guard.rates",
         "serving.keys",
         "serving.local_engine",
-        "serving.proxy",
         "serving.watching.logs",
         "serving.watching.metrics",
         "serving.watching.spans",
