@@ -242,7 +242,7 @@ def test_hostile_bodies_again_and_again_leave_memory_flat(service: Running, clie
         for _ in range(times):
             for path, headers, body, _ in CASES.values():
                 client.post(path, content=body, headers=headers)
-        return process.memory_info().rss
+        return int(process.memory_info().rss)
 
     send_all(2)  # threads, arenas and caches are there now
     before = send_all(1)

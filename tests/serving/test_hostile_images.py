@@ -125,7 +125,7 @@ def test_hostile_files_again_and_again_leave_memory_flat(service: Running, wante
             for _ in range(times):
                 for content in FILES.values():
                     client.post("/v1/embed", content=content, headers={"content-type": "image/webp"})
-        return process.memory_info().rss
+        return int(process.memory_info().rss)
 
     send_all(2)
     before = send_all(1)

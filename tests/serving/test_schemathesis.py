@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def served(digits_models: Models) -> Iterator[Running]:
 
 @schema.parametrize()
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
-def test_the_service_answers_as_its_description_says(case: schemathesis.Case, served: Running) -> None:
+def test_the_service_answers_as_its_description_says(case: schemathesis.Case[Any], served: Running) -> None:
     # No schema can say which shape the rows of a model have.
     unjust = [schemathesis.checks.positive_data_acceptance]
     case.call_and_validate(base_url=served.url, excluded_checks=unjust)
