@@ -15,19 +15,20 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.batch import Batch, Computes, Job, collect, not_finite
 from serving.errors import RequestError, overloaded, too_late
 
 if TYPE_CHECKING:
     from serving.watching.spans import Tracer
 
-__all__ = ["Batch", "Computes", "Job", "RowBatcher"]
+__all__ = ["RowBatcher"]
 
 #: Rows that are not worth splitting over lanes: handing over to a thread costs as much as computing them.
 _MIN_SHARE = 32
@@ -38,141 +39,6 @@ _SWEEP_S = 0.05
 #: Weight of the newest batch in the measured rate.
 _RATE_WEIGHT = 0.1
 _MAX_RETRY_AFTER_S = 30
-
-Features = dict[str, NDArray[np.float32]]
-
-
-class Computes(Protocol):
-    """What a job is computed by: a model of one version."""
-
-    name: str
-
-    def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
-        """Encode checked rows, in a lane's thread."""
-
-    def observe(self, outputs: Sequence[str], features: Sequence[NDArray[np.float32]]) -> None:
-        """Take note of features that go out, in a lane's thread."""
-
-
-class Job:
-    """The rows of one request on their way.
-
-    Parameters
-    ----------
-    model : Computes
-    rows : ndarray of shape (n, ...)
-        As the model takes them, n > 0.
-    outputs : tuple of str
-    bulk : bool
-        Whether it gives way to others.
-    deadline : float
-        On :func:`time.perf_counter`'s clock; rows that wait longer are not computed.
-    future : Future
-        Its result is a dict of features by output.
-
-    Attributes
-    ----------
-    queued, cut, done : float
-        On the same clock: when it came, when its first rows were cut, when its last vector was there.
-    device_s : float
-        Seconds that the batches it took part in were computed for, at most; they may overlap.
-    """
-
-    __slots__ = (
-        "bulk",
-        "cut",
-        "deadline",
-        "device_s",
-        "done",
-        "future",
-        "model",
-        "outputs",
-        "parts",
-        "pending",
-        "queued",
-        "rows",
-        "span",
-        "taken",
-    )
-
-    def __init__(
-        self,
-        model: Computes,
-        rows: NDArray[Any],
-        outputs: tuple[str, ...],
-        *,
-        bulk: bool,
-        deadline: float,
-        queued: float,
-        future: asyncio.Future[Features],
-        span: Any = None,
-    ) -> None:
-        self.model, self.rows, self.outputs, self.bulk, self.deadline = model, rows, outputs, bulk, deadline
-        self.future, self.queued, self.span = future, queued, span
-        self.taken = 0
-        self.pending = len(rows)
-        self.parts: Features = {}
-        self.cut = self.done = queued
-        self.device_s = 0.0
-
-
-class Batch:
-    """Rows of one model that are computed together.
-
-    Attributes
-    ----------
-    members : list of (Job, int, int)
-        Whose rows these are, from where to where.
-    device_s : float
-        Seconds of computing.
-    """
-
-    __slots__ = ("began", "device_s", "error", "features", "members", "model", "n_rows", "outputs", "unusable")
-
-    def __init__(self, model: Computes) -> None:
-        self.model = model
-        self.members: list[tuple[Job, int, int]] = []
-        self.n_rows = 0
-        self.outputs: tuple[str, ...] = ()
-        self.features: list[NDArray[np.float32]] = []
-        self.error: Exception | None = None
-        #: Which rows have features that are not finite; None where all have.
-        self.unusable: NDArray[np.bool_] | None = None
-        self.began = self.device_s = 0.0
-
-    def add(self, job: Job, n_rows: int) -> None:
-        """Take the next rows of a job."""
-        self.members.append((job, job.taken, job.taken + n_rows))
-        job.taken += n_rows
-        self.n_rows += n_rows
-        if job.outputs != self.outputs:
-            self.outputs = job.outputs if not self.outputs else tuple(dict.fromkeys(self.outputs + job.outputs))
-
-    def compute(self, tracer: Tracer | None = None) -> None:
-        """Compute, in a lane's thread; whatever goes wrong is kept."""
-        spans = [] if tracer is None else [job.span for job, _, _ in self.members if job.span is not None]
-        if tracer is None or not spans:
-            self._compute()
-            return
-        with tracer.batch(spans, model=self.model.name, rows=self.n_rows):
-            self._compute()
-
-    def _compute(self) -> None:
-        self.began = time.perf_counter()
-        try:
-            parts = [job.rows[start:stop] for job, start, stop in self.members]
-            rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            self.features = self.model.compute(rows, self.outputs)
-            for features in self.features:
-                # A sum is finite only if no term is NaN or infinite: one pass for the usual case.
-                if not np.isfinite(features.sum(dtype=np.float64)):
-                    bad = np.logical_not(np.isfinite(features).all(axis=1))
-                    self.unusable = bad if self.unusable is None else np.logical_or(self.unusable, bad)
-            if self.unusable is None:
-                self.model.observe(self.outputs, self.features)
-        except Exception as error:  # to be told to the requests, by the event loop
-            self.error = error
-        self.device_s = time.perf_counter() - self.began
 
 
 class _Lane:
@@ -445,9 +311,9 @@ class RowBatcher:
             if batch.error is not None:
                 self._fail(job, batch.error)
             elif batch.unusable is not None and batch.unusable[there].any():
-                self._fail(job, _not_finite(start + int(np.flatnonzero(batch.unusable[there])[0])))
+                self._fail(job, not_finite(start + int(np.flatnonzero(batch.unusable[there])[0])))
             else:
-                _collect(job, named, start, stop, there)
+                collect(job, named, start, stop, there)
                 if not job.pending:
                     job.done = now
                     job.future.set_result(job.parts)
@@ -476,26 +342,3 @@ class RowBatcher:
         # A device that hangs must not keep those waiting whose rows it has.
         for batch, _ in self._running.values():
             yield from (job for job, _, _ in batch.members)
-
-
-def _collect(job: Job, features: Mapping[str, NDArray[np.float32]], start: int, stop: int, there: slice) -> None:
-    """Put vectors of a batch where they belong in a job."""
-    job.pending -= stop - start
-    n_rows = len(job.rows)
-    if stop - start == n_rows:
-        # The whole job: a view, which keeps the batch's array alive no longer than the answer.
-        job.parts = {output: features[output][there] for output in job.outputs}
-        return
-    for output in job.outputs:
-        computed = features[output]
-        if output not in job.parts:
-            job.parts[output] = np.empty((n_rows, *computed.shape[1:]), computed.dtype)
-        job.parts[output][start:stop] = computed[there]
-
-
-def _not_finite(row: int) -> RequestError:
-    return RequestError(
-        500,
-        "non_finite_output",
-        f"got NaN or infinity computed for row {row}, wanted numbers; leave such rows out, or check the bundle",
-    )

@@ -17,7 +17,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.batcher import Batch, Job, RowBatcher
+from serving.batch import Batch, Job
+from serving.batcher import RowBatcher
 from serving.errors import ModelError, RequestError, overloaded, too_large
 from serving.images import PixelRoom, decode_into
 from serving.models import Models, ServedModel

@@ -12,7 +12,7 @@ from serving.watching.metrics import Metrics, ModelMetrics
 from serving.watching.timing import server_timing
 
 if TYPE_CHECKING:
-    from serving.batcher import Batch
+    from serving.batch import Batch
     from serving.errors import RequestError
     from serving.exchange import Exchange
     from serving.watching.spans import Tracer

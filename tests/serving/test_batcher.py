@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from serving.batcher import Batch, Job, RowBatcher
+from serving.batch import Batch, Job
+from serving.batcher import RowBatcher
 from serving.errors import RequestError
 
 

@@ -16,7 +16,7 @@ CODINGS = st.sampled_from(["gzip", "deflate"])
 
 @given(st.binary(max_size=2000), CODINGS)
 def test_inflate_of_what_python_compressed_gives_it_back(body: bytes, coding: str) -> None:
-    sent = gzip.compress(body) if coding == "gzip" else zlib.compress(body)
+    sent = gzip.compress(body, mtime=0) if coding == "gzip" else zlib.compress(body)
     assert inflate(sent, encoding=f" {coding.upper()}", limit=len(body)) == body
 
 
@@ -34,7 +34,7 @@ def test_inflate_of_a_body_cut_off_anywhere_raises_codec_error(body: bytes, codi
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate"])
-@pytest.mark.parametrize("more", [b"x", gzip.compress(b"more"), zlib.compress(b"more")])
+@pytest.mark.parametrize("more", [b"x", gzip.compress(b"more", mtime=0), zlib.compress(b"more")])
 def test_inflate_of_a_body_with_something_behind_raises_codec_error(coding: str, more: bytes) -> None:
     with pytest.raises(CodecError, match="after the end"):
         inflate(compress(b"body", coding=coding) + more, encoding=coding, limit=1000)
