@@ -122,7 +122,7 @@ def test_a_request_under_way_is_answered_although_the_service_stops(
         url = httpx.URL(wait_until_ready(started).url)
         with socket.create_connection((url.host, url.port), timeout=20) as connection:
             connection.sendall(head.encode() + body[:1000])
-            while "vaefeat_in_flight 1" not in httpx.get(f"{url}metrics").text:
+            while "vaefeat_in_flight 1" not in httpx.get(f"{url}/metrics").text:
                 time.sleep(0.02)
             started.process.send_signal(signal.SIGINT)
             time.sleep(0.5)
