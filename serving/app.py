@@ -130,6 +130,11 @@ class Application:
         route, failure, cause = None, None, None
         try:
             route = self._route(exchange)
+            if route.scope == "admin" and b"origin" in exchange.headers:
+                # Any page that is open in a browser on this machine can post to a loopback address.
+                raise RequestError(
+                    403, "forbidden", "got a request from a web page, wanted one from an operator's tool"
+                )
             exchange.key = self.admission.identify(
                 exchange.headers.get(b"authorization"), exchange.headers.get(b"x-api-key"), scope=route.scope
             )

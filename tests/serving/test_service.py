@@ -269,6 +269,17 @@ def test_keys_are_asked_for_where_there_are_some_and_scopes_and_rates_hold(
     assert found == [401, 401, 403, 401, 200, 403, 200, 403, 200, 429]
 
 
+def test_a_web_page_cannot_change_the_models(talk: Talk, digits_bundle: Path) -> None:
+    async def conversation(client: Any) -> list[int]:
+        url, page = "/v2/repository/models/digits/load", {"origin": "http://elsewhere.example"}
+        return [
+            (await client.post(url, content=b"", headers=page)).status_code,
+            (await client.post(url, content=b"")).status_code,
+        ]
+
+    assert talk(conversation, digits_bundle) == [403, 200]
+
+
 def test_figures_tell_what_was_served_and_refused(
     talk: Talk, digits_bundle: Path, digits_rows: NDArray[np.uint8]
 ) -> None:
