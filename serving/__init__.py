@@ -1,31 +1,41 @@
-"""The service: bundles behind HTTP, on Ray Serve or in a single process.
+"""The service: bundles behind HTTP and gRPC, on Ray Serve or in a single process.
 
 ::
 
     python -m serving runs/mnist                    # Ray Serve
-    python -m serving runs/mnist --engine local     # one process, ready in a second, under 200 MB
+    python -m serving runs/mnist --engine local     # one process, ready in a second
 
 What happens to a request, from the network inwards:
 
-===================  ==================================================================================================
-``app``              the routes; Starlette, knows nothing of Ray
-``media``            Content-Type and Accept: which form a body has, and which its answer takes
-``codec``            bytes <-> arrays: npy and JSON, strict
-``errors``           what can go wrong, and the one JSON envelope in which it is told
-===================  ==================================================================================================
+======================  ===============================================================================================
+``connection``          bounds on heads, idle connections and clients that do not read
+``app``                 ASGI: routes, errors in each door's form; knows nothing of Ray
+``exchange``            one request and its answer, close to ASGI
+``guard``               who may come in: lengths, keys, rates, room
+``native``              ``/v1/embed``; ``media``, ``codec``, ``multipart``: which form a body has, bytes <-> arrays
+``embeddings``          ``/v1/embeddings``, OpenAI's form
+``inference``           ``/v2``, the Open Inference Protocol
+``meta``                index, health, models, figures; ``openapi`` describes everything
+``protocols``           what travels over the wire, as pure functions; the protocol's gRPC service
+``service``             the one way from rows or images to features
+``batcher``, ``batch``  rows of many requests -> batches -> features of each
+``models``              what is served: versions, loaded, proved, exchanged
+``watching``            figures, drift, traces, logs
+``errors``              what can go wrong, and how it is told
+======================  ===============================================================================================
 
 What starts it:
 
-===================  ==================================================================================================
-``command_line``     the arguments, and what is checked before anything is started
-``settings``         limits and everything else that the arguments decide
-``address``          host and port, checked and claimed
-``catalogue``        bundles -> encoders by name
-``announcement``     the line on stdout that scripts wait for
-``local_engine``     the application under uvicorn, in this process
-``ray_environment``  what Ray reads when it is imported
-``ray_engine``       starts and stops Ray and Serve
-``deployment``       the application as a Ray Serve deployment
-``proxy``            the edge, for Serve's proxy
-===================  ==================================================================================================
+======================  ===============================================================================================
+``command_line``        the arguments, and what is checked before anything is started
+``settings``            limits and everything else that the arguments decide
+``address``             host and port, checked and claimed
+``announcement``        the line on stdout that scripts wait for
+``http_server``         the application under uvicorn; gRPC beside it
+``local_engine``        in this process
+``ray_environment``     what Ray reads when it is imported
+``ray_engine``          starts and stops Ray and Serve
+``desk``                hands the listening socket to the replicas
+``deployment``          a replica
+======================  ===============================================================================================
 """
