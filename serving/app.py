@@ -34,6 +34,8 @@ __all__ = ["Application", "Route"]
 
 _JSON = (b"content-type", JSON.encode())
 _KEYS_EVERY_S = 1.0
+#: What gRPC's calls are counted as.
+_GRPC_INFER = "/inference.GRPCInferenceService/ModelInfer"
 #: In logs and figures alone: there is nobody to be told.
 _CLIENT_GONE = 499
 
@@ -92,7 +94,7 @@ class Application:
     ) -> None:
         self.service = service
         self.admission = Admission(service.limits, keys=keys)
-        names = {*_names(_EXACT), *_names(_OF_MODELS), *_names(_OF_REPOSITORY), _CARD[1]}
+        names = {*_names(_EXACT), *_names(_OF_MODELS), *_names(_OF_REPOSITORY), _CARD[1], _GRPC_INFER}
         self.recorder = Recorder(service.models, routes=names, replica=replica, access_log=access_log, tracer=tracer)
         service.batcher.tracer = tracer
         service.told = self.recorder.batch

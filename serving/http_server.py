@@ -104,6 +104,7 @@ async def serving_grpc(app: Application, settings: ServiceSettings) -> AsyncIter
         max_message_bytes=settings.limits.max_body_bytes,
         keys=app.admission.keys,
         rates=app.admission.rates,
+        recorder=app.recorder,
         shared=settings.replicas > 1,
     )
     try:

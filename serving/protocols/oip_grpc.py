@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ import grpc
 
 import serving.protocols.oip_messages as messages
 from serving.errors import CodecError, SetupError, as_request_error
+from serving.exchange import new_request_id
 from serving.guard.keys import require_scope
 from serving.guard.rates import rate_limited
 from serving.protocols.oip import (
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from serving.guard.rates import RateLimiter
     from serving.models import ServedModel
     from serving.service import Embedded, Service
+    from serving.watching.recorder import Recorder
     from vaefeat.input_spec import InputSpec
 
 __all__ = [
@@ -61,6 +64,7 @@ __all__ = [
 _log = logging.getLogger("serving")
 
 _INFERENCE_SERVICE = "inference.GRPCInferenceService"
+_INFER_ROUTE = f"/{_INFERENCE_SERVICE}/ModelInfer"
 _HEALTH_SERVICE = "grpc.health.v1.Health"
 #: What the health of can be asked for.
 _KNOWN = ("", _INFERENCE_SERVICE)
@@ -204,10 +208,19 @@ class InferenceServicer:
         ModelReady. It travels in the metadata, as ``authorization: Bearer KEY`` or ``x-api-key: KEY``.
     rates : RateLimiter, optional
         Slows keys down to their rates.
+    recorder : Recorder, optional
+        Puts calls to infer into figures, logs and traces.
     """
 
-    def __init__(self, service: Service, *, keys: KeyRing | None = None, rates: RateLimiter | None = None) -> None:
-        self._service, self._keys, self._rates = service, keys, rates
+    def __init__(
+        self,
+        service: Service,
+        *,
+        keys: KeyRing | None = None,
+        rates: RateLimiter | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self._service, self._keys, self._rates, self._recorder = service, keys, rates, recorder
 
     async def ServerLive(self, request: Any, context: Any) -> Any:
         """Answer, which is the news."""
@@ -238,20 +251,26 @@ class InferenceServicer:
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         """Embed rows or images."""
-        async with _told_to(context):
-            key = self._key_of(context)
+        call = _Call(context, n_bytes=request.ByteSize())
+        if self._recorder is not None:
+            self._recorder.begin(call)
+        async with _told_to(context, self._recorder, call):
+            call.key = self._key_of(context)
             model = self._service.find(request.model_name or None, request.model_version)
+            call.model, call.version = model.name, model.version
             limits = self._service.limits
             asked = decode_model_infer(request, spec=model.input, outputs=model.outputs, max_rows=limits.max_rows)
-            self._spend(key, rows=len(asked.batch), bytes=request.ByteSize())
-            embedded = await self._service.embed(
+            self._spend(call.key, rows=len(asked.batch), bytes=call.announced_bytes)
+            call.embedded = await self._service.embed(
                 model,
                 asked.batch,
                 outputs=tuple(name for name, _ in asked.outputs),
                 priority=asked.priority,
                 timeout_s=_sooner(asked.timeout_s, context.time_remaining()),
+                caller=call,
             )
-            return encode_model_infer(model, asked, embedded)
+            call.served = model
+            return encode_model_infer(model, asked, call.embedded)
 
     def _key_of(self, context: Any) -> Key | None:
         if self._keys is None:
@@ -269,20 +288,49 @@ def _sooner(timeout_s: float | None, deadline_s: float | None) -> float | None:
     return min(given, default=None)
 
 
+class _Call:
+    """A call to infer, as :class:`serving.watching.recorder.Recorder` and the service see it."""
+
+    route = _INFER_ROUTE
+
+    def __init__(self, context: Any, *, n_bytes: int) -> None:
+        self.began = time.perf_counter()
+        self.announced_bytes = n_bytes
+        texts = [(name, value) for name, value in context.invocation_metadata() if isinstance(value, str)]
+        headers = [(name.encode(), value.encode()) for name, value in texts]
+        self.scope: dict[str, Any] = {"method": "POST", "headers": headers}
+        self.path = _INFER_ROUTE
+        self.request_id = new_request_id()
+        self.model = self.version = ""
+        self.key: Key | None = None
+        self.served: ServedModel | None = None
+        self.embedded: Embedded | None = None
+        self.span: Any = None
+
+    def admit_rows(self, n_rows: int) -> None:
+        """Do nothing: rows and bytes were taken off the key's rate together."""
+
+
 @asynccontextmanager
-async def _told_to(context: Any) -> AsyncIterator[None]:
-    """End the call with the status of whatever is raised inside."""
+async def _told_to(context: Any, recorder: Recorder | None = None, call: _Call | None = None) -> AsyncIterator[None]:
+    """End the call with the status of whatever is raised inside, and take note of it."""
     try:
         yield
     except Exception as error:
         refusal = as_request_error(error)
-        if refusal is not error and refusal.status == 500:
+        defect = error if refusal is not error and refusal.status == 500 else None
+        if recorder is not None and call is not None:
+            recorder.end(call, refusal.status, failure=refusal, cause=defect)
+        elif defect is not None:
             _log.exception("a gRPC request failed")
         await context.abort(
             _CODES.get(refusal.status, grpc.StatusCode.INVALID_ARGUMENT),
             refusal.message[:_MAX_DETAILS],
             tuple((name, value) for name, value in refusal.headers.items() if name == "retry-after"),
         )
+    else:
+        if recorder is not None and call is not None:
+            recorder.end(call, 200)
 
 
 class HealthServicer:
@@ -352,6 +400,7 @@ async def start_grpc(
     max_message_bytes: int,
     keys: KeyRing | None = None,
     rates: RateLimiter | None = None,
+    recorder: Recorder | None = None,
     shared: bool = False,
 ) -> grpc.aio.Server:
     """Serve both protocols.
@@ -365,6 +414,7 @@ async def start_grpc(
         Largest request; 64 of them may be in memory at the same time.
     keys : KeyRing, optional
     rates : RateLimiter, optional
+    recorder : Recorder, optional
         As for :class:`InferenceServicer`.
     shared : bool
         Whether other processes serve at the same port; connections are shared out among them.
@@ -388,7 +438,9 @@ async def start_grpc(
             ("grpc.so_reuseport", int(shared)),
         ],
     )
-    add_GRPCInferenceServiceServicer_to_server(InferenceServicer(service, keys=keys, rates=rates), server)
+    add_GRPCInferenceServiceServicer_to_server(
+        InferenceServicer(service, keys=keys, rates=rates, recorder=recorder), server
+    )
     add_HealthServicer_to_server(HealthServicer(service), server)
     try:
         server.add_insecure_port(address)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from serving.models import Models, ServedModel
 from serving.watching.logs import RequestLog, RequestRecord
@@ -14,10 +14,28 @@ from serving.watching.timing import server_timing
 if TYPE_CHECKING:
     from serving.batch import Batch
     from serving.errors import RequestError
-    from serving.exchange import Exchange
+    from serving.guard.keys import Key
+    from serving.service import Embedded
     from serving.watching.spans import Tracer
 
-__all__ = ["Recorder"]
+__all__ = ["Recorded", "Recorder"]
+
+
+class Recorded(Protocol):
+    """An exchange over HTTP or a call over gRPC; :class:`serving.exchange.Exchange` says what all this is."""
+
+    began: float
+    scope: Any
+    path: str
+    route: str
+    request_id: bytes
+    announced_bytes: int
+    key: Key | None
+    model: str
+    version: str
+    served: ServedModel | None
+    embedded: Embedded | None
+    span: Any
 
 
 class Recorder:
@@ -52,7 +70,7 @@ class Recorder:
         self._known: dict[ServedModel, ModelMetrics] = {}
         self._generation = -1
 
-    def begin(self, exchange: Exchange) -> None:
+    def begin(self, exchange: Recorded) -> None:
         """Begin the span of an exchange."""
         if self.tracer is not None:
             scope = exchange.scope
@@ -64,13 +82,13 @@ class Recorder:
             self._of(batch.model).computed(rows=batch.n_rows, padded_rows=0, device_s=batch.device_s)
 
     def end(
-        self, exchange: Exchange, status: int, *, failure: RequestError | None = None, cause: Exception | None = None
+        self, exchange: Recorded, status: int, *, failure: RequestError | None = None, cause: Exception | None = None
     ) -> bytes | None:
         """Take note of how an exchange ends.
 
         Parameters
         ----------
-        exchange : Exchange
+        exchange : Recorded
         status : int
         failure : RequestError, optional
             What its client is told.
@@ -126,7 +144,7 @@ class Recorder:
             self.metrics.forget(self._known.pop(model))
 
 
-def _record(exchange: Exchange, status: int, failure: RequestError | None) -> RequestRecord:
+def _record(exchange: Recorded, status: int, failure: RequestError | None) -> RequestRecord:
     trace = None
     if exchange.span is not None:
         from serving.watching.spans import trace_id

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from serving.errors import CodecError, RequestError, SetupError
 from serving.guard.keys import KeyRing
@@ -26,6 +27,7 @@ from serving.protocols import oip_messages as messages
 from serving.protocols.oip_grpc import decode_model_infer, start_grpc
 from serving.service import Service
 from serving.settings import Limits
+from serving.watching.recorder import Recorder
 from vaefeat import OnnxEncoder
 from vaefeat.input_spec import InputSpec
 
@@ -241,6 +243,29 @@ def test_model_infer_gives_the_bits_of_the_local_encoder(digits_bundle: Path, di
             assert raw == local.embed(rows, output=name).tobytes()
 
     within(digits_bundle, talk)
+
+
+def test_model_infer_is_in_the_figures_well_or_badly_answered(
+    digits_bundle: Path, digits_rows: NDArray[np.uint8]
+) -> None:
+    route = "/inference.GRPCInferenceService/ModelInfer"
+    recorder = Recorder(Models({}, place=Place()), routes=[route])
+
+    async def talk(client: Client, service: Service) -> None:
+        await client("ModelInfer", digits(digits_rows[:5]))
+        with pytest.raises(grpc.RpcError):
+            await client("ModelInfer", messages.ModelInferRequest(model_name="digits"))
+
+    within(digits_bundle, talk, recorder=recorder)
+    figures = recorder.metrics.render()[0].decode()
+    counts = {
+        (sample.labels["route"], sample.labels["status"]): sample.value
+        for family in text_string_to_metric_families(figures)
+        for sample in family.samples
+        if sample.name == "vaefeat_requests_total"
+    }
+    assert counts == {(route, "200"): 1, (route, "400"): 1}
+    assert 'vaefeat_refused_total{reason="malformed_body"} 1' in figures
 
 
 def test_model_infer_of_images_marks_the_one_that_cannot_be_read(
