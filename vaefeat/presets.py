@@ -232,15 +232,17 @@ def _image_contrast(
     images: NDArray[Any], effort: str, n_rows: int, model: ModelConfig, train_changes: dict[str, Any]
 ) -> dict[str, Any]:
     weight = 100.0 * math.prod(images.shape[1:]) / _PIXELS
-    remembered = min(_REMEMBERED, n_rows)
-    own: dict[str, Any] = {
-        "contrastive_weight": min(max(weight, _LEAST_CONTRAST), _MOST_CONTRAST),
-        "remembered": remembered,
-        "neighbours": max(1, round(_NEIGHBOURS[effort] * train_changes.get("remembered", remembered) / _REMEMBERED)),
-    }
-    # Ids, unlike pixels, have no values in between: `auto` leaves them alone.
-    if "augmentations" not in train_changes and model.likelihood != "tokens":
-        own["augmentations"] = _augmentations(images)
+    own: dict[str, Any] = {"contrastive_weight": min(max(weight, _LEAST_CONTRAST), _MOST_CONTRAST)}
+    # Ids, unlike pixels, have neither light nor values in between: `auto` leaves them alone.
+    pixels = model.likelihood != "tokens"
+    light_differs = pixels and backgrounds_differ(images)
+    if not light_differs:
+        # What is alike in photographs is their light and colours: their neighbours are mostly of other classes.
+        remembered = min(_REMEMBERED, n_rows)
+        share = train_changes.get("remembered", remembered) / _REMEMBERED
+        own |= {"remembered": remembered, "neighbours": max(1, round(_NEIGHBOURS[effort] * share))}
+    if "augmentations" not in train_changes and pixels:
+        own["augmentations"] = _augmentations(images, light_differs=light_differs)
     return own
 
 
@@ -249,11 +251,11 @@ def _image_sizes(shape: tuple[int, ...]) -> dict[str, Any]:
     return {"latent_dim": _IMAGE_LATENTS, "hidden_dims": (256,), "channels": _CHANNELS[:n_halvings]}
 
 
-def _augmentations(images: NDArray[Any]) -> tuple[str, ...]:
+def _augmentations(images: NDArray[Any], *, light_differs: bool) -> tuple[str, ...]:
     from vaefeat.model.augmentation import suitable
 
     names = suitable(images.shape[1:])
-    if not backgrounds_differ(images):
+    if not light_differs:
         names = tuple(name for name in names if name not in _LIGHT)
     return (*names, "flip") if mirrored_rows_belong(images) else names
 

@@ -76,6 +76,14 @@ def test_longer_run_looks_further_for_neighbours() -> None:
     assert found == {"fast": 50, "best": 200}
 
 
+def test_images_whose_light_differs_have_no_neighbours(digits_rows: NDArray[np.uint8]) -> None:
+    dark = digits_rows[:600].astype(np.float32)
+    lit = dark + np.linspace(0, 16, 600, dtype=np.float32)[:, None, None, None]
+    assert choose_settings(dark, n_rows=16_384)[1].neighbours == 50
+    assert choose_settings(lit, n_rows=16_384)[1].neighbours == 0
+    assert choose_settings(lit, n_rows=16_384, train={"neighbours": 7})[1].neighbours == 7
+
+
 def test_contrast_keeps_up_with_the_likelihood_of_larger_images() -> None:
     sides = {side: choose_settings(noise(4, 1, side, side), n_rows=4)[1].contrastive_weight for side in (8, 28, 42, 99)}
     assert list(sides.values()) == [20, 100, 225, 400]
