@@ -151,6 +151,13 @@ class Inference:
         name, version = self._named(exchange), await self._asked_version(exchange)
         service = self._service
         if version is None:
+            if not service.alone and service.changed is None:
+                raise RequestError(
+                    409,
+                    "conflict",
+                    "several processes answer here, and this one alone would load it; put the bundle into the model's "
+                    "folder, and have the operator tell them all",
+                )
             model = await service.change(service.models.load, name)
             if service.changed is not None:
                 await service.off_loop(service.changed)

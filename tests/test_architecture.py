@@ -22,6 +22,7 @@ CHECKOUT = Path(__file__).parents[1]
         "from vaefeat import VAEClassifier",
         "import vaefeat.cli",
         "import serving.app, serving.codec, serving.local_engine",
+        "import serving.cluster, serving.guard.middleware",
     ],
 )
 def test_serving_side_never_loads_torch(statement: str) -> None:
