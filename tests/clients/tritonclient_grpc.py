@@ -1,4 +1,4 @@
-"""Triton's gRPC clients, as installed: python tritonclient_grpc.py ADDRESS FOLDER."""
+"""Triton's gRPC clients, as installed: python tritonclient_grpc.py ADDRESS FOLDER [KEY]."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tritonclient.grpc.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
 address, folder = sys.argv[1], Path(sys.argv[2])
+headers = {"authorization": f"Bearer {sys.argv[3]}"} if len(sys.argv) > 3 else None
 rows, mean, logvar = (np.load(folder / f"{name}.npy") for name in ("rows", "mean", "logvar"))
 images = np.array([path.read_bytes() for path in sorted(folder.glob("*.png"))], dtype=object)
 
@@ -26,8 +27,8 @@ with triton.InferenceServerClient(address) as client:
     assert client.is_server_live()
     assert client.is_server_ready()
     assert client.is_model_ready("digits")
-    assert client.get_server_metadata().name == "vaefeat"
-    metadata = client.get_model_metadata("digits", as_json=True)
+    assert client.get_server_metadata(headers=headers).name == "vaefeat"
+    metadata = client.get_model_metadata("digits", headers=headers, as_json=True)
     assert [tensor["name"] for tensor in metadata["inputs"]] == ["rows", "images"]
     (version,) = metadata["versions"]
 
@@ -40,6 +41,7 @@ with triton.InferenceServerClient(address) as client:
             request_id="run 7",
             priority=1,
             timeout=10_000_000,
+            headers=headers,
             compression_algorithm=coding,
         )
         assert answer.as_numpy("mean").tobytes() == mean.tobytes()
@@ -47,7 +49,7 @@ with triton.InferenceServerClient(address) as client:
         assert answer.get_response().id == "run 7"
         assert answer.get_response().parameters["digest"].string_param == f"sha256:{version}"
 
-    answer = client.infer("digits", [tensor("images", images, "BYTES")])
+    answer = client.infer("digits", [tensor("images", images, "BYTES")], headers=headers)
     assert answer.as_numpy("mean").tobytes() == mean[: len(images)].tobytes()
 
     for model, sent, told, status in [
@@ -55,7 +57,7 @@ with triton.InferenceServerClient(address) as client:
         ("letters", tensor("rows", rows, "UINT8"), "wanted one of 'digits'", "StatusCode.NOT_FOUND"),
     ]:
         try:
-            client.infer(model, [sent])
+            client.infer(model, [sent], headers=headers)
         except InferenceServerException as error:
             assert told in error.message(), error
             assert error.status() == status, error
@@ -64,7 +66,7 @@ with triton.InferenceServerClient(address) as client:
 
 
 async def infer(client: triton_aio.InferenceServerClient, start: int, stop: int) -> None:
-    answer = await client.infer("digits", [tensor("rows", rows[start:stop], "UINT8")])
+    answer = await client.infer("digits", [tensor("rows", rows[start:stop], "UINT8")], headers=headers)
     assert answer.as_numpy("mean").tobytes() == mean[start:stop].tobytes(), (start, stop)
 
 

@@ -22,10 +22,12 @@ SCRIPTS = CHECKOUT / "tests" / "clients"
 
 @pytest.fixture(scope="module")
 def folder(digits_bundle: Path, digits_rows: NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows, what the encoder on this machine makes of them, and the first of them as PNG files."""
-    folder = tmp_path_factory.mktemp("samples")
-    local = OnnxEncoder(digits_bundle, device="cpu")
-    rows = digits_rows[:64]
+    return write_samples(tmp_path_factory.mktemp("samples"), digits_bundle, digits_rows[:64])
+
+
+def write_samples(folder: Path, bundle: Path, rows: NDArray[np.uint8]) -> Path:
+    """Write rows, what the encoder on this machine makes of them, and the first of them as PNG files."""
+    local = OnnxEncoder(bundle, device="cpu")
     np.save(folder / "rows.npy", rows)
     for output in ("mean", "logvar"):
         np.save(folder / f"{output}.npy", local.embed(rows, output=output))
