@@ -6,6 +6,8 @@
 #
 # Inside a container the service must listen on all of the container's addresses for a published port to reach it, and
 # says so with --host and --insecure; publish the port on the host's loopback, as above, or put a proxy in front.
+#
+# On Kubernetes KubeRay starts Ray in it, in place of the entry point: serving/deploy/rayservice.yaml.
 
 ARG PYTHON=3.12
 
@@ -32,7 +34,8 @@ RUN useradd --create-home --uid 10001 vaefeat
 COPY --from=build /opt/vaefeat /opt/vaefeat
 WORKDIR /app
 COPY serving serving
-ENV PATH=/opt/vaefeat/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+# On a cluster, Ray's processes look for serving.cluster from folders of their own.
+ENV PATH=/opt/vaefeat/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 USER vaefeat
 EXPOSE 8000
 # Ray Serve takes about 20 s to start. With another --port give --health-cmd, too.
