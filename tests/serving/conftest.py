@@ -5,23 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
-import numpy as np
-import onnx
 import pytest
-import safetensors.numpy
-from onnx import numpy_helper
 
+from benchmarks.versions import scaled
 from serving.app import Application
 from serving.models import Models, Place
 from serving.service import Service
 from serving.settings import Limits
 from vaefeat.bundle import Bundle, load_bundle
-from vaefeat.reference import REFERENCE_FILE
 
 Variant = Callable[..., Bundle]
 
@@ -30,21 +25,8 @@ Variant = Callable[..., Bundle]
 def variant(digits_bundle: Path) -> Variant:
     """Make another version of the digits' bundle: its mean is multiplied, and its reference too if it is honest."""
 
-    def make(*, factor: float = 2.0, honest: bool = True, name: str = "digits", reference: bool = True) -> Bundle:
-        bundle = load_bundle(digits_bundle)
-        contents = {file: bundle.read(file) for file in bundle.files}
-        graph = onnx.load_model_from_string(contents["encoder.onnx"])
-        (producer,) = [node for node in graph.graph.node if "mean" in node.output]
-        producer.output[:] = ["unscaled" if output == "mean" else output for output in producer.output]
-        graph.graph.initializer.append(numpy_helper.from_array(np.array(factor, np.float32), "factor"))
-        graph.graph.node.append(onnx.helper.make_node("Mul", ["unscaled", "factor"], ["mean"]))
-        contents["encoder.onnx"] = graph.SerializeToString()
-        figures = safetensors.numpy.load(contents.pop(REFERENCE_FILE))
-        if honest:
-            figures["features"] = figures["features"] * np.float32(factor)
-        if reference:
-            contents[REFERENCE_FILE] = safetensors.numpy.save(figures)
-        return Bundle.of(replace(bundle.manifest, name=name), contents)
+    def make(*, name: str = "digits", **options: Any) -> Bundle:
+        return scaled(load_bundle(digits_bundle), name=name, **options)
 
     return make
 
