@@ -224,7 +224,9 @@ def run_load(
     words = [f"{url}{payload.path}", str(payload.body), "--form", payload.form, "--tolerance", str(payload.tolerance)]
     for header in payload.headers:
         words += ["--header", header]
-    words += ["--expected", str(payload.expected), "--connections", str(connections), "--rate", str(rate)]
+    for expected in payload.expected:
+        words += ["--expected", expected]
+    words += ["--connections", str(connections), "--rate", str(rate)]
     words += ["--seconds", str(seconds), "--warm-up", str(warm_up_s), *extra]
     return _json_from("benchmarks.load", words)
 
@@ -250,7 +252,7 @@ def _json_from(module: str, words: Sequence[str]) -> dict[str, Any]:
 
 def _wait_for_right_answer(server: Server, port: int, payload: Payload) -> str:
     """Ask until the answer is right; returns why it never was, or nothing."""
-    expected = Expected({"": np.load(payload.expected)}, form=payload.form, tolerance=payload.tolerance)
+    expected = Expected({"": np.load(payload.expected[0])}, form=payload.form, tolerance=payload.tolerance)
     headers = dict(header.split(": ", 1) for header in payload.headers)
     why = "no answer"
     for _ in waiting(_START_S):

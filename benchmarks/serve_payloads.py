@@ -61,8 +61,9 @@ class Payload:
         Of the address.
     headers : tuple of str
         Lines.
-    body, expected : Path
-        Bytes, and an npy file.
+    body : Path
+    expected : tuple of str
+        An npy file of the right features, or one for each version as ``DIGEST=FILE``.
     form : {"binary", "json"}
         Of the answer.
     tolerance : float
@@ -71,7 +72,7 @@ class Payload:
     path: str
     headers: tuple[str, ...]
     body: Path
-    expected: Path
+    expected: tuple[str, ...]
     form: Form = "binary"
     tolerance: float = 0.0
 
@@ -195,7 +196,12 @@ class Payloads:
         body_file.write_bytes(body)
         np.save(expected, self._encoder.embed(self._rows[: workload.rows] if rows is None else rows))
         return Payload(
-            path=path, headers=tuple(headers), body=body_file, expected=expected, form=form, tolerance=tolerance
+            path=path,
+            headers=tuple(headers),
+            body=body_file,
+            expected=(str(expected),),
+            form=form,
+            tolerance=tolerance,
         )
 
 
