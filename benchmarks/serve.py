@@ -102,7 +102,7 @@ def main(
     began, n_threads = time.perf_counter(), threads or available_cpus()
     where = {**surroundings(), "load_average": os.getloadavg()[0]}
     where["versions"] |= {name: found for name in _VERSIONS if (found := _version(name))}
-    with tempfile.TemporaryDirectory(prefix="serve-") as place:
+    with tempfile.TemporaryDirectory(prefix="v-") as place:
         folder = Path(place)
         rows = bundle_and_rows(folder / "bundle")
         np.save(folder / "rows.npy", rows)
@@ -142,7 +142,8 @@ def measure(bench: Bench, names: Sequence[str], folder: Path, number: int) -> di
     _say(f"round {number + 1}: in process")
     found: dict[str, Any] = {"in_process": _measure_in_process(bench, folder), "servers": {}}
     for name in names:
-        place = Path(tempfile.mkdtemp(dir=folder))
+        # A short name: a path of a socket in it holds some hundred bytes, and HAProxy's own names take most of them.
+        place = Path(tempfile.mkdtemp(dir=folder, prefix=""))
         found["servers"][name] = one = measure_server(bench, name, place)
         figures = ", ".join(
             f"{key} {part['rows'] * part['requests_per_s']:,.0f} rows/s" for key, part in one["workloads"].items()

@@ -1,9 +1,9 @@
 """Whether the service keeps its promises under overload, bad clients, killed replicas and changing models.
 
-``python -m benchmarks.soak`` takes ten minutes: it finds the peak and the load that can be sustained, sends 1.5 and then
-3 times that in an open loop, and meanwhile lets clients hang up, dribble and stay silent
-(:mod:`benchmarks.soak_trouble`), kills a replica every minute (``--engine ray``) and swaps the model every minute. Every
-vector is compared with the version whose digest the answer carries. The last line is JSON.
+``python -m benchmarks.soak`` takes ten minutes: it finds the peak and the load that can be sustained, sends 1.5 and
+then 3 times that in an open loop, and meanwhile lets clients hang up, dribble and stay silent
+(:mod:`benchmarks.soak_trouble`), kills a replica every minute (``--engine ray``) and swaps the model every minute.
+Every vector is compared with the version whose digest the answer carries. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def judged(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     heaviest = report["phases"][max(report["phases"], key=float)]
     goodput = heaviest["goodput_over_peak"]
     kills = [kill[name] for kill in report["kills"] for name in ("goodput_back_s", "replaced_s")]
-    slowest = None if not kills else max((float("inf") if one is None else one for one in kills))
+    slowest = None if not kills else max(float("inf") if one is None else one for one in kills)
     memory = report["memory"]
     wrong = sum(one["wrong"] for one in (*phases, trouble))
     unanswered = sum(one["unanswered"] for one in (*phases, trouble))
