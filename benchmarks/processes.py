@@ -93,15 +93,6 @@ class Server:
                 total += process.memory_info().rss
         return total / 2**20
 
-    def cpu_s(self) -> float:
-        """Sum up the processor time that those who still live have taken, in seconds."""
-        total = 0.0
-        for process in self.family():
-            with contextlib.suppress(psutil.Error):
-                times = process.cpu_times()
-                total += times.user + times.system
-        return total
-
     def said(self) -> str:
         """Give the end of what it printed."""
         return self._log.read_text(errors="replace")[-2000:].strip()
@@ -112,9 +103,13 @@ class Server:
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_STOP_S)
-        for left in self.family():
-            with contextlib.suppress(psutil.Error):
-                left.kill()
+        left = self.family()
+        while left:
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(left, timeout=_TICK_S)
+            left = self.family()
         self.process.wait()
 
     def __enter__(self) -> Self:
