@@ -34,6 +34,17 @@ $(CLIENTS): tests/clients/requirements.lock
 	@$(UV) pip sync --quiet --python .venv-clients/bin/python $<
 	@touch $@
 
+# The servers that benchmarks.serve measures against: MLServer's pins clash with the others'.
+PEERS := benchmarks/serve_peers
+.venv-peers/.ready: $(PEERS)/requirements.lock $(PEERS)/mlserver.lock
+	@$(BOOTSTRAP)
+	@echo "installing the servers to measure against into .venv-peers"
+	@test -x .venv-peers/peers/bin/python || $(UV) venv --quiet --python '>=3.11' .venv-peers/peers
+	@test -x .venv-peers/mlserver/bin/python || $(UV) venv --quiet --python '>=3.11' .venv-peers/mlserver
+	@$(UV) pip sync --quiet --python .venv-peers/peers/bin/python $(PEERS)/requirements.lock
+	@$(UV) pip sync --quiet --python .venv-peers/mlserver/bin/python $(PEERS)/mlserver.lock
+	@touch $@
+
 demo: $(READY) ## the main job on scikit-learn's digits: pretrain, serve, embed, classify, report
 	$(PYTHON) -m pipelines run pipelines/configs/digits.toml
 
@@ -65,9 +76,11 @@ lock: ## renew the requirements.lock files
 		--output-file requirements.lock
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) $(COMPILE) tests/clients/requirements.in \
 		--output-file tests/clients/requirements.lock
+	for name in requirements mlserver; do UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) $(COMPILE) \
+		$(PEERS)/$$name.in --output-file $(PEERS)/$$name.lock; done
 
 image: ## the service's container image (needs a container engine); CUDA with ACCELERATOR=cuda
 	docker build --build-arg ACCELERATOR=$(or $(ACCELERATOR),cpu) --tag vaefeat .
 
 clean: ## remove what is generated, but not runs/
-	rm -rf $(VENV) .venv-clients build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .venv-clients .venv-peers build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-import safetensors.numpy
 import torch
 from numpy.typing import NDArray
-from onnx import numpy_helper
 from sklearn.datasets import load_digits
 
+from benchmarks.versions import scaled
 from vaefeat import ModelConfig, TrainConfig, pretrain
 from vaefeat.bundle import Bundle, load_bundle
-from vaefeat.reference import REFERENCE_FILE
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,20 +66,7 @@ def digits_bundle(tmp_path_factory: pytest.TempPathFactory, digits_rows: NDArray
 def variant(digits_bundle: Path) -> Callable[..., Bundle]:
     """Make another version of the digits' bundle: its mean is multiplied, and its reference too if it is honest."""
 
-    def make(*, factor: float = 2.0, honest: bool = True, name: str = "digits", reference: bool = True) -> Bundle:
-        bundle = load_bundle(digits_bundle)
-        contents = {file: bundle.read(file) for file in bundle.files}
-        graph = onnx.load_model_from_string(contents["encoder.onnx"])
-        (producer,) = [node for node in graph.graph.node if "mean" in node.output]
-        producer.output[:] = ["unscaled" if output == "mean" else output for output in producer.output]
-        graph.graph.initializer.append(numpy_helper.from_array(np.array(factor, np.float32), "factor"))
-        graph.graph.node.append(onnx.helper.make_node("Mul", ["unscaled", "factor"], ["mean"]))
-        contents["encoder.onnx"] = graph.SerializeToString()
-        figures = safetensors.numpy.load(contents.pop(REFERENCE_FILE))
-        if honest:
-            figures["features"] = figures["features"] * np.float32(factor)
-        if reference:
-            contents[REFERENCE_FILE] = safetensors.numpy.save(figures)
-        return Bundle.of(replace(bundle.manifest, name=name), contents)
+    def make(*, name: str = "digits", **options: Any) -> Bundle:
+        return scaled(load_bundle(digits_bundle), name=name, **options)
 
     return make
