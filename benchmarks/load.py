@@ -43,6 +43,8 @@ _BUFFER_BYTES = 2**20
 #: Between two looks at requests that nobody answers, and two attempts at a connection that is refused.
 _SWEEP_S, _RECONNECT_S = 0.25, 0.05
 _BIN_S = 0.1
+#: Of wrong answers, that are told.
+_MOST_KINDS = 8
 #: `select` wakes up within microseconds where `epoll` knows milliseconds only, but it takes no more than 1024 files.
 _MOST_SELECTED = 512
 
@@ -342,6 +344,7 @@ class Load:
             **found,
             "statuses": {str(status): n for status, n in sorted(tally.statuses.items())},
             "wrong": tally.wrong,
+            "how_wrong": dict(self._expected.wrong.most_common(_MOST_KINDS)) if self._expected else {},
             "broken": tally.broken,
             "unanswered": tally.unanswered,
             "unsent": len(self._late),

