@@ -32,8 +32,10 @@ from benchmarks.serve_payloads import SHAPES, Payload, Payloads, Workload, bundl
 from benchmarks.serve_report import described, shown
 from benchmarks.surroundings import surroundings
 from vaefeat.atomic import replace_file
+from vaefeat.bundle import load_bundle
 from vaefeat.cli import run_command_line
 from vaefeat.processors import available_cpus
+from vaefeat.quantization import quantize
 from vaefeat.settings import unknown_name
 
 __all__ = ["Bench", "main", "run_load"]
@@ -57,8 +59,9 @@ class Bench:
 
     Attributes
     ----------
-    bundle : Path
-    payloads : Payloads
+    bundle, bundle_int8 : Path
+        The encoder in float32, and the same quantized.
+    payloads, payloads_int8 : Payloads
     workloads : tuple of Workload
     threads : int
         Processors that each server is told to use.
@@ -69,7 +72,9 @@ class Bench:
     """
 
     bundle: Path
+    bundle_int8: Path
     payloads: Payloads
+    payloads_int8: Payloads
     workloads: tuple[Workload, ...]
     threads: int
     seconds: float
@@ -79,8 +84,8 @@ class Bench:
     def payload(self, name: str, workload: Workload) -> Payload:
         """Write what a server is sent."""
         speaks = CONTENDERS[name].speaks
-        if speaks == "ours":
-            return self.payloads.of_ours(workload)
+        if speaks.startswith("ours"):
+            return (self.payloads_int8 if speaks == "ours_int8" else self.payloads).of_ours(workload)
         return self.payloads.of_mlserver(workload) if speaks == "json" else self.payloads.of_peers(workload)
 
 
@@ -106,9 +111,13 @@ def main(
         folder = Path(place)
         rows = bundle_and_rows(folder / "bundle")
         np.save(folder / "rows.npy", rows)
+        quantize(load_bundle(folder / "bundle"), rows).save(folder / "int8")
+        (folder / "of-int8").mkdir()
         bench = Bench(
             bundle=folder / "bundle",
+            bundle_int8=folder / "int8",
             payloads=Payloads(folder / "bundle", rows, folder, triton=TRITON),
+            payloads_int8=Payloads(folder / "int8", rows, folder / "of-int8"),
             workloads=SHAPES,
             threads=n_threads,
             seconds=0.3 if quick else seconds,
@@ -166,7 +175,8 @@ def measure_server(bench: Bench, name: str, folder: Path) -> dict[str, Any]:
         found["notes"].append(contender.missing)
         return found
     port = free_port()
-    start = contender.start(bench.bundle, port, bench.threads, folder)
+    bundle = bench.bundle_int8 if contender.speaks == "ours_int8" else bench.bundle
+    start = contender.start(bundle, port, bench.threads, folder)
     url, began = f"http://127.0.0.1:{port}", time.perf_counter()
     with Server(start.command, log=folder / "log", environment=start.environment, cwd=start.cwd) as server:
         if why := _wait_for_right_answer(server, port, bench.payload(name, bench.workloads[0])):

@@ -45,15 +45,15 @@ class Contender:
         For people.
     start : callable
         From bundle, port, processors and a folder of its own to what is run.
-    speaks : {"ours", "raw", "json"}
-        Which requests it takes.
+    speaks : {"ours", "ours_int8", "raw", "json"}
+        Which requests it takes, and of which bundle.
     python : Path, optional
         Must be there for it to run.
     """
 
     title: str
     start: Callable[[Path, int, int, Path], Start]
-    speaks: Literal["ours", "raw", "json"] = "raw"
+    speaks: Literal["ours", "ours_int8", "raw", "json"] = "raw"
     python: Path | None = _PYTHON
 
     @property
@@ -139,6 +139,7 @@ def _mlserver(bundle: Path, port: int, workers: int, folder: Path) -> Start:
 CONTENDERS: dict[str, Contender] = {
     "local": Contender("vaefeat --engine local", _ours("local"), "ours", None),
     "ray": Contender("vaefeat --engine ray", _ours("ray"), "ours", None),
+    "local_int8": Contender("vaefeat --engine local, int8", _ours("local"), "ours_int8", None),
     "fastapi": Contender("FastAPI", lambda b, p, n, f: _script("fastapi_server.py", b, p, 1)),
     "fastapi_workers": Contender(
         "FastAPI, a worker for each processor", lambda b, p, n, f: _script("fastapi_server.py", b, p, n)

@@ -154,8 +154,7 @@ def ratios_of(report: Mapping[str, Any]) -> dict[str, float | None]:
             ratios[f"{engine}_{kind}_64x8_vs_decoder"] = over(
                 rate(engine, f"{kind}_64x8"), in_process["decoder"].get(kind)
             )
-    # No bundle is served in int8 yet.
-    ratios["int8_64x8_vs_fp32"] = None
+    ratios["int8_64x8_vs_fp32"] = over(rate("local_int8", "64x8"), rate("local", "64x8"))
     return ratios
 
 
