@@ -145,11 +145,14 @@ class Application:
             self.recorder.end(exchange, _CLIENT_GONE)
             return
         except asyncio.CancelledError:
-            if not exchange.gone:
+            if exchange.gone:  # by the watcher, whose client is not there any more
+                self.recorder.end(exchange, _CLIENT_GONE)
+                return
+            if not exchange.is_late or exchange.task is None:
                 raise
-            # By the watcher, whose client is not there any more.
-            self.recorder.end(exchange, _CLIENT_GONE)
-            return
+            exchange.task.uncancel()
+            failure = exchange.lateness()
+            answer = _failed(exchange, route, failure)
         except Exception as error:
             failure = as_request_error(error)
             cause = error if failure.kind == "internal_error" else None

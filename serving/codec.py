@@ -60,6 +60,8 @@ def decode_raw(body: bytes, spec: InputSpec) -> NDArray[Any]:
     n_rows, left = divmod(len(body), spec.row_bytes)
     if left:
         raise CodecError(f"got {len(body)} bytes, wanted a multiple of {spec.row_bytes}, which one of {spec} takes")
+    if spec.dtype == "uint8":
+        return np.frombuffer(body, np.uint8).reshape(n_rows, *spec.shape)
     rows = np.frombuffer(body, np.dtype(spec.dtype).newbyteorder("<")).reshape(n_rows, *spec.shape)
     return np.require(rows.astype(spec.dtype, copy=False), requirements=["C", "A"])
 

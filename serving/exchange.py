@@ -81,9 +81,11 @@ class Exchange:
         "embedded",
         "gone",
         "headers",
+        "is_late",
         "key",
         "model",
         "path",
+        "received_bytes",
         "request_id",
         "route",
         "scope",
@@ -106,7 +108,8 @@ class Exchange:
         else:
             self.request_id = new_request_id()
         self.announced_bytes = 0
-        self.body_is_read = self.started = self.gone = False
+        self.received_bytes = 0
+        self.body_is_read = self.started = self.gone = self.is_late = False
         self.route = "other"
         self.model = self.version = ""
         self.key: Key | None = None
@@ -138,22 +141,23 @@ class Exchange:
         Raises
         ------
         RequestError
-            408: it does not arrive in time; 413: more than was announced and is allowed.
+            413: more than was announced and is allowed. That it comes in time is for
+        :class:`serving.guard.admission.Admission` to see to: a timer for each body would cost as much as reading it.
         ClientGoneError
         """
-        deadline = self.began + limits.body_timeout_s
-        message = await self._before(deadline)
+        message = await self._next()
         content: bytes = message.get("body", b"")
         if message.get("more_body", False):
-            content = await self._rest(content, deadline, limits)
+            content = await self._rest(content, limits)
         self.body_is_read = True
         return content
 
-    async def _rest(self, first: bytes, deadline: float, limits: Limits) -> bytes:
+    async def _rest(self, first: bytes, limits: Limits) -> bytes:
         whole = bytearray(first)
         more = True
         while more:
-            message = await self._before(deadline, got=len(whole))
+            self.received_bytes = len(whole)
+            message = await self._next()
             whole += message.get("body", b"")
             more = message.get("more_body", False)
             if len(whole) > limits.max_body_bytes:
@@ -163,21 +167,27 @@ class Exchange:
                 )
         return bytes(whole)
 
-    async def _before(self, deadline: float, *, got: int = 0) -> Any:
-        try:
-            async with asyncio.timeout(deadline - time.perf_counter()):
-                message = await self._receive()
-        except TimeoutError:
-            raise RequestError(
-                408,
-                "body_timeout",
-                f"got {got} bytes of a body within the time that the service allows, wanted all of it; "
-                "send fewer rows at a time",
-                headers={"connection": "close"},
-            ) from None
+    async def _next(self) -> Any:
+        message = await self._receive()
         if message["type"] == "http.disconnect":
             raise ClientGoneError
         return message
+
+    def give_up(self) -> None:
+        """End whoever handles it, because its body is late."""
+        self.is_late = True
+        if self.task is not None:
+            self.task.cancel()
+
+    def lateness(self) -> RequestError:
+        """Say that the body is late."""
+        return RequestError(
+            408,
+            "body_timeout",
+            f"got {self.received_bytes} bytes of a body within the time that the service allows, wanted all of it; "
+            "send fewer rows at a time",
+            headers={"connection": "close"},
+        )
 
     async def wait_for_end(self) -> None:
         """Return when the client has gone, or the answer is complete; only once the body is read."""

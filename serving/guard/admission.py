@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING
 
 from serving.errors import RequestError, overloaded, too_large
@@ -132,14 +133,18 @@ class Admission:
                 exchange.watcher.cancel()
 
     def _look_for_clients(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Watch whether the clients of requests that wait for long are still there.
+        """Give up bodies that are late, and watch whether the clients of requests that wait for long are still there.
 
-        A watcher for each request would cost more than most requests do.
+        A timer or a watcher for each request would cost more than most requests do.
         """
         self._looking = None
+        begun_before = time.perf_counter() - self._limits.body_timeout_s
         for exchange in self._present:
-            if exchange.body_is_read and exchange.watcher is None:
-                exchange.watcher = loop.create_task(_watch(exchange))
+            if exchange.body_is_read:
+                if exchange.watcher is None:
+                    exchange.watcher = loop.create_task(_watch(exchange))
+            elif exchange.began < begun_before and not exchange.is_late:
+                exchange.give_up()
         if self._present:
             self._looking = loop.call_later(_LOOK_FOR_CLIENTS_S, self._look_for_clients, loop)
 
