@@ -107,6 +107,8 @@ def _ray_batch(bundle: Path, port: int, threads: int, folder: Path) -> Start:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
         "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
+        # Removed with everything else, also where Ray does not come to its own end.
+        "PEER_FOLDER": str(folder),
     }
     return Start(plain.command, {**plain.environment, **flags}, plain.cwd)
 

@@ -57,6 +57,7 @@ _IN_TIME_MS, _ANSWERED = 1000.0, 0.99
 _START_S, _SWAP_S, _REPLACE_S = 120.0, 30.0, 60.0
 #: At the end of each overload, without disturbances.
 _HEALING_S = 12.0
+_LOG_LINES = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +106,12 @@ class Soak:
             _say("finding the peak and what can be sustained")
             peak = self._load(connections=_PEAK_CONNECTIONS, seconds=self._lengths.search_s)["requests_per_s"]
             if not peak:
-                raise TrainingError(f"the service answered nothing at all: {server.said()}")
+                raise TrainingError(f"the service answered nothing at all: {server.said()[-2000:]}")
             sustainable, is_sustained = self._sustainable(peak)
             word = "sustainable" if is_sustained else "nothing was sustained, so overload is counted from"
             _say(f"peak {peak * _ROWS:,.0f} rows/s, {word} {sustainable * _ROWS:,.0f} rows/s")
             phases, trouble = self._storm(server, sustainable)
+            said = server.said()
         report = {
             "peak_requests_per_s": peak,
             "sustainable_requests_per_s": sustainable,
@@ -120,6 +122,8 @@ class Soak:
             "kills": [self._recovery(kill, phases) for kill in self._kills],
             "swaps": self._swaps,
             "memory": growth(self._memory),
+            # Not that of each refused request: under overload there are thousands.
+            "log": [line for line in said.splitlines() if '"serving.requests"' not in line][-_LOG_LINES:],
         }
         return {**report, "targets": judged(report)}
 
@@ -134,7 +138,7 @@ class Soak:
                 break
             if self._served_digest():
                 return
-        raise TrainingError(f"the service did not start: {server.said()}")
+        raise TrainingError(f"the service did not start: {server.said()[-2000:]}")
 
     def _sustainable(self, peak: float) -> tuple[float, bool]:
         """Find the load, and whether it was sustained: the least that is tried is taken if none was."""
@@ -206,6 +210,8 @@ class Soak:
         kill: dict[str, Any] = {"at": time.time(), "replaced_s": None}
         self._kills.append(kill)
         victim.kill()
+        # Until it is gone it still seems to listen, and would count as its own successor.
+        psutil.wait_procs([victim], timeout=_SWAP_S)
         for _ in waiting(_REPLACE_S):
             if len(self._listening_replicas(server)) >= self._replicas:
                 kill["replaced_s"] = time.time() - kill["at"]
@@ -316,7 +322,7 @@ def main(
     Console(width=120).print(_table(results["targets"]), highlight=False)
     if out is not None:
         replace_file(out, (json.dumps(results, indent=1) + "\n").encode())
-    print(json.dumps(results))
+    print(json.dumps({name: value for name, value in results.items() if name != "log"}))
 
 
 def _table(targets: dict[str, dict[str, Any]]) -> Table:

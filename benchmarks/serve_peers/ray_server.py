@@ -8,9 +8,9 @@ not wait, because a lone request would; batches are computed in threads, as the 
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
-import tempfile
 import threading
 
 import ray
@@ -42,19 +42,18 @@ if __name__ == "__main__":
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with tempfile.TemporaryDirectory(prefix="peer-") as folder:
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            _temp_dir=folder,
-            log_to_driver=False,
-            logging_level="ERROR",
-        )
-        quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
-        serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])}, logging_config=quiet)
-        deployment = serve.deployment(max_ongoing_requests=128, ray_actor_options={"num_cpus": 1})(Embedding)
-        serve.run(deployment.bind(sys.argv[1], int(sys.argv[3])), route_prefix="/embed", logging_config=quiet)
-        stop.wait()
-        serve.shutdown()
-        ray.shutdown()
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        _temp_dir=os.environ["PEER_FOLDER"],
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[2])}, logging_config=quiet)
+    deployment = serve.deployment(max_ongoing_requests=128, ray_actor_options={"num_cpus": 1})(Embedding)
+    serve.run(deployment.bind(sys.argv[1], int(sys.argv[3])), route_prefix="/embed", logging_config=quiet)
+    stop.wait()
+    serve.shutdown()
+    ray.shutdown()
