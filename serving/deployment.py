@@ -131,8 +131,8 @@ def application(settings: ServiceSettings, *, num_gpus: int, desk: str) -> Serve
         # Every ten seconds by default: for so long nobody would notice that the replica is gone.
         health_check_period_s=1.0,
         health_check_timeout_s=10.0,
-        # The bundle was checked before; what fails here fails again.
-        max_constructor_retry_count=1,
+        # A replica that starts while its bundle is being exchanged may find it half there, and is worth another try.
+        max_constructor_retry_count=20,
     )
     return configure(EmbeddingReplica).bind(settings, desk)
 
