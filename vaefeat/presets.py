@@ -63,6 +63,9 @@ _LOOKED_AT, _LOOKED_AT_SIDE = 2000, 32
 _TOLD_APART = 0.6
 #: Changes of light, and how far backgrounds must be spread to allow them, as a share of the range of values.
 _LIGHT = ("brightness", "color")
+#: Photographs in colour are cropped, and their colours changed: a part of one in another light shows the same thing.
+_COLORS, _PHOTOGRAPHS_TEMPERATURE = 3, 0.2
+_NOT_OF_PHOTOGRAPHS = ("affine", "erasing")
 _LEAST_LIGHT = 0.05
 
 
@@ -216,7 +219,7 @@ def _features(
 
     n_steps = _STEPS[effort]
     if image:
-        n_steps = round(n_steps / max(1.0, math.sqrt(math.prod(rows.shape[1:]) / _PIXELS)))
+        n_steps = round(n_steps / max(1.0, math.sqrt(math.prod(rows.shape[2:]) / _PIXELS)))
     own: dict[str, Any] = {"batch_size": max(_SMALLEST_BATCH, min(_BATCH, n_rows // 8)), "weight_decay": 1e-2}
     if contrastive:
         own |= {"objective": "contrastive", "contrastive_weight": _TABLE_CONTRAST}
@@ -241,6 +244,8 @@ def _image_contrast(
         remembered = min(_REMEMBERED, n_rows)
         share = train_changes.get("remembered", remembered) / _REMEMBERED
         own |= {"remembered": remembered, "neighbours": max(1, round(_NEIGHBOURS[effort] * share))}
+    if light_differs and images.shape[1] == _COLORS:
+        own["contrastive_temperature"] = _PHOTOGRAPHS_TEMPERATURE
     if "augmentations" not in train_changes and pixels:
         own["augmentations"] = _augmentations(images, light_differs=light_differs)
     return own
@@ -255,6 +260,8 @@ def _augmentations(images: NDArray[Any], *, light_differs: bool) -> tuple[str, .
     from vaefeat.model.augmentation import suitable
 
     names = suitable(images.shape[1:])
+    if light_differs and images.shape[1] == _COLORS:
+        names = tuple(name for name in names if name not in _NOT_OF_PHOTOGRAPHS)
     if not light_differs:
         names = tuple(name for name in names if name not in _LIGHT)
     return (*names, "flip") if mirrored_rows_belong(images) else names

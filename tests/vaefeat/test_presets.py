@@ -84,6 +84,18 @@ def test_images_whose_light_differs_have_no_neighbours(digits_rows: NDArray[np.u
     assert choose_settings(lit, n_rows=16_384, train={"neighbours": 7})[1].neighbours == 7
 
 
+def test_photographs_in_colour_are_cropped_at_a_lower_temperature() -> None:
+    photographs = noise(600, 3, 16, 16) * 0.2 + np.linspace(0, 200, 600, dtype=np.float32)[:, None, None, None]
+    _, train = choose_settings(photographs, n_rows=600)
+    assert set(train.augmentations) - {"flip"} == {"crop", "brightness", "color"}
+    assert (train.contrastive_temperature, train.neighbours) == (0.2, 0)
+    drawings = np.where(noise(600, 3, 16, 16) > 200, 255, 0).astype(np.uint8)
+    drawings[:, :, [0, -1]], drawings[..., [0, -1]] = 0, 0
+    _, train = choose_settings(drawings, n_rows=600)
+    assert {"affine", "erasing", "crop"} <= set(train.augmentations)
+    assert train.contrastive_temperature == 0.5
+
+
 def test_contrast_keeps_up_with_the_likelihood_of_larger_images() -> None:
     sides = {side: choose_settings(noise(4, 1, side, side), n_rows=4)[1].contrastive_weight for side in (8, 28, 42, 99)}
     assert list(sides.values()) == [20, 100, 225, 400]
