@@ -155,6 +155,10 @@ class Application:
             cause = error if failure.kind == "internal_error" else None
             answer = _failed(exchange, route, failure)
         timing = self.recorder.end(exchange, answer.status, failure=failure, cause=cause)
+        if failure is not None:
+            # The frames in it hold this one and the request's body, which would wait for the garbage collector.
+            failure.__traceback__ = None
+            failure = cause = None
         await exchange.answer(answer, timing)
 
     def _route(self, exchange: Exchange) -> Route:
