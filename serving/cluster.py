@@ -129,7 +129,8 @@ class ClusterReplica(GrpcCalls):
         if service.failure:
             await service.stop()
             raise ModelError(service.failure)
-        self.take_servicers(InferenceServicer(service, keys=keys, rates=app.admission.rates), HealthServicer(service))
+        inference = InferenceServicer(service, keys=keys, rates=app.admission.rates, recorder=app.recorder)
+        self.take_servicers(inference, HealthServicer(service))
         self._service = service
         return app
 

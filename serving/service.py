@@ -109,6 +109,8 @@ class Service:
         Every model is warmed up, agrees with its reference, and no device has failed since.
     failure : str
         Why not, empty otherwise; nothing but a new process mends it.
+    stopping : bool
+        Streams that only watch the service are to end.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class Service:
     ) -> None:
         self.models, self.limits = models, limits
         self.watches, self.alone = watches, alone
-        self.ready = False
+        self.ready = self.stopping = False
         self.failure = ""
         self.state = "warming up"
         self.told: Callable[[Batch], None] | None = None
