@@ -24,6 +24,7 @@ from serving.media import JSON
 from serving.meta import Meta
 from serving.native import Native
 from serving.protocols import openai
+from serving.protocols.oip_call import INFER_ROUTE
 from serving.service import Service
 from serving.watching.recorder import Recorder
 
@@ -34,8 +35,6 @@ __all__ = ["Application", "Route"]
 
 _JSON = (b"content-type", JSON.encode())
 _KEYS_EVERY_S = 1.0
-#: What gRPC's calls are counted as.
-_GRPC_INFER = "/inference.GRPCInferenceService/ModelInfer"
 #: In logs and figures alone: there is nobody to be told.
 _CLIENT_GONE = 499
 
@@ -94,7 +93,7 @@ class Application:
     ) -> None:
         self.service = service
         self.admission = Admission(service.limits, keys=keys)
-        names = {*_names(_EXACT), *_names(_OF_MODELS), *_names(_OF_REPOSITORY), _CARD[1], _GRPC_INFER}
+        names = {*_names(_EXACT), *_names(_OF_MODELS), *_names(_OF_REPOSITORY), _CARD[1], INFER_ROUTE}
         self.recorder = Recorder(service.models, routes=names, replica=replica, access_log=access_log, tracer=tracer)
         service.batcher.tracer = tracer
         service.told = self.recorder.batch
@@ -110,6 +109,8 @@ class Application:
         self._of_models = self._bound(_OF_MODELS)
         self._of_repository = self._bound(_OF_REPOSITORY)
         self._card = self._bound({"": _CARD})[""]
+        #: What has to end before the service does, because it asks the service.
+        self.before_stop: list[Callable[[], Awaitable[object]]] = []
         self._reading_keys: asyncio.Task[None] | None = None
 
     def routes(self) -> list[str]:
@@ -158,6 +159,10 @@ class Application:
             cause = error if failure.kind == "internal_error" else None
             answer = _failed(exchange, route, failure)
         timing = self.recorder.end(exchange, answer.status, failure=failure, cause=cause)
+        if failure is not None:
+            # The frames in it hold this one and the request's body, which would wait for the garbage collector.
+            failure.__traceback__ = None
+            failure = cause = None
         await exchange.answer(answer, timing)
 
     def _route(self, exchange: Exchange) -> Route:
@@ -205,6 +210,8 @@ class Application:
             elif message["type"] == "lifespan.shutdown":
                 if self._reading_keys is not None:
                     self._reading_keys.cancel()
+                for end in self.before_stop:
+                    await end()
                 await self.service.stop()
                 if self.recorder.tracer is not None:
                     await asyncio.to_thread(self.recorder.tracer.close)

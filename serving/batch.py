@@ -114,8 +114,8 @@ class Batch:
         self.outputs: tuple[str, ...] = ()
         self.features: list[NDArray[np.float32]] = []
         self.error: Exception | None = None
-        #: Which rows have features that are not finite; None where all have.
-        self.unusable: NDArray[np.bool_] | None = None
+        #: Which rows have features that are not finite, of the outputs where any has.
+        self.unusable: dict[str, NDArray[np.bool_]] = {}
         self.began = self.device_s = 0.0
 
     def add(self, job: Job, n_rows: int) -> None:
@@ -125,6 +125,14 @@ class Batch:
         self.n_rows += n_rows
         if job.outputs != self.outputs:
             self.outputs = job.outputs if not self.outputs else tuple(dict.fromkeys(self.outputs + job.outputs))
+
+    def unusable_row(self, outputs: Sequence[str], there: slice) -> int | None:
+        """Give the first row of a part that has no usable features in these outputs; None where all have.
+
+        Others may have asked for more outputs of the same rows, which is no reason to fail.
+        """
+        found = [np.flatnonzero(bad[there]) for output, bad in self.unusable.items() if output in outputs]
+        return min((int(rows[0]) for rows in found if len(rows)), default=None)
 
     def compute(self, tracer: Tracer | None = None) -> None:
         """Compute, in a lane's thread; whatever goes wrong is kept."""
@@ -141,12 +149,11 @@ class Batch:
             parts = [job.rows[start:stop] for job, start, stop in self.members]
             rows = parts[0] if len(parts) == 1 else np.concatenate(parts)
             self.features = self.model.compute(rows, self.outputs)
-            for features in self.features:
+            for output, features in zip(self.outputs, self.features, strict=True):
                 # A sum is finite only if no term is NaN or infinite: one pass for the usual case.
                 if not np.isfinite(features.sum(dtype=np.float64)):
-                    bad = np.logical_not(np.isfinite(features).all(axis=1))
-                    self.unusable = bad if self.unusable is None else np.logical_or(self.unusable, bad)
-            if self.unusable is None:
+                    self.unusable[output] = np.logical_not(np.isfinite(features).all(axis=1))
+            if not self.unusable:
                 self.model.observe(self.outputs, self.features)
         except Exception as error:  # to be told to the requests, by the event loop
             self.error = error

@@ -12,14 +12,15 @@ Everything but computing happens on one event loop, and needs no lock.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
-import numpy as np
 from numpy.typing import NDArray
 
 from serving.batch import Batch, Computes, Job, collect, not_finite
@@ -34,6 +35,8 @@ __all__ = ["RowBatcher"]
 _MIN_SHARE = 32
 #: Interactive batches after which one of bulk work is cut, so that it goes on under any load.
 _BULK_EVERY = 8
+#: Of the queue, what bulk work may fill: the rest is for those who go before it.
+_BULK_ROOM = 0.75
 #: How often deadlines of rows that wait are looked at, in seconds; only while some do.
 _SWEEP_S = 0.05
 #: Weight of the newest batch in the measured rate.
@@ -57,15 +60,15 @@ class _Lane:
         while (batch := self._inbox.get()) is not None:
             batch.compute(self._tracer)
             self._done(self, batch)
+            del batch  # with its rows, and a model that may be served no more
 
 
 class _Line:
     """The jobs of one model that wait: two lines, of which the second gives way."""
 
-    __slots__ = ("bulk", "bulk_is_due", "interactive", "model")
+    __slots__ = ("bulk", "bulk_is_due", "interactive")
 
-    def __init__(self, model: Computes) -> None:
-        self.model = model
+    def __init__(self) -> None:
         self.interactive: deque[Job] = deque()
         self.bulk: deque[Job] = deque()
         self.bulk_is_due = 0
@@ -73,12 +76,13 @@ class _Line:
     def __bool__(self) -> bool:
         return bool(self.interactive or self.bulk)
 
-    def next(self) -> deque[Job]:
+    def order(self) -> tuple[deque[Job], deque[Job]]:
+        """Give both in the order in which the next batch takes from them."""
         if self.bulk and (not self.interactive or self.bulk_is_due >= _BULK_EVERY):
             self.bulk_is_due = 0
-            return self.bulk
-        self.bulk_is_due += 1
-        return self.interactive
+            return self.bulk, self.interactive
+        self.bulk_is_due = self.bulk_is_due + 1 if self.bulk else 0
+        return self.interactive, self.bulk
 
 
 class RowBatcher:
@@ -117,14 +121,15 @@ class RowBatcher:
         self._max_queued_rows, self._max_queued_bytes = max_queued_rows, max_queued_bytes
         self._told = told
         self.tracer: Tracer | None = None
-        self._lines: dict[Computes, _Line] = {}
+        # Jobs hold their model; one that nobody waits for goes, with its session, when it is served no more.
+        self._lines: WeakKeyDictionary[Computes, _Line] = WeakKeyDictionary()
         self._turn: deque[_Line] = deque()
         self._idle: list[_Lane] = []
         self._lanes: list[_Lane] = []
         self._running: dict[_Lane, tuple[Batch, float]] = {}
-        self._dispatch_is_due = False
+        self._dispatch_is_due = self._closed = False
         self._sweep: asyncio.TimerHandle | None = None
-        self.queued_rows = self.queued_bytes = 0
+        self.queued_rows = self.queued_bytes = self._bulk_rows = 0
         self.rate = 0.0
 
     def start(self) -> None:
@@ -134,7 +139,8 @@ class RowBatcher:
         self._idle = list(self._lanes)
 
     def close(self) -> None:
-        """End the lanes after the batches that they compute; what waits gets an error."""
+        """End the lanes after the batches that they compute; what waits or comes later gets an error."""
+        self._closed = True
         for lane in self._lanes:
             lane.give(None)
         for line in self._lines.values():
@@ -156,10 +162,31 @@ class RowBatcher:
         now = time.perf_counter()
         return max((now - since for _, since in self._running.values()), default=0.0)
 
-    @property
-    def wait_s(self) -> float:
+    def require_room(self, n_rows: int, n_bytes: int, *, timeout_s: float, bulk: bool = False) -> None:
+        """Refuse rows that there is no room for, or that would not be cut in time.
+
+        Raises
+        ------
+        RequestError
+            503.
+        """
+        if self._closed:
+            raise overloaded("the service is stopping; try again")
+        share = _BULK_ROOM if bulk else 1.0
+        if self.queued_rows and (
+            self.queued_rows + n_rows > share * self._max_queued_rows
+            or self.queued_bytes + n_bytes > share * self._max_queued_bytes
+            or self._wait_s(bulk=bulk) > timeout_s
+        ):
+            raise self._refusal(bulk=bulk)
+
+    def _wait_s(self, *, bulk: bool) -> float:
         """Seconds after which rows that come now are cut, as far as is known."""
-        return self.queued_rows / self.rate if self.rate else 0.0
+        if not self.rate:
+            return 0.0
+        first = self.queued_rows - self._bulk_rows
+        ahead = self.queued_rows if bulk else first + min(self._bulk_rows, first / _BULK_EVERY)
+        return ahead / self.rate
 
     def submit(
         self,
@@ -181,15 +208,10 @@ class RowBatcher:
         Raises
         ------
         RequestError
-            503: the queue is full, or the rows could not be computed in time.
+            503, as :meth:`require_room` has it.
         """
         n_rows, n_bytes = len(rows), rows.nbytes
-        if self.queued_rows and (
-            self.queued_rows + n_rows > self._max_queued_rows
-            or self.queued_bytes + n_bytes > self._max_queued_bytes
-            or self.wait_s > timeout_s
-        ):
-            raise self.refusal()
+        self.require_room(n_rows, n_bytes, timeout_s=timeout_s, bulk=bulk)
         now = time.perf_counter()
         job = Job(
             model,
@@ -203,12 +225,13 @@ class RowBatcher:
         )
         line = self._lines.get(model)
         if line is None:
-            line = self._lines[model] = _Line(model)
+            line = self._lines[model] = _Line()
         if not line:
             self._turn.append(line)
         (line.bulk if bulk else line.interactive).append(job)
         self.queued_rows += n_rows
         self.queued_bytes += n_bytes
+        self._bulk_rows += n_rows if bulk else 0
         if self._idle and not self._dispatch_is_due:
             # After the other requests that this turn of the loop brings: they are there already.
             self._dispatch_is_due = True
@@ -217,11 +240,12 @@ class RowBatcher:
             self._sweep = self._loop.call_later(_SWEEP_S, self._look_at_deadlines)
         return job
 
-    def refusal(self) -> RequestError:
+    def _refusal(self, *, bulk: bool) -> RequestError:
         """Say that there is too much to do, and when to come again."""
-        seconds = min(max(1, -(-self.queued_rows // max(1, round(self.rate)))), _MAX_RETRY_AFTER_S)
+        wait_s = self._wait_s(bulk=bulk)
+        seconds = min(max(1, math.ceil(wait_s)), _MAX_RETRY_AFTER_S)
         return overloaded(
-            f"{self.queued_rows} rows wait, which is {self.wait_s:.1f} s of work; try again in {seconds} s",
+            f"{self.queued_rows} rows wait, and these would for {wait_s:.1f} s; try again in {seconds} s",
             retry_after_s=seconds,
         )
 
@@ -236,11 +260,6 @@ class RowBatcher:
                 waiting.remove(job)
                 self._forget(job, left)
                 self._leave(line)
-
-    def forget(self, model: Computes) -> None:
-        """Let go of a model that is served no more, once nothing of it waits."""
-        if model in self._lines and not self._lines[model]:
-            del self._lines[model]
 
     def _dispatch(self) -> None:
         self._dispatch_is_due = False
@@ -261,10 +280,10 @@ class RowBatcher:
     def _cut(self, line: _Line) -> Batch:
         share = max(_MIN_SHARE, -(-self.queued_rows // len(self._idle)))
         wanted = min(self._max_batch_rows, share)
-        batch = Batch(line.model)
+        first, second = line.order()
+        batch = Batch((first or second)[0].model)
         now = time.perf_counter()
-        while batch.n_rows < wanted and line:
-            waiting = line.next()
+        while batch.n_rows < wanted and (waiting := first or second):
             job = waiting[0]
             left = len(job.rows) - job.taken
             if job.future.done() or job.deadline < now:
@@ -283,6 +302,7 @@ class RowBatcher:
 
     def _forget(self, job: Job, n_rows: int) -> None:
         self.queued_rows -= n_rows
+        self._bulk_rows -= n_rows if job.bulk else 0
         self.queued_bytes -= n_rows * (job.rows.nbytes // len(job.rows))
 
     def _report(self, lane: _Lane, batch: Batch) -> None:
@@ -310,8 +330,8 @@ class RowBatcher:
                 continue
             if batch.error is not None:
                 self._fail(job, batch.error)
-            elif batch.unusable is not None and batch.unusable[there].any():
-                self._fail(job, not_finite(start + int(np.flatnonzero(batch.unusable[there])[0])))
+            elif batch.unusable and (row := batch.unusable_row(job.outputs, there)) is not None:
+                self._fail(job, not_finite(start + row))
             else:
                 collect(job, named, start, stop, there)
                 if not job.pending:

@@ -86,7 +86,9 @@ def lanes_for(device: str, threads: int | None) -> int:
 
 @contextlib.asynccontextmanager
 async def serving_grpc(app: Application, settings: ServiceSettings) -> AsyncIterator[None]:
-    """Serve gRPC beside HTTP, where the settings ask for it; to be entered when the models are ready.
+    """Serve gRPC beside HTTP, where the settings ask for it, until the application's lifespan ends.
+
+    Calls are answered before the service stops, which the lifespan's end does.
 
     Raises
     ------
@@ -107,7 +109,13 @@ async def serving_grpc(app: Application, settings: ServiceSettings) -> AsyncIter
         recorder=app.recorder,
         shared=settings.replicas > 1,
     )
+
+    async def stop() -> None:
+        app.service.stopping = True
+        await server.stop(settings.limits.compute_timeout_s)
+
+    app.before_stop.append(stop)
     try:
         yield
     finally:
-        await server.stop(settings.limits.compute_timeout_s)
+        await stop()

@@ -79,7 +79,11 @@ class Inference:
 
     async def model_ready(self, exchange: Exchange) -> Answer:
         """Tell whether a model answers."""
-        model, ready = self._model(exchange), self._service.ready
+        try:
+            model, ready = self._model(exchange), self._service.ready
+        except RequestError as error:
+            # Probes have no key, and are not told what else there is.
+            raise RequestError(error.status, error.kind, "got a model or version that is not served here") from None
         return json_answer({"name": model.name, "ready": ready}, status=200 if ready else 503)
 
     async def infer(self, exchange: Exchange) -> Answer:
@@ -116,8 +120,10 @@ class Inference:
         except InputError as error:
             raise RequestError(400, "invalid_rows", str(error)) from error
         except RequestError as error:
+            if error.status != 422:
+                raise
             # The protocol knows no 422.
-            raise (error if error.status != 422 else RequestError(400, error.kind, error.message)) from error
+            raise RequestError(400, error.kind, error.message) from error
         exchange.note(model, embedded)
         encoder = self._encoder(model)
         if all(binary for _, binary in asked.outputs):
@@ -158,13 +164,18 @@ class Inference:
                     "several processes answer here, and this one alone would load it; put the bundle into the model's "
                     "folder, and have the operator tell them all",
                 )
-            model = await service.change(service.models.load, name)
-            if service.changed is not None:
-                await service.off_loop(service.changed)
+            model = await service.change(self._load, name)
         else:
             self._refuse_unless_alone()
             model = await service.change(service.models.choose, name, version)
         return json_answer({"name": model.name, "version": model.version, "state": "READY"})
+
+    def _load(self, name: str) -> ServedModel:
+        """Load, and tell other processes, even if whoever asked for it hangs up in between."""
+        model = self._service.models.load(name)
+        if self._service.changed is not None:
+            self._service.changed()
+        return model
 
     async def unload(self, exchange: Exchange) -> Answer:
         """Serve a model no more."""

@@ -69,9 +69,10 @@ class Meta:
     async def models(self, exchange: Exchange) -> Answer:
         """List the models."""
         models = self._service.models
-        if self._cards[0] != models.generation:
+        # Read first: models change in another thread, and cards of before must not pass for those of after.
+        if self._cards[0] != (generation := models.generation):
             cards = [self._card(model) for model in models.current]
-            self._cards = (models.generation, orjson.dumps({"object": "list", "data": cards}))
+            self._cards = (generation, orjson.dumps({"object": "list", "data": cards}))
         return Answer(200, _JSON, self._cards[1])
 
     async def model(self, exchange: Exchange) -> Answer:

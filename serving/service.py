@@ -7,7 +7,9 @@ given to the batcher, and whether all this works (warm-up, canary, stalled devic
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -107,6 +109,8 @@ class Service:
         Every model is warmed up, agrees with its reference, and no device has failed since.
     failure : str
         Why not, empty otherwise; nothing but a new process mends it.
+    stopping : bool
+        Streams that only watch the service are to end.
     """
 
     def __init__(
@@ -114,7 +118,7 @@ class Service:
     ) -> None:
         self.models, self.limits = models, limits
         self.watches, self.alone = watches, alone
-        self.ready = False
+        self.ready = self.stopping = False
         self.failure = ""
         self.state = "warming up"
         self.told: Callable[[Batch], None] | None = None
@@ -144,6 +148,7 @@ class Service:
 
     async def stop(self) -> None:
         """End everything; requests in flight were answered before."""
+        self.ready, self.state = False, "stopping"
         for task in self._tasks:
             task.cancel()
         self.batcher.close()
@@ -198,9 +203,10 @@ class Service:
         limit = self.limits.compute_timeout_s
         timeout_s = limit if timeout_s is None else min(timeout_s, limit)
         if isinstance(batch, np.ndarray):
-            self._admit(len(batch) if batch.ndim else 0, caller)
+            self._admit(model, len(batch) if batch.ndim else 0, priority, timeout_s, caller)
             # A float row is looked at value by value; that of many rows would hold up everybody else.
-            slow = batch.dtype != np.uint8 and batch.nbytes > self.limits.inline_bytes
+            plain = batch.dtype == np.uint8 and model.input.dtype == "uint8"
+            slow = not plain and batch.nbytes > self.limits.inline_bytes
             rows = await self.off_loop(model.input.prepare, batch) if slow else model.input.prepare(batch)
             job = self._submit(model, rows, outputs, priority, timeout_s, caller)
             return Embedded(await self._result(job), job)
@@ -221,10 +227,13 @@ class Service:
                 await self.change(self.models.load, name)
             except ModelError as error:
                 _log.error("%s", error)
+            except Exception:  # whoever watches has to go on watching
+                _log.exception("model %r was not loaded, and what was served still is", name)
 
     async def watch(self) -> None:
         """Load a bundle again whenever its folder changes, until cancelled."""
-        before = self.models.stamps()
+        # Loaded once more to begin with, because a bundle may have come since; the same one is not opened again.
+        before: dict[str, tuple[int, ...]] = {}
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             # Twice the same: whoever writes the bundle has finished with its manifest, which comes last.
@@ -253,9 +262,12 @@ class Service:
             _log.error("not ready any more: %s", reason)
         self.ready, self.failure = False, self.failure or reason
 
-    def _admit(self, n_rows: int, caller: Caller | None) -> None:
+    def _admit(self, model: ServedModel, n_rows: int, priority: int, timeout_s: float, caller: Caller | None) -> None:
         if n_rows > self.limits.max_rows:
             raise too_large(f"got {n_rows} rows, wanted at most {self.limits.max_rows} at a time; send them in parts")
+        # Before they are taken off a rate: whoever is refused comes again, and would pay twice.
+        n_bytes = n_rows * model.input.row_bytes
+        self.batcher.require_room(n_rows, n_bytes, timeout_s=timeout_s, bulk=_is_bulk(priority))
         if caller is not None:
             caller.admit_rows(n_rows)
 
@@ -269,11 +281,11 @@ class Service:
         caller: Caller | None,
     ) -> Job:
         span = caller.span if caller is not None else None
-        return self.batcher.submit(model, rows, outputs, bulk=priority > 1, timeout_s=timeout_s, span=span)
+        return self.batcher.submit(model, rows, outputs, bulk=_is_bulk(priority), timeout_s=timeout_s, span=span)
 
     async def _result(self, job: Job) -> Mapping[str, NDArray[np.float32]]:
         try:
-            return await job.future
+            features = await job.future
         except asyncio.CancelledError:
             self.batcher.abandon(job)
             raise
@@ -282,6 +294,10 @@ class Service:
             raise RequestError(
                 503, "overloaded", "the device failed; try again elsewhere", headers={"retry-after": "1"}
             ) from error
+        # Computed by a device that was found to be wrong meanwhile.
+        if self.failure:
+            self.require_ready()
+        return features
 
     async def _embed_images(
         self,
@@ -292,9 +308,9 @@ class Service:
         timeout_s: float,
         caller: Caller | None,
     ) -> Embedded:
-        self._admit(len(encoded), caller)
         if model.input.kind != "image":
             raise RequestError(422, "invalid_rows", f"got images, wanted {model.input}; send rows of numbers")
+        self._admit(model, len(encoded), priority, timeout_s, caller)
         began = time.perf_counter()
         n_bytes = len(encoded) * model.input.row_bytes
         self._keep_room(n_bytes)
@@ -365,15 +381,43 @@ class Service:
                     self.fail(f"a batch has been on the device for {stalled:.0f} s")
                     return
                 for model in self.models.current:
-                    await self.off_loop(model.prove)
+                    await self._proved(model)
         except (ModelError, DeviceError) as error:
             self.fail(str(error))
         except Exception as error:
             _log.exception("the watch over the models ended")
             self.fail(f"{type(error).__name__}: {error}")
 
+    async def _proved(self, model: ServedModel) -> None:
+        """Compare with the reference, in a thread that nobody joins: a device that hangs keeps it for good."""
+        loop = asyncio.get_running_loop()
+        proved: asyncio.Future[Exception | None] = loop.create_future()
+
+        def prove() -> None:
+            found: Exception | None = None
+            try:
+                model.prove()
+            except Exception as error:  # raised again, on the event loop
+                found = error
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(lambda: None if proved.done() else proved.set_result(found))
+
+        threading.Thread(target=prove, name="canary", daemon=True).start()
+        limit_s = self.limits.compute_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                error = await proved
+        except TimeoutError:
+            raise DeviceError(f"the device has not computed the reference of {model.name!r} in {limit_s:g} s") from None
+        if error is not None:
+            raise error
+
     def _is_warming(self, name: str) -> None:
         self.state = f"warming up {name}"
+
+
+def _is_bulk(priority: int) -> bool:
+    return priority > 1
 
 
 def _spread(features: NDArray[np.float32], good: NDArray[np.intp], n_rows: int) -> NDArray[np.float32]:

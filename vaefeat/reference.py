@@ -89,7 +89,7 @@ def load_reference(bundle: Bundle) -> Reference | None:
     spec, width = bundle.manifest.input, bundle.manifest.latent_dim
     try:
         tensors = safetensors.numpy.load(bundle.read(REFERENCE_FILE))
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a type that NumPy has not
         raise BundleError(f"got a {REFERENCE_FILE} in bundle {bundle.name!r} that is none: {error}") from error
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     k = shapes.get("rows", (0,))[0]

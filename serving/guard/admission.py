@@ -97,11 +97,12 @@ class Admission:
             raise too_large(
                 f"got a body of {n_bytes} bytes, wanted at most {limits.max_body_bytes}; send fewer rows at a time"
             )
+        if len(self._present) >= limits.max_in_flight or self.in_flight_bytes + n_bytes > limits.max_in_flight_bytes:
+            raise overloaded(f"{len(self._present)} requests are being answered, which is the most at a time")
+        # Last, because whoever is refused comes again, and would pay twice.
         key = exchange.key
         if key is not None and (wait_s := self.rates.take(key, bytes=n_bytes)):
             raise rate_limited(wait_s)
-        if len(self._present) >= limits.max_in_flight or self.in_flight_bytes + n_bytes > limits.max_in_flight_bytes:
-            raise overloaded(f"{len(self._present)} requests are being answered, which is the most at a time")
         exchange.announced_bytes = n_bytes
         exchange.task = asyncio.current_task()
         self._present[exchange] = None

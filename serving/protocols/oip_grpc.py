@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 import serving.protocols.oip_messages as messages
-from serving.errors import CodecError, SetupError, as_request_error
-from serving.exchange import new_request_id
+from serving.errors import CodecError, RequestError, SetupError, as_request_error
 from serving.guard.keys import require_scope
-from serving.guard.rates import rate_limited
 from serving.protocols.oip import (
     InferRequest,
     describe_model,
@@ -34,6 +32,7 @@ from serving.protocols.oip import (
     parse_timeout,
     refuse_parameters,
 )
+from serving.protocols.oip_call import InferCall
 from serving.protocols.tensors import (
     IMAGES,
     check_input,
@@ -64,7 +63,6 @@ __all__ = [
 _log = logging.getLogger("serving")
 
 _INFERENCE_SERVICE = "inference.GRPCInferenceService"
-_INFER_ROUTE = f"/{_INFERENCE_SERVICE}/ModelInfer"
 _HEALTH_SERVICE = "grpc.health.v1.Health"
 #: What the health of can be asked for.
 _KNOWN = ("", _INFERENCE_SERVICE)
@@ -233,7 +231,11 @@ class InferenceServicer:
     async def ModelReady(self, request: Any, context: Any) -> Any:
         """Tell whether one model works."""
         async with _told_to(context):
-            self._service.find(request.name, request.version)
+            try:
+                self._service.find(request.name, request.version)
+            except RequestError as error:
+                # Probes have no key, and are not told what else there is.
+                raise RequestError(error.status, error.kind, "got a model or version that is not served here") from None
             return messages.ModelReadyResponse(ready=self._service.ready)
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:
@@ -251,7 +253,7 @@ class InferenceServicer:
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         """Embed rows or images."""
-        call = _Call(context, n_bytes=request.ByteSize())
+        call = InferCall(context, n_bytes=request.ByteSize(), rates=self._rates)
         if self._recorder is not None:
             self._recorder.begin(call)
         async with _told_to(context, self._recorder, call):
@@ -259,8 +261,12 @@ class InferenceServicer:
             model = self._service.find(request.model_name or None, request.model_version)
             call.model, call.version = model.name, model.version
             limits = self._service.limits
-            asked = decode_model_infer(request, spec=model.input, outputs=model.outputs, max_rows=limits.max_rows)
-            self._spend(call.key, rows=len(asked.batch), bytes=call.announced_bytes)
+            decode = partial(
+                decode_model_infer, request, spec=model.input, outputs=model.outputs, max_rows=limits.max_rows
+            )
+            # Typed contents are read number by number; many would hold up everybody else.
+            inline = request.raw_input_contents or call.announced_bytes <= limits.inline_bytes
+            asked = decode() if inline else await self._service.off_loop(decode)
             call.embedded = await self._service.embed(
                 model,
                 asked.batch,
@@ -278,41 +284,16 @@ class InferenceServicer:
         metadata = {name: value.encode() for name, value in context.invocation_metadata() if isinstance(value, str)}
         return require_scope(self._keys.identify(metadata.get("authorization"), metadata.get("x-api-key")), "embed")
 
-    def _spend(self, key: Key | None, *, rows: int, bytes: int) -> None:
-        if key is not None and self._rates is not None and (wait_s := self._rates.take(key, rows=rows, bytes=bytes)):
-            raise rate_limited(wait_s)
-
 
 def _sooner(timeout_s: float | None, deadline_s: float | None) -> float | None:
     given = [seconds for seconds in (timeout_s, deadline_s) if seconds is not None]
     return min(given, default=None)
 
 
-class _Call:
-    """A call to infer, as :class:`serving.watching.recorder.Recorder` and the service see it."""
-
-    route = _INFER_ROUTE
-
-    def __init__(self, context: Any, *, n_bytes: int) -> None:
-        self.began = time.perf_counter()
-        self.announced_bytes = n_bytes
-        texts = [(name, value) for name, value in context.invocation_metadata() if isinstance(value, str)]
-        headers = [(name.encode(), value.encode()) for name, value in texts]
-        self.scope: dict[str, Any] = {"method": "POST", "headers": headers}
-        self.path = _INFER_ROUTE
-        self.request_id = new_request_id()
-        self.model = self.version = ""
-        self.key: Key | None = None
-        self.served: ServedModel | None = None
-        self.embedded: Embedded | None = None
-        self.span: Any = None
-
-    def admit_rows(self, n_rows: int) -> None:
-        """Do nothing: rows and bytes were taken off the key's rate together."""
-
-
 @asynccontextmanager
-async def _told_to(context: Any, recorder: Recorder | None = None, call: _Call | None = None) -> AsyncIterator[None]:
+async def _told_to(
+    context: Any, recorder: Recorder | None = None, call: InferCall | None = None
+) -> AsyncIterator[None]:
     """End the call with the status of whatever is raised inside, and take note of it."""
     try:
         yield
@@ -323,6 +304,8 @@ async def _told_to(context: Any, recorder: Recorder | None = None, call: _Call |
             recorder.end(call, refusal.status, failure=refusal, cause=defect)
         elif defect is not None:
             _log.exception("a gRPC request failed")
+        # The frames in it hold this one and the message, which would wait for the garbage collector.
+        error.__traceback__ = None
         await context.abort(
             _CODES.get(refusal.status, grpc.StatusCode.INVALID_ARGUMENT),
             refusal.message[:_MAX_DETAILS],
@@ -351,9 +334,9 @@ class HealthServicer:
         return messages.HealthCheckResponse(status=status)
 
     async def Watch(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        """Tell how it is now, and whenever that changes."""
+        """Tell how it is now, and whenever that changes, until the service stops."""
         told = None
-        while True:
+        while not self._service.stopping:
             if (status := self._status(request.service)) != told:
                 told = status
                 yield messages.HealthCheckResponse(status=status)

@@ -16,7 +16,8 @@ With the features :math:`x_{ij}` of row :math:`i` (0 is the latest) and latent :
 
 :math:`n` is the number of rows that would weigh the same if all weighed alike; chance alone makes a mean shift of about
 :math:`1 / \sqrt n`. A collapsed latent, of which only rounding is left, would drown the others: those with less than a
-ten-thousandth of the largest reference variance are left out.
+ten-thousandth of the largest reference variance are left out. A feature further than a thousand deviations from the
+reference mean counts as one that far away.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = ["Drift", "DriftReading"]
 
 _COLLAPSED = 1e-4
+#: A row counts for no more than this, so that a single one cannot drown all others for good.
+_MOST_DEVIATIONS = 1000.0
 #: Rows that are copied aside before they are summed up: one sum for many small batches.
 _BUFFER_ROWS = 256
 
@@ -69,6 +72,7 @@ class Drift:
         variance = np.asarray(variance, dtype=np.float64)
         self._kept = variance > _COLLAPSED * variance.max(initial=0.0)
         self._variance = variance[self._kept]
+        self._most = (_MOST_DEVIATIONS * np.sqrt(variance)).astype(np.float32)
         self._lock = threading.Lock()
         self._buffer = np.empty((_BUFFER_ROWS, len(self._mean)), dtype=np.float32)
         self._filled = 0
@@ -124,7 +128,7 @@ class Drift:
         if not filled:
             return
         # Less the reference mean, so that float32 does not lose the variance of latents far from zero.
-        centred = self._buffer[:filled] - self._mean
+        centred = np.clip(self._buffer[:filled] - self._mean, -self._most, self._most)
         weights = self._weights[-filled:]
         fade = self._fade**filled
         self._weight = self._weight * fade + float(weights.sum())

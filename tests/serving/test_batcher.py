@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -264,3 +266,90 @@ def test_batcher_that_closes_answers_those_who_wait() -> None:
         gate.set()
 
     run(talk, lanes=1)
+
+
+def test_batcher_with_many_small_interactive_requests_fills_batches_with_them_before_bulk_rows() -> None:
+    gate = threading.Event()
+    model = Arithmetic(gate=gate)
+
+    async def talk(batcher: RowBatcher) -> int:
+        first = batcher.submit(model, rows_of(0, 1), ("mean",), timeout_s=10)
+        await asyncio.to_thread(model.begun.wait)
+        bulk = batcher.submit(model, rows_of(0, 1600), ("mean",), timeout_s=10, bulk=True)
+        fast = [batcher.submit(model, rows_of(i, 1), ("mean",), timeout_s=10) for i in range(64)]
+        gate.set()
+        await asyncio.gather(first.future, *(job.future for job in fast))
+        left = len(bulk.rows) - bulk.taken
+        await bulk.future
+        return left
+
+    assert run(talk, lanes=1) >= 1600 - 2 * 16, "bulk rows took places of those that go first"
+
+
+def test_batcher_whose_queue_is_full_of_bulk_work_takes_interactive_rows() -> None:
+    gate = threading.Event()
+    model = Arithmetic(gate=gate)
+
+    async def talk(batcher: RowBatcher) -> None:
+        jobs = [batcher.submit(model, rows_of(0, 16), ("mean",), timeout_s=10)]
+        await asyncio.to_thread(model.begun.wait)
+        jobs.append(batcher.submit(model, rows_of(0, 75), ("mean",), timeout_s=10, bulk=True))
+        with pytest.raises(RequestError, match="75 rows wait"):
+            batcher.submit(model, rows_of(0, 1), ("mean",), timeout_s=10, bulk=True)
+        batcher.rate = 1.0  # bulk work for 75 s is none of the business of who goes before it
+        jobs.append(batcher.submit(model, rows_of(0, 5), ("mean",), timeout_s=10))
+        gate.set()
+        await asyncio.gather(*(job.future for job in jobs))
+
+    run(talk, lanes=1, queued=100)
+
+
+def test_batcher_lets_go_of_models_that_are_asked_no_more() -> None:
+    async def talk(batcher: RowBatcher) -> list[object]:
+        known = []
+        for _ in range(5):
+            model = Arithmetic()
+            known.append(weakref.ref(model))
+            await batcher.submit(model, rows_of(0, 40), ("mean",), timeout_s=10).future
+        del model
+        while batcher.busy:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)  # the lane's thread is on its way back
+        gc.collect()
+        return [model for model in known if model() is not None]
+
+    assert run(talk) == []
+
+
+def test_batcher_that_is_closed_refuses_what_comes_later() -> None:
+    async def talk(batcher: RowBatcher) -> None:
+        await batcher.submit(Arithmetic(), rows_of(0, 1), ("mean",), timeout_s=10).future
+        batcher.close()
+        with pytest.raises(RequestError, match="stopping"):
+            batcher.submit(Arithmetic(), rows_of(0, 1), ("mean",), timeout_s=10)
+
+    run(talk)
+
+
+def test_batcher_with_an_output_that_is_not_finite_fails_those_alone_who_asked_for_it() -> None:
+    gate = threading.Event()
+
+    class HalfBroken(Arithmetic):
+        def expected(self, rows: NDArray[Any], output: str) -> NDArray[np.float32]:
+            features = super().expected(rows, output)
+            return features * np.float32("inf") if output == "hidden" else features
+
+    model = HalfBroken(gate=gate)
+
+    async def talk(batcher: RowBatcher) -> None:
+        first = batcher.submit(model, rows_of(0, 1), ("mean",), timeout_s=10)
+        await asyncio.to_thread(model.begun.wait)
+        good = batcher.submit(model, rows_of(10, 4), ("mean",), timeout_s=10)
+        bad = batcher.submit(model, rows_of(20, 4), ("mean", "hidden"), timeout_s=10)
+        gate.set()
+        await asyncio.gather(first.future, good.future)
+        with pytest.raises(RequestError, match="row 0"):
+            await bad.future
+
+    run(talk, lanes=1)
+    assert model.sizes == [1, 8], "the two were not in one batch, so that this shows nothing"

@@ -142,3 +142,15 @@ def test_drift_fed_by_several_threads_loses_no_row(reference: Features) -> None:
     reading = drift.read()
     assert reading is not None
     assert reading.rows == pytest.approx(weight**2 / weight2, rel=1e-3)
+
+
+def test_drift_after_a_single_absurd_row_recovers(reference: Features) -> None:
+    """A client can have any finite feature computed; no figure may be lost to it for good."""
+    drift = against(reference)
+    drift.update(np.full((1, 8), 1e30, np.float32))
+    for _ in range(150):
+        drift.update(reference)
+    reading = drift.read()
+    assert reading is not None
+    assert reading.variance_ratio == pytest.approx(1.0, abs=0.05)
+    assert reading.mean_shift < 0.05

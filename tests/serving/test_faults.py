@@ -1,0 +1,270 @@
+"""What goes wrong while the service runs: devices that hang, clients that hang up, bundles nobody could foresee."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from serving.codec import encode_npy
+from serving.errors import RequestError, overloaded
+from serving.exchange import Exchange
+from serving.guard.admission import Admission
+from serving.guard.keys import Key, KeyRing
+from serving.settings import Limits
+from vaefeat.bundle import Bundle, load_bundle
+
+NPY = {"content-type": "application/x-npy"}
+Talk = Callable[..., Any]
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def hold(model: Any, gate: threading.Event) -> None:
+    """Have a model's device wait."""
+    compute = model.compute
+
+    def waiting(*arguments: Any) -> Any:
+        gate.wait(20)
+        return compute(*arguments)
+
+    model.compute = waiting
+
+
+async def until(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not happened():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+
+
+def test_a_device_that_hangs_takes_the_service_out(
+    talk: Talk, digits_bundle: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a request: the comparison with the reference hangs as well, and must not wait for ever."""
+    monkeypatch.setattr("serving.service._PROVE_EVERY_S", 0.05)
+
+    async def conversation(client: Any) -> Any:
+        (model,) = client.app.service.models.current
+        hold(model, gate)
+        await until(lambda: not client.app.service.ready)
+        return await client.get("/readyz")
+
+    ready = talk(conversation, digits_bundle, limits=Limits(compute_timeout_s=0.3))
+    assert ready.status_code == 503
+    assert "has not computed the reference" in ready.json()["reason"]
+
+
+def test_what_a_device_computed_after_it_was_found_to_be_wrong_is_no_answer(
+    talk: Talk, digits_bundle: Path, digits_rows: NDArray[np.uint8], gate: threading.Event
+) -> None:
+    async def conversation(client: Any) -> Any:
+        service = client.app.service
+        hold(service.find(None), gate)
+        asking = asyncio.create_task(client.post("/v1/embed", content=encode_npy(digits_rows[:3]), headers=NPY))
+        await until(lambda: service.batcher.busy > 0)
+        service.fail("its canary died")
+        gate.set()
+        return await asking
+
+    answer = talk(conversation, digits_bundle)
+    assert answer.status_code == 503
+    assert "its canary died" in answer.json()["error"]["message"]
+
+
+def test_a_service_that_has_stopped_is_not_ready(talk: Talk, digits_bundle: Path) -> None:
+    async def conversation(client: Any) -> Any:
+        await client.app.service.stop()
+        return await client.get("/readyz")
+
+    ready = talk(conversation, digits_bundle)
+    assert (ready.status_code, ready.json()["reason"]) == (503, "stopping")
+
+
+def test_bodies_of_refused_requests_are_let_go_at_once(
+    talk: Talk, digits_bundle: Path, digits_rows: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under overload nothing can be left to the garbage collector, which counts objects and not megabytes."""
+    body = encode_npy(digits_rows[:100])
+    headers = [(b"content-type", b"application/x-npy"), (b"content-length", b"%d" % len(body))]
+    scope = {"type": "http", "path": "/v1/embed", "query_string": b"", "method": "POST", "headers": headers}
+    answered: list[int] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body}
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.start":
+            answered.append(message["status"])
+
+    async def conversation(client: Any) -> list[Any]:
+        def refuse(*_: Any, **__: Any) -> None:
+            raise overloaded("it is too much")
+
+        monkeypatch.setattr(client.app.service.batcher, "submit", refuse)
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(5):
+                await client.app(dict(scope), receive, send)
+            return [thing for thing in gc.get_objects() if type(thing) is Exchange]
+        finally:
+            gc.enable()
+
+    assert talk(conversation, digits_bundle) == []
+    assert answered == [503] * 5
+
+
+def test_a_load_whose_client_hangs_up_is_told_to_the_other_processes_all_the_same(
+    talk: Talk, digits_bundle: Path
+) -> None:
+    told: list[str] = []
+    url = "/v2/repository/models/digits/load"
+    scope = {"type": "http", "path": url, "query_string": b"", "method": "POST", "headers": [(b"content-length", b"0")]}
+    messages: Iterator[dict[str, Any]] = iter([{"type": "http.request", "body": b""}, {"type": "http.disconnect"}])
+
+    async def receive() -> dict[str, Any]:
+        return next(messages)
+
+    async def send(message: dict[str, Any]) -> None:
+        told.append("the client")
+
+    async def conversation(client: Any) -> None:
+        service = client.app.service
+        load = service.models.load
+
+        def slow(name: str) -> Any:
+            time.sleep(0.3)  # longer than until it is noticed that the client has gone
+            return load(name)
+
+        service.models.load, service.alone = slow, False
+        service.changed = lambda: told.append("the others")
+        await client.app(scope, receive, send)
+        await until(lambda: bool(told))
+
+    talk(conversation, digits_bundle)
+    assert told == ["the others"]
+
+
+@pytest.mark.parametrize("error", [OSError("too many open files"), KeyError("BF16")])
+def test_a_reload_that_fails_in_any_way_leaves_what_was_served(
+    talk: Talk, digits_bundle: Path, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def conversation(client: Any) -> int:
+        def fail(name: str) -> None:
+            raise error
+
+        client.app.service.models.load = fail
+        await client.app.service.reload()
+        return int((await client.get("/readyz")).status_code)
+
+    assert talk(conversation, digits_bundle) == 200
+    assert "was not loaded" in caplog.text
+
+
+def test_models_that_change_while_they_are_listed_are_listed_anew(
+    talk: Talk, digits_bundle: Path, variant: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    load_bundle(digits_bundle).save(tmp_path / "digits")
+    new = variant()
+
+    async def conversation(client: Any) -> str:
+        meta, models = client.app._meta, client.app.service.models
+        describe = meta._card
+
+        def interrupted(model: Any) -> Any:
+            card = describe(model)
+            meta._card = describe
+            new.save(tmp_path / "digits")
+            models.load("digits")  # as the loader's thread may, between any two lines
+            return card
+
+        meta._card = interrupted
+        await client.get("/v1/models")
+        return str((await client.get("/v1/models")).json()["data"][0]["digest"])
+
+    assert talk(conversation, tmp_path / "digits") == new.digest
+
+
+def test_probes_without_a_key_are_not_told_what_is_served(talk: Talk, digits_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(f'[keys.a]\nsha256 = "{hashlib.sha256(b"a").hexdigest()}"\nscopes = ["embed"]\n')
+    path.chmod(0o600)
+    digest = load_bundle(digits_bundle).digest
+
+    async def conversation(client: Any) -> list[Any]:
+        paths = ("other/ready", "digits/versions/1/ready")
+        return [await client.get(f"/v2/models/{path}") for path in paths]
+
+    for answer in talk(conversation, digits_bundle, keys=KeyRing.from_file(path)):
+        assert answer.status_code == 404
+        assert "digits" not in answer.text
+        assert digest[7:] not in answer.text
+
+
+def arriving(key: Key, n_bytes: int) -> Exchange:
+    async def nothing(*_: Any) -> Any:
+        raise AssertionError("the body is not looked at")
+
+    exchange = Exchange({"path": "/", "headers": [(b"content-length", b"%d" % n_bytes)]}, nothing, nothing)
+    exchange.key = key
+    return exchange
+
+
+def test_bytes_that_are_refused_for_want_of_room_are_not_taken_off_a_key_s_rate() -> None:
+    key = Key(id="a", scopes=frozenset({"embed"}), bytes_per_s=100.0)
+
+    async def conversation() -> list[int]:
+        admission = Admission(Limits(max_in_flight=1))
+        first = arriving(key, 100)
+        admission.enter(first)
+        refused = []
+        for _ in range(3):
+            with pytest.raises(RequestError) as caught:
+                admission.enter(arriving(key, 100))
+            refused.append(caught.value.status)
+        admission.leave(first)
+        admission.enter(arriving(key, 100))
+        return refused
+
+    assert asyncio.run(conversation()) == [503] * 3
+
+
+def test_rows_that_are_refused_for_want_of_room_are_not_taken_off_a_key_s_rate(
+    talk: Talk, digits_bundle: Path, digits_rows: NDArray[np.uint8], gate: threading.Event
+) -> None:
+    admitted: list[int] = []
+
+    class Caller:
+        span = None
+
+        def admit_rows(self, n_rows: int) -> None:
+            admitted.append(n_rows)
+
+    async def conversation(client: Any) -> None:
+        service = client.app.service
+        model = service.find(None)
+        hold(model, gate)
+        asking = [asyncio.create_task(service.embed(model, digits_rows[:n], caller=Caller())) for n in (1, 1, 2)]
+        await until(lambda: service.batcher.queued_rows == 2)
+        with pytest.raises(RequestError, match="rows wait"):
+            await service.embed(model, digits_rows[:3], caller=Caller())
+        gate.set()
+        await asyncio.gather(*asking)
+
+    talk(conversation, digits_bundle, limits=Limits(max_queued_rows=4, max_batch_rows=1))
+    assert admitted == [1, 1, 2]
