@@ -22,7 +22,10 @@ from vaefeat import Bundle, load_bundle
 from vaefeat.bundle import SCHEMA_VERSION
 from vaefeat.errors import BundleError, InputError
 
-FILES = ["README.md", "decoder.onnx", "encoder.onnx", "reconstructions.png", "weights.safetensors"]
+FILES = [
+    *("README.md", "decoder.onnx", "encoder.onnx", "reconstructions.png", "reference.safetensors"),
+    "weights.safetensors",
+]
 CHANGED = "do not match the bundle's hashes"
 
 

@@ -45,7 +45,9 @@ def test_bundle_of_an_encoder_that_left_its_decoder_behind_has_none_and_says_so(
 ) -> None:
     bundle = fitted.bundle_
     assert not bundle.manifest.decodes
-    assert sorted(bundle.files) == ["README.md", "encoder.onnx", "head.safetensors", "weights.safetensors"]
+    assert sorted(bundle.files) == [
+        *("README.md", "encoder.onnx", "head.safetensors", "reference.safetensors", "weights.safetensors")
+    ]
     assert "there is no decoder" in bundle.read("README.md").decode()
     assert "reconstruction" not in bundle.manifest.parity["outputs"]
 

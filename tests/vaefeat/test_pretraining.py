@@ -32,6 +32,7 @@ def test_pretrain_writes_a_whole_run_folder(digits_bundle: Path, digits_rows: ND
         "decoder.onnx",
         "encoder.onnx",
         "reconstructions.png",
+        "reference.safetensors",
         "weights.safetensors",
     }
     assert {path.name for path in digits_bundle.iterdir()} == {*bundle.files, "bundle.json", "training"}
