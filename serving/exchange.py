@@ -28,6 +28,8 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 #: An id of its own for each request costs a system call; a random beginning and a count are as unique.
 _PROCESS = uuid.uuid4().hex[:20].encode()
 _COUNT = itertools.count(1)
+#: Past so many seconds a body must come at the pace at which all of it would be there in time.
+_BODY_GRACE_S = 5.0
 
 
 def new_request_id() -> bytes:
@@ -141,19 +143,26 @@ class Exchange:
             408: it does not arrive in time; 413: more than was announced and is allowed.
         ClientGoneError
         """
-        deadline = self.began + limits.body_timeout_s
-        message = await self._before(deadline)
+        message = await self._before(self._due(0, limits))
         content: bytes = message.get("body", b"")
         if message.get("more_body", False):
-            content = await self._rest(content, deadline, limits)
+            content = await self._rest(content, limits)
         self.body_is_read = True
         return content
 
-    async def _rest(self, first: bytes, deadline: float, limits: Limits) -> bytes:
+    def _due(self, got: int, limits: Limits) -> float:
+        """Give the time of the next part of a body of which there are `got` bytes.
+
+        Room is kept for all of it: a client that announces much and sends nothing must not hold that for long.
+        """
+        part = min(1.0, got / max(1, self.announced_bytes))
+        return self.began + min(limits.body_timeout_s, _BODY_GRACE_S + part * limits.body_timeout_s)
+
+    async def _rest(self, first: bytes, limits: Limits) -> bytes:
         whole = bytearray(first)
         more = True
         while more:
-            message = await self._before(deadline, got=len(whole))
+            message = await self._before(self._due(len(whole), limits), got=len(whole))
             whole += message.get("body", b"")
             more = message.get("more_body", False)
             if len(whole) > limits.max_body_bytes:
