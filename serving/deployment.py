@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from serving.watching.logs import start_logging
 __all__ = ["EmbeddingReplica", "application"]
 
 _TICK_S = 0.05
+#: An event loop that has not moved for so long answers nobody.
+_STUCK_S = 30.0
 
 
 class EmbeddingReplica:
@@ -54,6 +57,7 @@ class EmbeddingReplica:
         self._service.changed = None if settings.replicas == 1 else lambda: ask_for_reload(Path(desk))
         self._stop = threading.Event()
         self._failure: BaseException | None = None
+        self._moved: float | None = None
         self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(Path(desk),), name="http", daemon=True)
         self._thread.start()
@@ -66,6 +70,8 @@ class EmbeddingReplica:
             raise ModelError(f"the server ended: {self._failure}") from self._failure
         if self._service.failure:
             raise ModelError(self._service.failure)
+        if self._moved is not None and (still_s := time.monotonic() - self._moved) > _STUCK_S:
+            raise ModelError(f"the server has not moved for {still_s:.0f} s")
 
     def __del__(self) -> None:
         """Answer what is in flight and end; Serve calls this when the replica is to go."""
@@ -105,20 +111,21 @@ class EmbeddingReplica:
 
     async def _until_stopped(self, server: HttpServer, serving: asyncio.Task[None]) -> None:
         while not serving.done():
+            self._moved = time.monotonic()
             server.should_exit = server.should_exit or self._stop.is_set() or bool(self._service.failure)
             if server.started:
                 self._started.set()
             await asyncio.wait([serving], timeout=_TICK_S)
 
 
-def application(settings: ServiceSettings, *, num_gpus: int, desk: str) -> ServeApplication:
+def application(settings: ServiceSettings, *, num_gpus: float, desk: str) -> ServeApplication:
     """Describe the deployment.
 
     Parameters
     ----------
     settings : ServiceSettings
-    num_gpus : int
-        GPUs that a replica gets; Ray hides the others from it.
+    num_gpus : float
+        GPUs that a replica gets, or its share of one; Ray hides the others from it.
     desk : str
         As for :class:`EmbeddingReplica`.
     """

@@ -28,6 +28,8 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 #: An id of its own for each request costs a system call; a random beginning and a count are as unique.
 _PROCESS = uuid.uuid4().hex[:20].encode()
 _COUNT = itertools.count(1)
+#: Past so many seconds a body must come at the pace at which all of it would be there in time.
+_BODY_GRACE_S = 5.0
 
 
 def new_request_id() -> bytes:
@@ -151,6 +153,14 @@ class Exchange:
             content = await self._rest(content, limits)
         self.body_is_read = True
         return content
+
+    def due(self, limits: Limits) -> float:
+        """Give the time, on :func:`time.perf_counter`'s clock, until which more of the body must have come.
+
+        Room is kept for all of it: a client that announces much and sends nothing must not hold that for long.
+        """
+        part = min(1.0, self.received_bytes / max(1, self.announced_bytes))
+        return self.began + min(limits.body_timeout_s, _BODY_GRACE_S + part * limits.body_timeout_s)
 
     async def _rest(self, first: bytes, limits: Limits) -> bytes:
         whole = bytearray(first)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import socket
@@ -38,9 +39,9 @@ from vaefeat.errors import DeviceError
 __all__ = ["run"]
 
 _OBJECT_STORE_BYTES = 256 * 2**20
-# Controller, replica and one to spare: Ray starts as many worker processes ahead as it is told to have processors. It
-# is an account for scheduling only; the replica's threads use every processor there is.
-_RAY_CPUS = 3
+# Beside one for each replica, for the controller and one to spare: Ray starts as many worker processes ahead as it is
+# told to have processors. It is an account for scheduling only; replicas' threads use every processor there is.
+_SPARE_CPUS = 2
 _APPLICATION = "vaefeat"
 _DESK = "desk.sock"
 _START_TIMEOUT_S = 120.0
@@ -94,23 +95,23 @@ def run(settings: ServiceSettings, listener: socket.socket, asked: Asked) -> Non
 def _start(settings: ServiceSettings, listener: socket.socket, folder: Path, stop: threading.Event) -> list[str]:
     """Start everything and return the execution providers that the service computes with."""
     _go_on_unless(stop)
-    _start_ray(folder)
+    _start_ray(folder, n_cpus=settings.replicas + _SPARE_CPUS)
     _go_on_unless(stop)
     quiet = LoggingConfig(log_level="ERROR", enable_access_log=False)
     # Requests do not go through Serve: see serving.deployment.
     serve.start(proxy_location="Disabled", logging_config=quiet)
     _go_on_unless(stop)
-    described = application(settings, num_gpus=_gpus(settings.device), desk=str(folder / _DESK))
+    described = application(settings, num_gpus=_gpus(settings.device, settings.replicas), desk=str(folder / _DESK))
     target = serve.RunTarget(described, name=_APPLICATION, route_prefix=None, logging_config=quiet)
     serve.run_many([target], wait_for_applications_running=False)
     _wait_for_replica(stop)
     return _wait_for_answers(base_url(listener), stop)
 
 
-def _start_ray(folder: Path) -> None:
+def _start_ray(folder: Path, *, n_cpus: int) -> None:
     ray.init(
         address="local",  # never one that happens to run on this machine
-        num_cpus=_RAY_CPUS,
+        num_cpus=n_cpus,
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         logging_level=logging.ERROR,
@@ -120,13 +121,13 @@ def _start_ray(folder: Path) -> None:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
 
 
-def _gpus(device: str) -> int:
-    """GPUs for the replica: Ray hides them all from a process that asked for none."""
+def _gpus(device: str, n_replicas: int) -> float:
+    """Share of a GPU for each replica: Ray hides them all from a process that asked for none."""
     resources: dict[str, float] = ray.cluster_resources()
     found = int(resources.get("GPU", 0))
     if device == "cuda" and not found:
         raise DeviceError("got --device cuda, but Ray finds no GPU on this machine; use --device cpu or auto")
-    return 0 if device == "cpu" else min(found, 1)
+    return 0.0 if device == "cpu" or not found else 1.0 / math.ceil(n_replicas / found)
 
 
 def _wait_for_replica(stop: threading.Event) -> None:
@@ -194,13 +195,22 @@ def _scratch_folder() -> Iterator[Path]:
 
 
 def _watch(desk: Desk, asked: Asked) -> None:
-    """Return once a stop is asked for; fail if Ray dies first, which its own driver would never notice."""
+    """Return once a stop is asked for; fail if Ray dies, or all replicas for good, which nobody else would notice."""
+    seen = time.monotonic()
     while not asked.stop.wait(_WATCH_S):
         if asked.reload.is_set():
             asked.reload.clear()
             desk.reload()
         if dead := _dead_daemons():
             raise EngineError(f"Ray's {' and '.join(dead)} ended; was memory short? Start the service again")
+        if desk.count_replicas():
+            seen = time.monotonic()
+        elif time.monotonic() - seen > _START_TIMEOUT_S:
+            # Connections would wait for ever in the socket that this process holds.
+            raise EngineError(
+                f"no replica has answered for {_START_TIMEOUT_S:g} s, and Ray could not replace it; is the bundle that "
+                "lies in the folder a good one? The log says more"
+            )
 
 
 def _dead_daemons() -> list[str]:

@@ -82,7 +82,7 @@ def quantize(
     Raises
     ------
     InputError
-        Too few rows, or others than the bundle takes.
+        Too few rows, or others than the bundle takes; another number of labels.
     QuantizationError
         The features change by more than the gate allows.
     """
@@ -92,6 +92,8 @@ def quantize(
         raise InputError(f"got {len(prepared)} rows to set scales with and to judge by, wanted {_LEAST_ROWS} or more")
     if "quantization" in bundle.manifest.parity:
         raise InputError(f"got bundle {bundle.name!r}, which is in int8 already; take the one that it was made of")
+    if labels is not None and len(labels) != len(prepared):
+        raise InputError(f"got {len(labels)} labels of {len(prepared)} rows, wanted one for each, or none")
     order = np.random.default_rng(0).permutation(len(prepared))
     n_calibrating = min(_CALIBRATION_ROWS, len(prepared) // 2)
     calibrating = prepared[order[:n_calibrating]]

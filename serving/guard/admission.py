@@ -139,12 +139,12 @@ class Admission:
         A timer or a watcher for each request would cost more than most requests do.
         """
         self._looking = None
-        begun_before = time.perf_counter() - self._limits.body_timeout_s
+        now = time.perf_counter()
         for exchange in self._present:
             if exchange.body_is_read:
                 if exchange.watcher is None:
                     exchange.watcher = loop.create_task(_watch(exchange))
-            elif exchange.began < begun_before and not exchange.is_late:
+            elif now > exchange.due(self._limits) and not exchange.is_late:
                 exchange.give_up()
         if self._present:
             self._looking = loop.call_later(_LOOK_FOR_CLIENTS_S, self._look_for_clients, loop)

@@ -337,3 +337,32 @@ def test_rows_of_clients_that_go_away_while_they_wait_leave_the_queue(
         held.go.set()
     until(lambda: service.application.admission.in_flight == 0)
     assert_sound(service, wanted)
+
+
+def test_a_body_that_stops_half_way_loses_its_room_long_before_a_whole_one_would_be_late(
+    digits_models: Models, wanted: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few clients that announce much and send little would otherwise keep everybody out for a minute."""
+    monkeypatch.setattr("serving.exchange._BODY_GRACE_S", 0.3)
+    limits = Limits(max_body_bytes=2**20, max_in_flight_bytes=2 * 2**20)
+    with running(digits_models, limits=limits) as service, contextlib.ExitStack() as stack:
+        lazy = [stack.enter_context(service.connect()) for _ in range(2)]
+        for connection in lazy:
+            connection.sendall(post(f"Content-Length: {2**20}", body=b"a"))
+        until(lambda: service.application.admission.in_flight_bytes == 2 * 2**20)
+        began = time.monotonic()
+        assert all(read_all(connection).startswith(b"HTTP/1.1 408") for connection in lazy)
+        assert time.monotonic() - began < limits.body_timeout_s / 4
+        assert_sound(service, wanted)
+
+
+def test_a_body_that_comes_slowly_but_in_time_is_read(digits_models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.exchange._BODY_GRACE_S", 0.3)
+    with running(digits_models, limits=Limits(body_timeout_s=2.0)) as service, service.connect() as connection:
+        request = post(LENGTH, CLOSE, body=GOOD)
+        head = len(request) - len(GOOD)
+        connection.sendall(request[:head])
+        for start in range(head, len(request), 1 + len(GOOD) // 10):
+            time.sleep(0.1)
+            connection.sendall(request[start : start + 1 + len(GOOD) // 10])
+        assert read_all(connection).startswith(b"HTTP/1.1 200")

@@ -101,6 +101,14 @@ def test_quantize_with_too_few_rows_is_refused(digits_bundle: Path, digits_rows:
         quantize(load_bundle(digits_bundle), digits_rows[:63])
 
 
+@pytest.mark.parametrize("n_labels", [1000, 2000])
+def test_quantize_with_another_number_of_labels_is_refused(
+    digits_bundle: Path, digits_rows: NDArray[np.uint8], n_labels: int
+) -> None:
+    with pytest.raises(InputError, match=f"{n_labels} labels of 1797 rows"):
+        quantize(load_bundle(digits_bundle), digits_rows, labels=np.arange(n_labels) % 10)
+
+
 def test_quantize_at_the_command_line_writes_or_says_why_not(
     digits_bundle: Path,
     digits_rows: NDArray[np.uint8],
