@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import orjson
 
@@ -56,7 +57,8 @@ class Inference:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._encoders: dict[ServedModel, InferEncoder] = {}
+        # Versions come and go; what belongs to those that have gone goes with them, and holds no session.
+        self._encoders: WeakKeyDictionary[ServedModel, InferEncoder] = WeakKeyDictionary()
         self._server = orjson.dumps(describe_server(extensions=(*EXTENSIONS, "model_repository")))
 
     async def server(self, exchange: Exchange) -> Answer:
@@ -223,8 +225,5 @@ class Inference:
     def _encoder(self, model: ServedModel) -> InferEncoder:
         encoder = self._encoders.get(model)
         if encoder is None:
-            # Versions come and go; what belongs to those that have gone goes with them.
-            if len(self._encoders) > 64:
-                self._encoders.clear()
             encoder = self._encoders[model] = InferEncoder(model)
         return encoder

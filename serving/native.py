@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import parse_qsl
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +69,8 @@ class Native:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._remembered: dict[tuple[bytes, ...], _Asked] = {}
-        self._labels: dict[ServedModel, dict[str, Headers]] = {}
+        # Versions come and go; what belongs to those that have gone goes with them, and holds no session.
+        self._labels: WeakKeyDictionary[ServedModel, dict[str, Headers]] = WeakKeyDictionary()
 
     async def embed(self, exchange: Exchange) -> Answer:
         """Embed the rows of one request."""
@@ -155,9 +157,6 @@ class Native:
     def _headers(self, model: ServedModel, kind: str) -> Headers:
         by_kind = self._labels.get(model)
         if by_kind is None:
-            # Versions come and go; what belongs to those that have gone goes with them.
-            if len(self._labels) > 64:
-                self._labels.clear()
             by_kind = self._labels[model] = {}
         headers = by_kind.get(kind)
         if headers is None:

@@ -7,6 +7,7 @@ import gc
 import hashlib
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -117,11 +118,13 @@ def test_bodies_of_refused_requests_are_let_go_at_once(
 
         monkeypatch.setattr(client.app.service.batcher, "submit", refuse)
         gc.collect()
+        before = [thing for thing in gc.get_objects() if type(thing) is Exchange]
         gc.disable()
         try:
             for _ in range(5):
                 await client.app(dict(scope), receive, send)
-            return [thing for thing in gc.get_objects() if type(thing) is Exchange]
+            after = [thing for thing in gc.get_objects() if type(thing) is Exchange]
+            return [thing for thing in after if not any(thing is other for other in before)]
         finally:
             gc.enable()
 
@@ -174,6 +177,31 @@ def test_a_reload_that_fails_in_any_way_leaves_what_was_served(
 
     assert talk(conversation, digits_bundle) == 200
     assert "was not loaded" in caplog.text
+
+
+def test_sessions_of_versions_that_are_served_no_more_are_let_go(
+    talk: Talk, digits_bundle: Path, variant: Callable[..., Bundle], digits_rows: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    load_bundle(digits_bundle).save(tmp_path / "digits")
+    tensor = {"name": "rows", "datatype": "UINT8", "shape": [1, 1, 8, 8], "data": digits_rows[0].ravel().tolist()}
+
+    async def conversation(client: Any) -> int:
+        known = []
+        for power in range(1, 6):
+            known.append(weakref.ref(client.app.service.find(None)))
+            asked = await client.post("/v1/embed", content=encode_npy(digits_rows[:1]), headers=NPY)
+            inferred = await client.post("/v2/models/digits/infer", json={"inputs": [tensor]})
+            assert (asked.status_code, inferred.status_code) == (200, 200)
+            variant(factor=2.0**power).save(tmp_path / "digits")
+            loaded = await client.post("/v2/repository/models/digits/load", content=b"")
+            assert loaded.status_code == 200
+        await client.post("/v1/embed", content=encode_npy(digits_rows[:1]), headers=NPY)
+        await asyncio.sleep(0.05)
+        gc.collect()
+        return sum(model() is not None for model in known)
+
+    # Of the five before the one that is served now, the last is held, to go back to.
+    assert talk(conversation, tmp_path / "digits") == 1
 
 
 def test_models_that_change_while_they_are_listed_are_listed_anew(
