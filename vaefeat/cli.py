@@ -143,7 +143,8 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Folder of the new bundle.")],
     data: Annotated[Path, typer.Option(help=f"Rows to set scales with and to judge by. {DATA}")],
     difference: Annotated[
-        float, typer.Option(help="Largest difference of the means, in standard deviations, root mean square.", min=0.0)
+        float,
+        typer.Option(help="Largest difference of a latent, in its standard deviations, root mean square.", min=0.0),
     ] = 0.1,
     error: Annotated[
         float, typer.Option(help="Largest rise of a classifier's error, in points; where the rows have labels.")
@@ -168,8 +169,8 @@ def quantize(
     if "error" in found:
         judged = f", error with 10 labels a class {found['error']:.2f} -> {found['error_int8']:.2f} %"
     Console().print(
-        f"{out}: means differ by {found['difference']:.3f} standard deviations on {found['n_rows']:,} rows{judged}, "
-        f"{made.digest}",
+        f"{out}: the worst latent differs by {found['difference']:.3f} standard deviations on {found['n_rows']:,} rows"
+        f"{judged}, {made.digest}",
         highlight=False,
         soft_wrap=True,
     )

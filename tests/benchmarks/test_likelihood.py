@@ -88,6 +88,7 @@ def test_command_trains_evaluates_and_prints_json_last(mnist: Path, tmp_path: Pa
     assert (tmp_path / "out" / "likelihood-curve.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_command_killed_and_resumed_gives_the_figures_of_an_unbroken_run(mnist: Path, tmp_path: Path) -> None:
     arguments = ["--only", "vae_1l", "--epochs", "vae_1l=30", *_SIZES]
     started = subprocess.Popen(

@@ -298,12 +298,14 @@ def test_rounds_alternate_and_end_in_time(monkeypatch: pytest.MonkeyPatch) -> No
     assert described(found, late)["not_measured"] == ["single: not measured: no time was left"]
 
 
+@pytest.mark.slow
 def test_contender_that_fails_is_named_with_its_last_words() -> None:
     part = Part("mlp", (Entry("dataloader", "dataloader", Task(data="/nowhere")),))
     with pytest.raises(TrainingError, match=r"dataloader in mlp failed with status 1: .*/nowhere/MNIST"):
         train.measure([part], rounds=1)
 
 
+@pytest.mark.slow
 def test_benchmark_prints_a_table_and_one_json_line_last(
     data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

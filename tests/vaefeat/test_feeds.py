@@ -199,6 +199,7 @@ LIMITED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_training_on_four_times_the_allowed_memory_ends_well(tmp_path: Path) -> None:
     budget = 112 << 20
