@@ -65,8 +65,8 @@ _CURVES = (
 #: Lines of the figure: what is pretrained here in blue, with labels alone in orange, the rest in grey.
 _DRAWN: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("finetune", "finetune"): {"color": BLUE, "ls": "-", "marker": "o"},
-    ("ours", "auto"): {"color": BLUE, "ls": "--", "marker": "s"},
-    ("ours", "lr_scaled"): {"color": BLUE, "ls": ":", "marker": "^"},
+    ("ours_fast", "auto"): {"color": BLUE, "ls": "--", "marker": "s"},
+    ("ours_fast", "lr_scaled"): {"color": BLUE, "ls": ":", "marker": "^"},
     ("supervised_augmented", "network"): {"color": ORANGE, "ls": "-", "marker": "o"},
     ("supervised", "network"): {"color": ORANGE, "ls": ":", "marker": "^"},
     ("textbook", "lr_scaled"): {"color": INK, "ls": "-", "marker": "s"},
@@ -217,12 +217,18 @@ def figure(rows: Mapping[str, Any]) -> Figure | None:
     if not tasks:
         return None
     with style():
-        made = Figure(figsize=(3.6 * len(tasks) + 3.2, 3.8), layout="constrained")
-        panels = made.subplots(1, len(tasks), squeeze=False)[0]
+        across = min(3, len(tasks))
+        down = -(-len(tasks) // across)
+        made = Figure(figsize=(3.2 * across + 3.4, 3.2 * down), layout="constrained")
+        panels = list(made.subplots(down, across, squeeze=False).flat)
+        for spare in panels[len(tasks) :]:
+            spare.remove()
+        panels = panels[: len(tasks)]
         lines: dict[str, Any] = {}
         for axes, task in zip(panels, tasks, strict=True):
             lines |= _draw_panel(axes, task, rows)
-        panels[0].set_ylabel("error (%), with 95 % interval")
+        for axes in panels[::across]:
+            axes.set_ylabel("error (%), with 95 % interval")
         made.legend(lines.values(), lines.keys(), loc="outside right upper", frameon=False, fontsize=8)
     return made
 
@@ -235,7 +241,9 @@ def _draw_panel(axes: Axes, task: str, rows: Mapping[str, Any]) -> dict[str, Any
         if not budgets:
             continue
         means = [cells[budget]["mean"] for budget in budgets]
-        halves = [cells[budget]["interval"] or 0.0 for budget in budgets]
+        # Of two draws that differ, an interval says nothing but that they are two.
+        found = [cells[budget]["interval"] or 0.0 for budget in budgets]
+        halves = [half if half < mean else 0.0 for half, mean in zip(found, means, strict=True)]
         labels = [int(budget) for budget in budgets]
         name = ROWS[row].title + _OF_HEAD.get(head, "")
         lines[name] = axes.errorbar(labels, means, yerr=halves, lw=1.5, ms=4, capsize=2, elinewidth=0.8, **look)
