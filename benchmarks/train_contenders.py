@@ -236,7 +236,7 @@ def with_dataloader(task: Task) -> dict[str, Any]:
         # As the example does, which has a worker where it has a GPU.
         on_gpu = {"num_workers": 1, "pin_memory": True} if device.type == "cuda" else {}
         data = MNIST(folder, train=True, transform=ToTensor())
-        loader = torch.utils.data.DataLoader(data, batch_size=task.batch_size, shuffle=True, **on_gpu)  # type: ignore[arg-type]
+        loader = torch.utils.data.DataLoader(data, batch_size=task.batch_size, shuffle=True, **on_gpu)  # type: ignore[arg-type]  # a mix
         watch.start()
         with suppress(_EnoughError):
             while True:
@@ -335,7 +335,7 @@ def measure_limit(task: Task) -> dict[str, Any]:
         times: list[float] = []
         began = time.perf_counter()
         while len(times) < 5 or time.perf_counter() - began < task.seconds / 2:
-            times.append(_timed(lambda act=multiply: _waited(act, device)))  # type: ignore[misc]
+            times.append(_timed(lambda act=multiply: _waited(act, device)))  # type: ignore[misc]  # a default
         step_s[str(dtype).removeprefix("torch.")] = min(times)
     gflops = {name: operations / seconds / 1e9 for name, seconds in step_s.items()}
     return {"step_s": step_s, "gflops": gflops, "step_gflop": operations / 1e9}
