@@ -49,7 +49,7 @@ class EmbedBody:
     output: str | None = None
 
 
-def decode_raw(body: bytes, spec: InputSpec) -> NDArray[Any]:
+def decode_raw(body: bytes | memoryview, spec: InputSpec) -> NDArray[Any]:
     """Read rows without any header: the model's dtype, little-endian, row after row.
 
     Raises
@@ -66,12 +66,12 @@ def decode_raw(body: bytes, spec: InputSpec) -> NDArray[Any]:
     return np.require(rows.astype(spec.dtype, copy=False), requirements=["C", "A"])
 
 
-def decode_npy(body: bytes) -> NDArray[Any]:
+def decode_npy(body: bytes | memoryview) -> NDArray[Any]:
     """Read one array of numbers in NumPy's npy format.
 
     Parameters
     ----------
-    body : bytes
+    body : bytes or memoryview
         The whole file: header and data, nothing after it.
 
     Returns
@@ -85,12 +85,14 @@ def decode_npy(body: bytes) -> NDArray[Any]:
         Not npy, objects or other things that are not numbers, or fewer or more bytes than the header announces.
     """
     if body[:6] != _MAGIC or len(body) < 12:
-        raise CodecError(f"got a body that is not npy{_resembles(body)}; send what numpy.save(file, rows) writes")
+        raise CodecError(
+            f"got a body that is not npy{_resembles(bytes(body[:64]))}; send what numpy.save(file, rows) writes"
+        )
     width = {1: 2, 2: 4, 3: 4}.get(body[6])
     if width is None:
         raise CodecError(f"got npy version {body[6]}.{body[7]}, wanted 1.0, 2.0 or 3.0")
     start = 8 + width + int.from_bytes(body[8 : 8 + width], "little")
-    dtype, fortran, shape = _npy_header(body[8 + width : min(start, 9 + width + _MAX_HEADER_BYTES)])
+    dtype, fortran, shape = _npy_header(bytes(body[8 + width : min(start, 9 + width + _MAX_HEADER_BYTES)]))
     wanted = math.prod(shape) * dtype.itemsize
     if len(body) - start != wanted:
         raise CodecError(

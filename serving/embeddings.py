@@ -21,7 +21,7 @@ class Embeddings:
         """Embed the items of one request."""
         service = self._service
         require_plain(exchange.headers)
-        content = await exchange.body(service.limits)
+        content = bytes(await exchange.body(service.limits))
         most = service.limits.max_rows
         values = most * max(model.input.n_features for model in service.models.current)
         asked = await service.off_loop(lambda: decode_embeddings(content, max_items=most, max_values=values))

@@ -92,7 +92,7 @@ class Inference:
         """Embed what one request brings."""
         service = self._service
         model = self._model(exchange)
-        content = await exchange.body(service.limits)
+        content = bytes(await exchange.body(service.limits))
         coding = exchange.headers.get(b"content-encoding")
         if coding is not None:
             limit = service.limits.max_body_bytes
@@ -187,7 +187,7 @@ class Inference:
         return json_answer({})
 
     async def _asked_version(self, exchange: Exchange) -> str | None:
-        content = await exchange.body(self._service.limits)
+        content = bytes(await exchange.body(self._service.limits))
         if not content:
             return None
         if len(content) > self._service.limits.inline_bytes:

@@ -81,9 +81,11 @@ class Native:
         elif asked.body_type == JSON:
             lists, values = self._most(asked.model)
             body = (
-                decode_json(content, max_lists=lists, max_values=values)
+                decode_json(bytes(content), max_lists=lists, max_values=values)
                 if len(content) <= self._service.limits.inline_bytes
-                else await self._service.off_loop(lambda: decode_json(content, max_lists=lists, max_values=values))
+                else await self._service.off_loop(
+                    lambda: decode_json(bytes(content), max_lists=lists, max_values=values)
+                )
             )
         else:
             body = EmbedBody(np.empty(0))
@@ -119,16 +121,16 @@ class Native:
         return asked
 
     async def _batch(
-        self, form: str, content: bytes, body: EmbedBody, spec: InputSpec, exchange: Exchange
+        self, form: str, content: bytes | memoryview, body: EmbedBody, spec: InputSpec, exchange: Exchange
     ) -> NDArray[np.generic] | list[bytes]:
         if form == RAW:
             return decode_raw(content, spec)
         if form in IMAGES:
-            return [content]
+            return [bytes(content)]
         if form == MULTIPART:
             most = self._service.limits.max_rows
             kind = exchange.headers[b"content-type"]
-            return await self._service.off_loop(lambda: split_parts(content, kind, max_parts=most))
+            return await self._service.off_loop(lambda: split_parts(bytes(content), kind, max_parts=most))
         return body.rows
 
     async def _answer(self, asked: _Asked, model: ServedModel, output: str, embedded: Embedded) -> Answer:
@@ -146,7 +148,7 @@ class Native:
             return Answer(200, headers, encode_npy(features))
         if asked.answer_type == RAW:
             shape = b"%d,%d" % features.shape
-            return Answer(200, [*headers, (b"x-vaefeat-shape", shape)], features.tobytes())
+            return Answer(200, [*headers, (b"x-vaefeat-shape", shape)], features.data.cast("B"))
         errors = [{"index": position, "message": text} for position, text in sorted(embedded.errors.items())]
         told = {"model": model.name, "version": model.version, "digest": model.digest, "output": output}
         fields = {**told, "errors": errors} if errors else told

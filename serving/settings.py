@@ -21,6 +21,8 @@ class Limits:
         Largest request body; a larger one is refused with 413 as soon as its length is known.
     max_rows : int
         Most rows in one request.
+    max_connections : int
+        Connections that may be open at the same time; further ones are told 503 and closed.
     max_in_flight : int
         Requests with a body that are answered at the same time; further ones are refused with 503.
     max_in_flight_bytes : int
@@ -50,6 +52,7 @@ class Limits:
 
     max_body_bytes: int = 64 * 2**20
     max_rows: int = 16_384
+    max_connections: int = 8192
     max_in_flight: int = 1024
     max_in_flight_bytes: int = 512 * 2**20
     body_timeout_s: float = 60.0

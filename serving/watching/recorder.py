@@ -127,6 +127,11 @@ class Recorder:
             )
         return timing
 
+    def refused(self, error: RequestError) -> None:
+        """Take note of what was refused before it became an exchange."""
+        self.metrics.refused(error.kind)
+        self.metrics.answered("other", error.status)
+
     def _of(self, model: ServedModel) -> ModelMetrics:
         if self._generation != self._models.generation:
             self._renew()

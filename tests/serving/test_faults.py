@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from serving.asgi import AsgiWire
 from serving.codec import encode_npy
 from serving.errors import RequestError, overloaded
 from serving.exchange import Exchange
@@ -248,7 +249,7 @@ def arriving(key: Key, n_bytes: int) -> Exchange:
     async def nothing(*_: Any) -> Any:
         raise AssertionError("the body is not looked at")
 
-    exchange = Exchange({"path": "/", "headers": [(b"content-length", b"%d" % n_bytes)]}, nothing, nothing)
+    exchange = Exchange({"path": "/", "headers": [(b"content-length", b"%d" % n_bytes)]}, AsgiWire(nothing, nothing))
     exchange.key = key
     return exchange
 
