@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.serve`` starts one server after the other on this machine and in rounds (A B C, A B C, ...), with
 the same ONNX file, client and rows; see :mod:`benchmarks.serve_contenders` for each and
-:mod:`benchmarks.serve_payloads` for what is sent. Every answer is compared with the features that belong to the rows.
+:mod:`benchmarks.serve_payloads` for what is sent. :mod:`benchmarks.load` compares every answer with the features that
+belong to the rows; then :mod:`benchmarks.wrk` measures, or where there is no wrk, the former.
 Before each round ONNX Runtime and the image decoder are called without a service. The last line is JSON.
 """
 
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -31,6 +33,7 @@ from benchmarks.serve_contenders import CONTENDERS, TRITON
 from benchmarks.serve_payloads import SHAPES, Payload, Payloads, Workload, bundle_and_rows
 from benchmarks.serve_report import described, shown
 from benchmarks.surroundings import surroundings
+from benchmarks.wrk import WRK, run_wrk
 from vaefeat.atomic import replace_file
 from vaefeat.bundle import load_bundle
 from vaefeat.cli import run_command_line
@@ -50,6 +53,8 @@ _OURS = tuple(Workload(64, 8, kind) for kind in ("oip_binary", "json", "jpeg", "
 _OPEN = ("1x32", "64x8")
 _LOADS = (0.5, 0.8, 1.2)
 _OPEN_CONNECTIONS = 128
+#: For which every answer is compared before wrk, which compares none, measures.
+_COMPARED_S = 1.0
 _VERSIONS = ("numpy", "onnxruntime-gpu", "onnxruntime", "ray", "uvicorn")
 
 
@@ -105,7 +110,11 @@ def main(
             raise unknown_name("server", name, list(CONTENDERS))
     names = [name for name in CONTENDERS if not only or name in only]
     began, n_threads = time.perf_counter(), threads or available_cpus()
-    where = {**surroundings(), "load_average": os.getloadavg()[0]}
+    where = {
+        **surroundings(),
+        "load_average": os.getloadavg()[0],
+        "client": "benchmarks.load" if WRK is None else "wrk",
+    }
     where["versions"] |= {name: found for name in _VERSIONS if (found := _version(name))}
     with tempfile.TemporaryDirectory(prefix="v-") as place:
         folder = Path(place)
@@ -136,7 +145,19 @@ def main(
     Console(width=120).print(shown(results), highlight=False)
     if out is not None:
         replace_file(out, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
-    said = ("ratios", "reached", "ready_s", "commit", "date", "processor", "threads", "rounds", "load_average", "quick")
+    said = (
+        "ratios",
+        "reached",
+        "ready_s",
+        "commit",
+        "date",
+        "processor",
+        "threads",
+        "rounds",
+        "load_average",
+        "client",
+        "quick",
+    )
     print(json.dumps({name: results[name] for name in said}))
 
 
@@ -210,14 +231,28 @@ def _open_loop(bench: Bench, url: str, payload: Payload, workload: Workload, cap
 def _measured(
     bench: Bench, url: str, payload: Payload, workload: Workload, *, rate: float = 0.0, connections: int | None = None
 ) -> dict[str, Any]:
+    connections = connections or workload.in_flight
+    counts = rate == 0 and WRK is not None
     found = run_load(
         url,
         payload,
-        connections=connections or workload.in_flight,
+        connections=connections,
         rate=rate,
-        seconds=bench.seconds,
+        seconds=min(_COMPARED_S, bench.seconds) if counts else bench.seconds,
         warm_up_s=bench.warm_up_s,
     )
+    if counts:
+        by_wrk = run_wrk(
+            f"{url}{payload.path}",
+            payload.body,
+            payload.headers,
+            connections=connections,
+            seconds=bench.seconds,
+            warm_up_s=bench.warm_up_s,
+        )
+        statuses = Counter(found["statuses"]) + Counter(by_wrk["statuses"])
+        both = {name: found[name] + by_wrk[name] for name in ("broken", "unanswered")}
+        found = {**found, **by_wrk, "statuses": dict(statuses), **both}
     return {"rows": workload.rows, **found}
 
 

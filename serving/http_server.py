@@ -60,6 +60,11 @@ class HttpServer:
         self._date = b""
         self._date_of = 0
 
+    @property
+    def n_connections(self) -> int:
+        """Connections that are open."""
+        return len(self._connections)
+
     async def serve(self, sockets: Sequence[socket.socket]) -> None:
         """Serve on sockets that are listening, or are to listen; they are closed in the end."""
         loop = asyncio.get_running_loop()

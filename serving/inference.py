@@ -198,7 +198,7 @@ class Inference:
             raise CodecError(f"got a body that is not JSON: {error}") from error
         parameters = values.get("parameters") if isinstance(values, dict) else None
         version = parameters.get("version") if isinstance(parameters, dict) else None
-        if not isinstance(values, dict) or not isinstance(version, str | None):
+        if not (isinstance(values, dict) and isinstance(parameters, dict | None) and isinstance(version, str | None)):
             raise CodecError('got a body of another form, wanted none, or {"parameters": {"version": "..."}}')
         return version
 

@@ -104,7 +104,8 @@ class Admission:
         if key is not None and (wait_s := self.rates.take(key, bytes=n_bytes)):
             raise rate_limited(wait_s)
         exchange.announced_bytes = n_bytes
-        exchange.task = asyncio.current_task()
+        if exchange.task is None:
+            exchange.task = asyncio.current_task()
         self._present[exchange] = None
         self.in_flight_bytes += n_bytes
         if self._looking is None:
