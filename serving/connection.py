@@ -247,7 +247,9 @@ class Connection(asyncio.BufferedProtocol):
         if self._exchange is not exchange or self._transport is None or self._head is None:
             return  # the client has gone
         head = self._head
-        closes = self._is_stopping or not head.keeps_alive or self._left > _MOST_DROPPED or _CLOSE in headers
+        # Who waits to be told to send its body may send it all the same, or not: nobody can tell what comes next.
+        is_unclear = self._left > 0 and (head.expects or self._left > _MOST_DROPPED)
+        closes = self._is_stopping or is_unclear or not head.keeps_alive or _CLOSE in headers
         parts: list[bytes | memoryview] = [
             _STATUS[status],
             *[b"%b: %b\r\n" % header for header in headers],

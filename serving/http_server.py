@@ -20,12 +20,19 @@ from serving.settings import ServiceSettings
 from serving.watching.tracing import open_tracer
 from vaefeat.processors import available_cpus
 
+try:
+    import resource
+except ImportError:  # on Windows, which knows no such limit
+    resource = None  # type: ignore[assignment]
+
 __all__ = ["HttpServer", "lanes_for", "loop_factory", "make_application", "make_server", "serving_grpc"]
 
 #: Connections that may wait to be accepted.
 BACKLOG = 2048
 
 
+#: Files that a process has open beside its connections.
+_OTHER_FILES = 512
 #: How often deadlines of connections are looked at, and a stop that was asked for is noticed.
 _TICK_S = 0.05
 
@@ -134,7 +141,19 @@ def make_application(service: Service, settings: ServiceSettings) -> Application
 def make_server(app: Application, settings: ServiceSettings) -> HttpServer:
     """Make a server, to be run with ``await server.serve(sockets=[listener])``."""
     limits = settings.limits
+    _allow_files(limits.max_connections)
     return HttpServer(app, max_connections=limits.max_connections, grace_s=limits.compute_timeout_s)
+
+
+def _allow_files(n_connections: int) -> None:
+    """Raise this process's limit of open files, where it is lower than so many connections need and may be raised."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = n_connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -93,6 +93,14 @@ def test_a_body_that_is_refused_from_its_head_is_dropped_and_the_connection_goes
         assert read_one(reader) == (200, encode_npy(wanted))
 
 
+def test_a_client_that_expects_to_be_told_and_is_refused_must_begin_anew(service: Running) -> None:
+    with service.connect() as connection:
+        connection.sendall(post(GOOD, "Expect: 100-continue", path="/nowhere")[: -len(GOOD)])
+        received = connection.makefile("rb").read()
+    assert received.startswith(b"HTTP/1.1 404 ")
+    assert b"connection: close\r\n" in received
+
+
 def test_a_client_that_is_still_sending_reads_why_it_was_refused(service: Running) -> None:
     body = bytes(16 * 2**20)
     answer = httpx.post(f"{service.url}/v1/embed", content=body, headers={"content-type": NPY})
