@@ -7,8 +7,9 @@ stays addressable, and can be chosen again. What fails on the way leaves everyth
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,8 @@ class Models:
         self._sources = dict(sources)
         #: Newest first. Lists are replaced, never changed, so that a lookup needs no lock.
         self._versions: dict[str, tuple[ServedModel, ...]] = {}
+        #: What each folder held when it was last loaded from, which need not be what is served: see :meth:`choose`.
+        self._loaded: dict[str, str] = {}
         self.generation = 0
 
     @classmethod
@@ -162,7 +165,8 @@ class Models:
         """
         models = cls(find_bundles(folders), place=place)
         for name, folder in models._sources.items():
-            models._versions[name] = (ServedModel(load_bundle(folder), place=place),)
+            model = ServedModel(load_bundle(folder), place=place)
+            models._versions[name], models._loaded[name] = (model,), model.digest
         return models
 
     @property
@@ -256,28 +260,56 @@ class Models:
         """
         if name not in self._sources:
             raise RequestError(404, "unknown_model", f"got model={name[:100]!r}, wanted one of {self.available()}")
+        with _told(name):
+            return self._serve(name, self._read(name))
+
+    def reload(self, name: str) -> None:
+        """Load a name's folder if it holds another bundle than when it was last loaded; in a thread, as :meth:`load`.
+
+        A name that was unloaded stays so, even while this waited for its turn, and what :meth:`choose` chose is served
+        until the folder changes.
+
+        Raises
+        ------
+        ModelError
+            As :meth:`load`.
+        """
+        if name not in self._versions:
+            return
+        with _told(name):
+            bundle = self._read(name)
+            if bundle.digest != self._loaded[name]:
+                self._serve(name, bundle)
+
+    def _read(self, name: str) -> Bundle:
         folder = self._sources[name]
-        try:
-            bundle = load_bundle(folder)
-            if bundle.name != name:
-                raise ModelError(f"got a bundle named {bundle.name!r} in {folder}, wanted {name!r}; export it again")
-            before = self._versions.get(name, ())
-            if before and before[0].digest == bundle.digest:
-                return before[0]
-            # A version that is still held need not be opened twice.
-            held = next((model for model in before if model.digest == bundle.digest), None)
-            model = held or ServedModel(bundle, place=self._place)
-            model.warm_up()
-        except (BundleError, DeviceError) as error:
-            raise ModelError(f"model {name!r} was not loaded, and what was served still is: {error}") from error
-        others = tuple(other for other in self._versions.get(name, ()) if other is not model)
+        bundle = load_bundle(folder)
+        if bundle.name != name:
+            raise ModelError(f"got a bundle named {bundle.name!r} in {folder}, wanted {name!r}; export it again")
+        return bundle
+
+    def _serve(self, name: str, bundle: Bundle) -> ServedModel:
+        """Put a bundle in place, once it is warmed up and proved."""
+        before = self._versions.get(name, ())
+        if before and before[0].digest == bundle.digest:
+            self._loaded[name] = bundle.digest
+            return before[0]
+        # A version that is still held need not be opened twice.
+        held = next((model for model in before if model.digest == bundle.digest), None)
+        model = held or ServedModel(bundle, place=self._place)
+        model.warm_up()
+        others = tuple(other for other in before if other is not model)
         self._versions = {**self._versions, name: (model, *others)[:_KEPT]}
+        self._loaded[name] = bundle.digest
         self.generation += 1
         _log.info("serving %s in version %s", name, model.version[:12])
         return model
 
     def choose(self, name: str, version: str) -> ServedModel:
         """Serve one of the versions that are held, which is how to roll back.
+
+        It is served until the folder holds another bundle than now, or :meth:`load` is called; a new process begins
+        with what the folder holds.
 
         Raises
         ------
@@ -326,6 +358,15 @@ class Models:
     @property
     def _served(self) -> str:
         return ", ".join(map(repr, self._versions))
+
+
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Say of a bundle that cannot be served which model it was meant for."""
+    try:
+        yield
+    except (BundleError, DeviceError) as error:
+        raise ModelError(f"model {name!r} was not loaded, and what was served still is: {error}") from error
 
 
 def find_bundles(folders: Iterable[Path]) -> dict[str, Path]:

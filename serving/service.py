@@ -221,10 +221,10 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._loader, function, *arguments)
 
     async def reload(self) -> None:
-        """Load every name's folder again; what cannot be loaded is logged, and what was served goes on."""
+        """Load every folder that has changed; what cannot be loaded is logged, and what was served goes on."""
         for name in self.models.names:
             try:
-                await self.change(self.models.load, name)
+                await self.change(self.models.reload, name)
             except ModelError as error:
                 _log.error("%s", error)
             except Exception:  # whoever watches has to go on watching

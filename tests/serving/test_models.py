@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from numpy.typing import NDArray
 
 from serving.errors import ModelError, RequestError, SetupError
 from serving.models import Models, Place, ServedModel, find_bundles
+from serving.service import Service
+from serving.settings import Limits
 from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.encoder import OnnxEncoder
 
@@ -86,6 +90,60 @@ def test_choose_of_the_version_before_rolls_back_and_forth(folder: Path, variant
     with pytest.raises(RequestError) as caught:
         models.choose("digits", "0" * 64)
     assert caught.value.status == 404
+
+
+def test_reload_keeps_what_was_chosen_until_the_folder_changes(folder: Path, variant: Callable[..., Bundle]) -> None:
+    models = Models.from_bundles([folder], place=PLACE)
+    (old,) = models.current
+    variant().save(folder)
+    new = models.load("digits")
+    models.choose("digits", old.version)
+    models.reload("digits")
+    assert models.find("digits") is old
+    variant(factor=3.0).save(folder)
+    models.reload("digits")
+    third = models.find("digits")
+    assert third not in (old, new)
+    models.choose("digits", old.version)
+    load_bundle(folder).save(folder)  # written again, and the same
+    models.reload("digits")
+    assert models.find("digits") is old
+    assert models.load("digits") is third  # asked for by name, the folder decides
+
+
+def test_reload_of_what_was_chosen_and_then_put_into_the_folder_follows_the_folder_again(
+    folder: Path, variant: Callable[..., Bundle], digits_bundle: Path
+) -> None:
+    models = Models.from_bundles([folder], place=PLACE)
+    (old,) = models.current
+    variant().save(folder)
+    models.load("digits")
+    models.choose("digits", old.version)
+    load_bundle(digits_bundle).save(folder)
+    models.reload("digits")
+    assert models.find("digits") is old
+    variant().save(folder)
+    models.reload("digits")
+    assert models.find("digits") is not old
+
+
+def test_reload_of_a_name_that_was_unloaded_meanwhile_leaves_it_unloaded(
+    folder: Path, variant: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    variant(name="second").save(tmp_path / "second")
+    models = Models.from_bundles([folder, tmp_path / "second"], place=PLACE)
+
+    async def unload_while_reloading() -> None:
+        service = Service(models, Limits(), lanes=1)
+        under_way = asyncio.create_task(service.change(time.sleep, 0.2))
+        await asyncio.sleep(0.05)
+        unloading = asyncio.create_task(service.change(models.unload, "second"))
+        await asyncio.sleep(0)
+        await asyncio.gather(under_way, unloading, service.reload())
+        await service.stop()
+
+    asyncio.run(unload_while_reloading())
+    assert models.names == ["digits"]
 
 
 def test_unload_of_the_last_model_is_refused_and_of_another_is_not(
