@@ -166,18 +166,11 @@ class Inference:
                     "several processes answer here, and this one alone would load it; put the bundle into the model's "
                     "folder, and have the operator tell them all",
                 )
-            model = await service.change(self._load, name)
+            model = await service.load(name)
         else:
             self._refuse_unless_alone()
             model = await service.change(service.models.choose, name, version)
         return json_answer({"name": model.name, "version": model.version, "state": "READY"})
-
-    def _load(self, name: str) -> ServedModel:
-        """Load, and tell other processes, even if whoever asked for it hangs up in between."""
-        model = self._service.models.load(name)
-        if self._service.changed is not None:
-            self._service.changed()
-        return model
 
     async def unload(self, exchange: Exchange) -> Answer:
         """Serve a model no more."""

@@ -200,7 +200,7 @@ def _watch(desk: Desk, asked: Asked) -> None:
     while not asked.stop.wait(_WATCH_S):
         if asked.reload.is_set():
             asked.reload.clear()
-            desk.reload()
+            desk.tell()
         if dead := _dead_daemons():
             raise EngineError(f"Ray's {' and '.join(dead)} ended; was memory short? Start the service again")
         if desk.count_replicas():

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -102,7 +102,8 @@ class Service:
     Attributes
     ----------
     changed : callable or None
-        Called after a client had a folder loaded again, for other processes to follow.
+        Awaited after a client had a folder loaded again: returns when other processes have done so, too, and raises
+        ModelError where they have not.
     told : callable or None
         Hears of every :class:`Batch` that was computed.
     ready : bool
@@ -122,7 +123,7 @@ class Service:
         self.failure = ""
         self.state = "warming up"
         self.told: Callable[[Batch], None] | None = None
-        self.changed: Callable[[], None] | None = None
+        self.changed: Callable[[], Awaitable[None]] | None = None
         self.batcher = RowBatcher(
             lanes=lanes,
             max_batch_rows=limits.max_batch_rows,
@@ -136,6 +137,7 @@ class Service:
         # Loading takes seconds; it must not stand in the way of bodies that wait to be decoded.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._tasks: list[asyncio.Task[None]] = []
+        self._loading: set[asyncio.Task[ServedModel]] = set()
 
     async def start(self) -> None:
         """Start the lanes, and warm up in the background so that probes are answered meanwhile; only once."""
@@ -220,15 +222,45 @@ class Service:
         """Change the models, one change after the other, in a thread of its own."""
         return await asyncio.get_running_loop().run_in_executor(self._loader, function, *arguments)
 
-    async def reload(self) -> None:
-        """Load every folder that has changed; what cannot be loaded is logged, and what was served goes on."""
+    async def load(self, name: str) -> ServedModel:
+        """Load a name's folder again, here and then in all other processes that answer at this address.
+
+        Raises
+        ------
+        RequestError, ModelError
+            As :meth:`serving.models.Models.load`; or others have not loaded it.
+        """
+        loading = asyncio.create_task(self._load(name))
+        self._loading.add(loading)
+        loading.add_done_callback(self._loading.discard)
+        # Whoever asked for it may hang up in between.
+        return await asyncio.shield(loading)
+
+    async def _load(self, name: str) -> ServedModel:
+        model = await self.change(self.models.load, name)
+        if self.changed is not None:
+            await self.changed()
+        return model
+
+    async def reload(self) -> list[str]:
+        """Load every folder that has changed; what cannot be loaded is logged, and what was served goes on.
+
+        Returns
+        -------
+        list of str
+            What could not be loaded, and why.
+        """
+        failures = []
         for name in self.models.names:
             try:
                 await self.change(self.models.reload, name)
             except ModelError as error:
                 _log.error("%s", error)
-            except Exception:  # whoever watches has to go on watching
+                failures.append(str(error))
+            except Exception as error:  # whoever watches has to go on watching
                 _log.exception("model %r was not loaded, and what was served still is", name)
+                failures.append(f"model {name!r} was not loaded: {type(error).__name__}")
+        return failures
 
     async def watch(self) -> None:
         """Load a bundle again whenever its folder changes, until cancelled."""

@@ -156,7 +156,11 @@ def test_a_load_whose_client_hangs_up_is_told_to_the_other_processes_all_the_sam
             return load(name)
 
         service.models.load, service.alone = slow, False
-        service.changed = lambda: told.append("the others")
+
+        async def tell() -> None:
+            told.append("the others")
+
+        service.changed = tell
         await client.app(scope, receive, send)
         await until(lambda: bool(told))
 
@@ -172,8 +176,8 @@ def test_a_reload_that_fails_in_any_way_leaves_what_was_served(
         def fail(name: str) -> None:
             raise error
 
-        client.app.service.models.load = fail
-        await client.app.service.reload()
+        client.app.service.models.reload = fail
+        assert "digits" in (await client.app.service.reload())[0]
         return int((await client.get("/readyz")).status_code)
 
     assert talk(conversation, digits_bundle) == 200
