@@ -149,8 +149,9 @@ class Inference:
                 listed.append({"name": name, "state": "UNAVAILABLE", "reason": "unloaded"})
                 continue
             listed += [
-                {"name": name, "version": version, "state": "READY", "reason": ""}
-                for version in self._service.versions(name)
+                {"name": name, "version": model.version, "state": "READY", "reason": "" if model.proved else "unproved"}
+                for model in models.held
+                if model.name == name
             ]
         return json_answer(listed)
 

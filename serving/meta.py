@@ -103,5 +103,6 @@ class Meta:
             "active_units": model.active_units,
             "provider": model.provider,
             "precision": model.precision,
+            "proved": model.proved,
             "limits": {"max_rows": limits.max_rows, "max_body_bytes": limits.max_body_bytes},
         }

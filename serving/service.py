@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from serving.batch import Batch, Job
 from serving.batcher import RowBatcher
 from serving.errors import ModelError, RequestError, overloaded, too_large
-from serving.images import PixelRoom, decode_into
+from serving.images import ImageDecoder
 from serving.models import Models, ServedModel
 from serving.settings import Limits
 from vaefeat.errors import DeviceError
@@ -33,6 +33,8 @@ _log = logging.getLogger("serving")
 _T = TypeVar("_T")
 #: Between two comparisons with the reference while serving, in seconds.
 _PROVE_EVERY_S = 5.0
+#: Rows of it that are compared then; all were when the model was loaded.
+_PROVE_ROWS = 4
 #: Between two looks at watched folders.
 _LOOK_EVERY_S = 1.0
 
@@ -131,9 +133,15 @@ class Service:
             max_queued_bytes=limits.max_queued_bytes,
             told=self._batch_done,
         )
-        self._room = PixelRoom(limits.max_image_pixels)
-        self._decoding_bytes = 0
         self._pool = ThreadPoolExecutor(limits.worker_threads, thread_name_prefix="codec")
+        self._decoder = ImageDecoder(
+            max_pixels=limits.max_image_pixels,
+            max_bytes=limits.max_queued_bytes,
+            images_per_task=limits.images_per_task,
+            # One request with many images leaves a thread to the others.
+            tasks=max(1, limits.worker_threads - 1),
+            off_loop=self.off_loop,
+        )
         # Loading takes seconds; it must not stand in the way of bodies that wait to be decoded.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._tasks: list[asyncio.Task[None]] = []
@@ -154,6 +162,7 @@ class Service:
         for task in self._tasks:
             task.cancel()
         self.batcher.close()
+        self.models.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._loader.shutdown(wait=False, cancel_futures=True)
 
@@ -344,12 +353,7 @@ class Service:
             raise RequestError(422, "invalid_rows", f"got images, wanted {model.input}; send rows of numbers")
         self._admit(model, len(encoded), priority, timeout_s, caller)
         began = time.perf_counter()
-        n_bytes = len(encoded) * model.input.row_bytes
-        self._keep_room(n_bytes)
-        try:
-            rows, errors = await self._decode(model, encoded, deadline=began + timeout_s)
-        finally:
-            self._decoding_bytes -= n_bytes
+        rows, errors = await self._decoder.decode(encoded, model.input, deadline=began + timeout_s)
         decode_s = time.perf_counter() - began
         if len(errors) == len(encoded):
             position, message = next(iter(sorted(errors.items())))
@@ -360,43 +364,6 @@ class Service:
         if errors:
             computed = {output: _spread(features, good, len(encoded)) for output, features in computed.items()}
         return Embedded(computed, job, errors, decode_s)
-
-    def _keep_room(self, n_bytes: int) -> None:
-        """Keep room for decoded rows: a file of a hundred bytes can become a row of a megabyte."""
-        most = self.limits.max_queued_bytes
-        if n_bytes > most:
-            raise too_large(
-                f"got images that make rows of {n_bytes} bytes, wanted at most {most}; send fewer at a time"
-            )
-        if self._decoding_bytes + n_bytes > most:
-            raise overloaded("as many images as there is room for are being decoded")
-        self._decoding_bytes += n_bytes
-
-    async def _decode(
-        self, model: ServedModel, encoded: Sequence[bytes], *, deadline: float
-    ) -> tuple[NDArray[Any], dict[int, str]]:
-        """Decode on some of the pool's threads: one request with many images leaves a thread to the others."""
-        rows = np.zeros((len(encoded), *model.input.shape), model.input.dtype)
-        size = self.limits.images_per_task
-        starts = iter(range(0, len(encoded), size))
-        errors: dict[int, str] = {}
-
-        async def work() -> None:
-            for start in starts:
-                part = encoded[start : start + size]
-                errors.update(await self.off_loop(decode_into, rows, start, part, model.input, self._room, deadline))
-
-        n_workers = min(max(1, self.limits.worker_threads - 1), -(-len(encoded) // size))
-        if n_workers == 1:
-            await work()
-            return rows, errors
-        workers = [asyncio.ensure_future(work()) for _ in range(n_workers)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-        return rows, errors
 
     def _batch_done(self, batch: Batch) -> None:
         if self.told is not None:
@@ -428,7 +395,7 @@ class Service:
         def prove() -> None:
             found: Exception | None = None
             try:
-                model.prove()
+                model.prove(most_rows=_PROVE_ROWS)
             except Exception as error:  # raised again, on the event loop
                 found = error
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from vaefeat import cli_grid, cli_inference
-from vaefeat.cli_files import BUNDLE, DATA, IMAGE_SIZE, SPLIT, parts, require_suffix, write_array
+from vaefeat.cli_files import BUNDLE, DATA, IMAGE_SIZE, SEED, SPLIT, parts, require_suffix, write_array
 from vaefeat.errors import InputError, TrainingInterrupted, VaefeatError, requiring
 from vaefeat.observers import shown_activity
 
@@ -174,6 +174,30 @@ def quantize(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command()
+def reference(
+    bundle: Annotated[Path, typer.Argument(help=BUNDLE)],
+    data: Annotated[Path, typer.Argument(help=f"Rows that it was not trained on. {DATA}")],
+    out: Annotated[Path, typer.Argument(help="Folder of the bundle with the reference.")],
+    split: Annotated[Literal["train", "test"], typer.Option(help=SPLIT)] = "train",
+    image_size: Annotated[int | None, typer.Option(help=IMAGE_SIZE)] = None,
+    max_rows: Annotated[int, typer.Option(help="Most rows that are looked at.", min=1)] = 2048,
+    seed: Annotated[int, typer.Option(help=SEED)] = 0,
+) -> None:
+    """Add rows with their features, by which a service proves that it computes the same, to a bundle without them."""
+    from vaefeat.bundle import load_bundle
+    from vaefeat.data import load_rows
+    from vaefeat.reference import load_reference, with_reference
+
+    loaded = load_bundle(bundle)
+    rows = load_rows(data, split=split, image_size=image_size, max_rows=max_rows).array
+    with shown_activity(f"compute the features of {len(rows):,} rows"):
+        made = with_reference(loaded, rows, seed=seed)
+    found = load_reference(made.save(out))
+    assert found is not None  # it has just been written
+    Console().print(f"{out}: a reference of {len(found.rows)} rows, {made.digest}", highlight=False, soft_wrap=True)
 
 
 @app.command()

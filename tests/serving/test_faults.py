@@ -22,7 +22,10 @@ from serving.errors import RequestError, overloaded
 from serving.exchange import Exchange
 from serving.guard.admission import Admission
 from serving.guard.keys import Key, KeyRing
+from serving.models import Models, Place
+from serving.service import Service
 from serving.settings import Limits
+from tests.serving.conftest import save_slow
 from vaefeat.bundle import Bundle, load_bundle
 
 NPY = {"content-type": "application/x-npy"}
@@ -86,6 +89,24 @@ def test_what_a_device_computed_after_it_was_found_to_be_wrong_is_no_answer(
     answer = talk(conversation, digits_bundle)
     assert answer.status_code == 503
     assert "its canary died" in answer.json()["error"]["message"]
+
+
+def test_a_stop_during_the_warm_up_does_not_wait_for_it(tmp_path: Path) -> None:
+    models = Models.from_bundles([save_slow(tmp_path / "slow", n_layers=100)], place=Place(device="cpu", threads=1))
+
+    async def stop_early() -> float:
+        service = Service(models, Limits(), lanes=1)
+        await service.start()
+        # The first batches are small; so long, and one of many is under way.
+        await asyncio.sleep(2.0)
+        assert not service.ready
+        await service.stop()
+        begun = time.monotonic()
+        await until(lambda: not any(thread.name.startswith("loader") for thread in threading.enumerate()))
+        assert not service.failure
+        return time.monotonic() - begun
+
+    assert asyncio.run(stop_early()) < 2
 
 
 def test_a_service_that_has_stopped_is_not_ready(talk: Talk, digits_bundle: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from serving.service import Service
 from serving.settings import Limits
 from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.encoder import OnnxEncoder
+from vaefeat.reference import REFERENCE_FILE, load_reference
 
 PLACE = Place(device="cpu", max_batch_rows=8)
 
@@ -172,8 +174,38 @@ def test_warm_up_of_a_device_that_computes_something_else_fails(variant: Callabl
     ServedModel(variant(factor=1.1), place=PLACE).warm_up()
 
 
-def test_warm_up_without_a_reference_wants_finite_features(variant: Callable[..., Bundle]) -> None:
+def test_proof_of_many_rows_is_computed_in_batches_and_may_be_of_the_first_alone(
+    digits_bundle: Path, digits_rows: NDArray[np.uint8]
+) -> None:
+    bundle = load_bundle(digits_bundle)
+    found = load_reference(bundle)
+    assert found is not None
+    features = OnnxEncoder(bundle, device="cpu").embed(digits_rows[:20])
+    contents = {file: bundle.read(file) for file in bundle.files}
+    features[19] += 1.0  # nobody computes that
+    contents[REFERENCE_FILE] = replace(found, rows=digits_rows[:20], features=features).to_bytes()
+    model = ServedModel(Bundle.of(bundle.manifest, contents), place=PLACE)
+    sizes: list[int] = []
+    compute = model.compute
+
+    def noted(rows: NDArray[np.uint8], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
+        sizes.append(len(rows))
+        return compute(rows, outputs)
+
+    model.compute = noted  # type: ignore[method-assign]
+    model.prove(most_rows=3)
+    with pytest.raises(ModelError, match="standard deviations"):
+        model.prove()
+    assert sizes == [3, 8, 8, 4]
+
+
+def test_warm_up_without_a_reference_wants_finite_features_and_says_that_it_proves_nothing(
+    variant: Callable[..., Bundle], caplog: pytest.LogCaptureFixture
+) -> None:
+    ServedModel(variant(), place=PLACE).warm_up()
+    assert "unproved" not in caplog.text
     ServedModel(variant(reference=False), place=PLACE).warm_up()
+    assert "unproved" in caplog.text
     with pytest.raises(ModelError, match="NaN or infinity"):
         ServedModel(variant(factor=float("inf"), reference=False), place=PLACE).warm_up()
 
