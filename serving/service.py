@@ -308,7 +308,7 @@ class Service:
             raise too_large(f"got {n_rows} rows, wanted at most {self.limits.max_rows} at a time; send them in parts")
         # Before they are taken off a rate: whoever is refused comes again, and would pay twice.
         n_bytes = n_rows * model.input.row_bytes
-        self.batcher.require_room(n_rows, n_bytes, timeout_s=timeout_s, bulk=_is_bulk(priority))
+        self.batcher.require_room(model, n_rows, n_bytes, timeout_s=timeout_s, bulk=_is_bulk(priority))
         if caller is not None:
             caller.admit_rows(n_rows)
 
