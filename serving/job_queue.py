@@ -118,10 +118,6 @@ class JobQueue:
             turn.clear()
         self.rows = self.bytes = 0
 
-    def bulk_rows(self) -> int:
-        """Count the rows that give way to others."""
-        return sum(line.rows[1] for line in self._turns[1])
-
     def learn(self, model: Computes, rate: float, *, weight: float) -> None:
         """Take note of how many rows of a model a second are computed; `weight` is below 1 for what says little."""
         line = self._lines.get(model)
@@ -130,21 +126,19 @@ class JobQueue:
 
     def wait_s(self, model: Computes, *, bulk: bool) -> float:
         """Give the seconds after which rows of a model that come now are cut, as far as is known."""
+        interactive, giving_way = self._turns
+        if not giving_way and len(interactive) == 1 and interactive[0] is self._lines.get(model):  # most often
+            return interactive[0].seconds(0)
         first = self._seconds(0, model, all_of_it=bulk)
-        if not self._turns[1]:
-            return first
         second = self._seconds(1, model)
         return first + (second if bulk else min(second, first / _BULK_EVERY))
 
     def _seconds(self, kind: int, model: Computes, *, all_of_it: bool = False) -> float:
         own = self._lines.get(model)
-        turn = self._turns[kind]
-        if len(turn) == 1 and turn[0] is own:  # most often
-            return own.seconds(kind)
         n_batches = 1 + (own.rows[kind] // self._max_batch_rows if own is not None else 0)
         # In turn with others: of their lines, no more batches than of its own.
         most_rows = math.inf if all_of_it else n_batches * self._max_batch_rows
-        return sum(line.seconds(kind, most_rows=math.inf if line is own else most_rows) for line in turn)
+        return sum(line.seconds(kind, most_rows=math.inf if line is own else most_rows) for line in self._turns[kind])
 
     def _leave(self, line: _Line) -> None:
         for kind, turn in enumerate(self._turns):
