@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.codec import EmbedBody, decode_json, decode_npy, decode_raw, encode_json, encode_npy
+from serving.codec import EmbedBody, decode_json, decode_raw, encode_json, encode_npy, is_plain, plain, view_npy
 from serving.errors import RequestError, shown
 from serving.exchange import Answer, Exchange, Headers
 from serving.media import IMAGES, JSON, MULTIPART, NPY, RAW, answer_type, body_type
@@ -77,7 +77,10 @@ class Native:
         asked = self._asked(exchange)
         content = await exchange.body(self._service.limits)
         if asked.body_type == NPY:
-            body = EmbedBody(decode_npy(content))
+            rows = view_npy(content)
+            # Put in order value by value, many would hold up everybody else.
+            slow = rows.nbytes > self._service.limits.inline_bytes and not is_plain(rows)
+            body = EmbedBody(await self._service.off_loop(plain, rows) if slow else plain(rows))
         elif asked.body_type == JSON:
             lists, values = self._most(asked.model)
             body = (

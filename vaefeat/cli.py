@@ -149,6 +149,9 @@ def quantize(
     error: Annotated[
         float, typer.Option(help="Largest rise of a classifier's error, in points; where the rows have labels.")
     ] = 0.5,
+    probability: Annotated[
+        float, typer.Option(help="Largest difference of a class's probability in any row; of classifiers.", min=0.0)
+    ] = 0.2,
     name: Annotated[str | None, typer.Option(help="Name of the new encoder; NAME-int8 when not given.")] = None,
     image_size: Annotated[int | None, typer.Option(help=IMAGE_SIZE)] = None,
 ) -> None:
@@ -161,13 +164,15 @@ def quantize(
         raise InputError(f"got {out} for the new bundle, which is the old one's folder; choose another")
     loaded = load_bundle(bundle)
     rows = load_rows(data, image_size=image_size)
-    gate = QuantizationGate(difference=difference, error=error)
+    gate = QuantizationGate(difference=difference, error=error, probability=probability)
     with shown_activity("quantize, and compare with float32"):
         made = quantize(loaded, rows.array, labels=rows.labels, name=name, gate=gate).save(out)
     found = made.manifest.parity["quantization"]
     judged = ""
     if "error" in found:
         judged = f", error with 10 labels a class {found['error']:.2f} -> {found['error_int8']:.2f} %"
+    if "probability_difference" in found:
+        judged += f", a class's probability by {found['probability_difference']:.3f} at most"
     Console().print(
         f"{out}: the worst latent differs by {found['difference']:.3f} standard deviations on {found['n_rows']:,} rows"
         f"{judged}, {made.digest}",
