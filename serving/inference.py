@@ -92,6 +92,7 @@ class Inference:
         """Embed what one request brings."""
         service = self._service
         model = self._model(exchange)
+        service.require_room(model)
         content = bytes(await exchange.body(service.limits))
         coding = exchange.headers.get(b"content-encoding")
         if coding is not None:

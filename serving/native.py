@@ -75,6 +75,7 @@ class Native:
     async def embed(self, exchange: Exchange) -> Answer:
         """Embed the rows of one request."""
         asked = self._asked(exchange)
+        self._require_room(asked)
         content = await exchange.body(self._service.limits)
         if asked.body_type == NPY:
             rows = view_npy(content)
@@ -122,6 +123,13 @@ class Native:
                     self._remembered.clear()
                 self._remembered[said] = asked
         return asked
+
+    def _require_room(self, asked: _Asked) -> None:
+        service = self._service
+        # With several models, JSON may say in the body which is meant.
+        if service.batcher.queued_rows and (asked.model is not None or len(service.models.names) == 1):
+            model = service.find(asked.model, asked.version)
+            service.require_room(model, priority=asked.priority, timeout_s=asked.timeout_s)
 
     async def _batch(
         self, form: str, content: bytes | memoryview, body: EmbedBody, spec: InputSpec, exchange: Exchange

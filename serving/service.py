@@ -297,6 +297,23 @@ class Service:
         if not self.ready:
             raise overloaded(f"the service is not ready: {self.failure or self.state}")
 
+    def require_room(self, model: ServedModel, *, priority: int = 0, timeout_s: float | None = None) -> None:
+        """Refuse a request before its body is read, where not even one of its rows would find a place in time.
+
+        Raises
+        ------
+        RequestError
+            503.
+        """
+        limit = self.limits.compute_timeout_s
+        self.batcher.require_room(
+            model,
+            1,
+            model.input.row_bytes,
+            timeout_s=limit if timeout_s is None else min(timeout_s, limit),
+            bulk=_is_bulk(priority),
+        )
+
     def fail(self, reason: str) -> None:
         """Take the service out: nobody is told 200 by what does not work."""
         if not self.failure:

@@ -64,11 +64,18 @@ class InferCall:
         self.embedded: Embedded | None = None
         self.span: Any = None
 
+    def admit_bytes(self) -> None:
+        """Take the message off the rate of the key that asks: it has come, whatever becomes of it."""
+        self._take(bytes=self.announced_bytes)
+
     def admit_rows(self, n_rows: int) -> None:
-        """Take rows, and the bytes that they came in, off the rate of the key that asks."""
+        """Take rows off the rate of the key that asks."""
+        self._take(rows=n_rows)
+
+    def _take(self, **amounts: int) -> None:
         if self.key is None or self._rates is None:
             return
-        if wait_s := self._rates.take(self.key, rows=n_rows, bytes=self.announced_bytes):
+        if wait_s := self._rates.take(self.key, **amounts):
             raise rate_limited(wait_s)
 
 

@@ -241,6 +241,7 @@ class InferenceServicer:
             self._recorder.begin(call)
         async with told_to(context, self._recorder, call):
             call.key = key_of(context, self._keys)
+            call.admit_bytes()
             model = self._service.find(request.model_name or None, request.model_version)
             call.model, call.version = model.name, model.version
             limits = self._service.limits

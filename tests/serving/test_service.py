@@ -42,6 +42,19 @@ def wanted(digits_bundle: Path, digits_rows: NDArray[np.uint8]) -> NDArray[np.fl
     return OnnxEncoder(digits_bundle, device="cpu").embed(digits_rows)
 
 
+def test_metrics_tell_of_models_that_nobody_has_asked(
+    talk: Talk, digits_bundle: Path, variant: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    variant(name="second").save(tmp_path / "second")
+
+    async def conversation(client: Any) -> str:
+        return str((await client.get("/metrics")).text)
+
+    families = text_string_to_metric_families(talk(conversation, digits_bundle, tmp_path / "second"))
+    told = {s.labels["model"] for family in families for s in family.samples if s.name == "vaefeat_models_info"}
+    assert told == {"digits", "second"}
+
+
 def test_rows_in_fortran_order_are_put_in_order_in_a_thread_where_they_are_many(
     talk: Talk,
     digits_bundle: Path,

@@ -125,7 +125,11 @@ def with_probabilities(bundle: Bundle, *, sharpness: float) -> Bundle:
     graph.graph.output.append(helper.make_tensor_value_info("probability", onnx.TensorProto.FLOAT, ["batch", 2]))
     outputs = {**bundle.manifest.outputs, "probability": 2}
     contents = {file: bundle.read(file) for file in bundle.files} | {"encoder.onnx": graph.SerializeToString()}
-    return Bundle.of(replace(bundle.manifest, outputs=outputs), contents)
+    data = {
+        **bundle.manifest.data,
+        "finetuning": {"n_labelled": 20, "n_unlabelled": 0, "n_steps": 1, "config": {"elbo_weight": 1.0}},
+    }
+    return Bundle.of(replace(bundle.manifest, outputs=outputs, classes=("low", "high"), data=data), contents)
 
 
 def test_quantize_of_a_classifier_is_judged_by_its_probabilities(
