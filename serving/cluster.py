@@ -96,7 +96,7 @@ class ClusterReplica(GrpcCalls):
         self._args = args
         self._service: Service | None = None
         self._config: dict[str, Any] | None = None
-        self._reloading: asyncio.Task[None] | None = None
+        self._reloading: asyncio.Task[list[str]] | None = None
 
     async def __serve_build_asgi_app__(self) -> Application:
         """Load, warm up and prove the models; no request comes before Serve has the application.

@@ -23,7 +23,17 @@ from serving.errors import CodecError, shown
 from serving.protocols.tensors import flatten
 from vaefeat.input_spec import InputSpec
 
-__all__ = ["EmbedBody", "decode_json", "decode_npy", "decode_raw", "encode_json", "encode_npy"]
+__all__ = [
+    "EmbedBody",
+    "decode_json",
+    "decode_npy",
+    "decode_raw",
+    "encode_json",
+    "encode_npy",
+    "is_plain",
+    "plain",
+    "view_npy",
+]
 
 _MAGIC = b"\x93NUMPY"
 _MAX_HEADER_BYTES = 4096
@@ -67,7 +77,12 @@ def decode_raw(body: bytes | memoryview, spec: InputSpec) -> NDArray[Any]:
 
 
 def decode_npy(body: bytes | memoryview) -> NDArray[Any]:
-    """Read one array of numbers in NumPy's npy format.
+    """Read one array of numbers in NumPy's npy format: :func:`view_npy`, made :func:`plain`."""
+    return plain(view_npy(body))
+
+
+def view_npy(body: bytes | memoryview) -> NDArray[Any]:
+    """Look at one array of numbers in NumPy's npy format, without copying it.
 
     Parameters
     ----------
@@ -77,7 +92,7 @@ def decode_npy(body: bytes | memoryview) -> NDArray[Any]:
     Returns
     -------
     ndarray
-        In native byte order and C order; a read-only view of `body` where it is both already.
+        A read-only view of `body`, in the byte order and the order of axes that it came in.
 
     Raises
     ------
@@ -103,8 +118,27 @@ def decode_npy(body: bytes | memoryview) -> NDArray[Any]:
         array = np.frombuffer(body, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
     except ValueError as error:  # for instance no rows of more than 2**63 values
         raise CodecError(f"got an npy header of shape {shape}, which NumPy cannot hold: {error}") from error
+    return array
+
+
+def is_plain(array: NDArray[Any]) -> bool:
+    """Tell whether :func:`plain` has nothing to do, which takes as long as there is data otherwise."""
+    flags = array.flags
+    return bool(flags.c_contiguous and flags.aligned and array.dtype.isnative and array.dtype.kind != "b")
+
+
+def plain(array: NDArray[Any]) -> NDArray[Any]:
+    """Bring an array into native byte order and C order.
+
+    Raises
+    ------
+    CodecError
+        Truth values that are neither 0 nor 1, of which NumPy would make other numbers each time.
+    """
+    if array.dtype.kind == "b" and array.size and (found := int(array.view(np.uint8).max())) > 1:
+        raise CodecError(f"got npy truth values up to {found}, wanted only 0 and 1")
     # Aligned, because the header's length is the client's choice and ONNX Runtime gets the address.
-    return np.require(array.astype(dtype.newbyteorder("="), copy=False), requirements=["C", "A"])
+    return np.require(array.astype(array.dtype.newbyteorder("="), copy=False), requirements=["C", "A"])
 
 
 @lru_cache(maxsize=1024)  # a client's requests mostly have one of a few headers

@@ -6,21 +6,22 @@ only decoded where there is room for them.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.errors import too_late
+from serving.errors import overloaded, too_large, too_late
 from vaefeat.errors import InputError
 from vaefeat.images import decode_image
 from vaefeat.input_spec import InputSpec
 
-__all__ = ["PixelRoom", "decode_into"]
+__all__ = ["ImageDecoder", "PixelRoom", "decode_into"]
 
 #: Images below this many pixels find room always: all threads together hold few of them.
 _SMALL_PIXELS = 2**20
@@ -105,3 +106,94 @@ def decode_into(
             continue
         rows[position] = pixels * scale if scale is not None else pixels
     return errors
+
+
+class ImageDecoder:
+    """Decodes the images of many requests in a pool of threads, within bounds; on one event loop.
+
+    Parameters
+    ----------
+    max_pixels : int
+        See :class:`PixelRoom`.
+    max_bytes : int
+        Of the rows that are being made.
+    images_per_task : int
+        Images that a thread decodes before others get a turn.
+    tasks : int
+        Threads that one request may use at a time.
+    off_loop : callable
+        Calls a function in a thread.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_pixels: int,
+        max_bytes: int,
+        images_per_task: int,
+        tasks: int,
+        off_loop: Callable[..., Awaitable[dict[int, str]]],
+    ) -> None:
+        self._room = PixelRoom(max_pixels)
+        self._max_bytes, self._images_per_task, self._tasks = max_bytes, images_per_task, tasks
+        self._off_loop = off_loop
+        self._bytes = 0
+
+    async def decode(
+        self, encoded: Sequence[bytes], spec: InputSpec, *, deadline: float
+    ) -> tuple[NDArray[Any], dict[int, str]]:
+        """Decode the images of one request.
+
+        Returns
+        -------
+        rows : ndarray of shape (n, ...)
+            Zeros where an image cannot be read.
+        errors : dict of int to str
+            Why not, by position.
+
+        Raises
+        ------
+        RequestError
+            413, 503 where the rows would take more than there is room for; 504 after the deadline.
+        """
+        n_bytes = len(encoded) * spec.row_bytes
+        self._keep_room(n_bytes)
+        try:
+            return await self._decode(encoded, spec, deadline)
+        finally:
+            self._bytes -= n_bytes
+
+    def _keep_room(self, n_bytes: int) -> None:
+        """Keep room for decoded rows: a file of a hundred bytes can become a row of a megabyte."""
+        if n_bytes > self._max_bytes:
+            raise too_large(
+                f"got images that make rows of {n_bytes} bytes, wanted at most {self._max_bytes}; send fewer at a time"
+            )
+        if self._bytes + n_bytes > self._max_bytes:
+            raise overloaded("as many images as there is room for are being decoded")
+        self._bytes += n_bytes
+
+    async def _decode(
+        self, encoded: Sequence[bytes], spec: InputSpec, deadline: float
+    ) -> tuple[NDArray[Any], dict[int, str]]:
+        rows = np.zeros((len(encoded), *spec.shape), spec.dtype)
+        size = self._images_per_task
+        starts = iter(range(0, len(encoded), size))
+        errors: dict[int, str] = {}
+
+        async def work() -> None:
+            for start in starts:
+                part = encoded[start : start + size]
+                errors.update(await self._off_loop(decode_into, rows, start, part, spec, self._room, deadline))
+
+        n_workers = min(self._tasks, -(-len(encoded) // size))
+        if n_workers == 1:
+            await work()
+            return rows, errors
+        workers = [asyncio.ensure_future(work()) for _ in range(n_workers)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            for worker in workers:
+                worker.cancel()
+        return rows, errors

@@ -92,6 +92,7 @@ class Inference:
         """Embed what one request brings."""
         service = self._service
         model = self._model(exchange)
+        service.require_room(model)
         content = bytes(await exchange.body(service.limits))
         coding = exchange.headers.get(b"content-encoding")
         if coding is not None:
@@ -149,8 +150,9 @@ class Inference:
                 listed.append({"name": name, "state": "UNAVAILABLE", "reason": "unloaded"})
                 continue
             listed += [
-                {"name": name, "version": version, "state": "READY", "reason": ""}
-                for version in self._service.versions(name)
+                {"name": name, "version": model.version, "state": "READY", "reason": "" if model.proved else "unproved"}
+                for model in models.held
+                if model.name == name
             ]
         return json_answer(listed)
 
@@ -166,18 +168,11 @@ class Inference:
                     "several processes answer here, and this one alone would load it; put the bundle into the model's "
                     "folder, and have the operator tell them all",
                 )
-            model = await service.change(self._load, name)
+            model = await service.load(name)
         else:
             self._refuse_unless_alone()
             model = await service.change(service.models.choose, name, version)
         return json_answer({"name": model.name, "version": model.version, "state": "READY"})
-
-    def _load(self, name: str) -> ServedModel:
-        """Load, and tell other processes, even if whoever asked for it hangs up in between."""
-        model = self._service.models.load(name)
-        if self._service.changed is not None:
-            self._service.changed()
-        return model
 
     async def unload(self, exchange: Exchange) -> Answer:
         """Serve a model no more."""

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.codec import EmbedBody, decode_json, decode_npy, decode_raw, encode_json, encode_npy
+from serving.codec import EmbedBody, decode_json, decode_raw, encode_json, encode_npy, is_plain, plain, view_npy
 from serving.errors import RequestError, shown
 from serving.exchange import Answer, Exchange, Headers
 from serving.media import IMAGES, JSON, MULTIPART, NPY, RAW, answer_type, body_type
@@ -75,9 +75,13 @@ class Native:
     async def embed(self, exchange: Exchange) -> Answer:
         """Embed the rows of one request."""
         asked = self._asked(exchange)
+        self._require_room(asked)
         content = await exchange.body(self._service.limits)
         if asked.body_type == NPY:
-            body = EmbedBody(decode_npy(content))
+            rows = view_npy(content)
+            # Put in order value by value, many would hold up everybody else.
+            slow = rows.nbytes > self._service.limits.inline_bytes and not is_plain(rows)
+            body = EmbedBody(await self._service.off_loop(plain, rows) if slow else plain(rows))
         elif asked.body_type == JSON:
             lists, values = self._most(asked.model)
             body = (
@@ -119,6 +123,13 @@ class Native:
                     self._remembered.clear()
                 self._remembered[said] = asked
         return asked
+
+    def _require_room(self, asked: _Asked) -> None:
+        service = self._service
+        # With several models, JSON may say in the body which is meant.
+        if service.batcher.queued_rows and (asked.model is not None or len(service.models.names) == 1):
+            model = service.find(asked.model, asked.version)
+            service.require_room(model, priority=asked.priority, timeout_s=asked.timeout_s)
 
     async def _batch(
         self, form: str, content: bytes | memoryview, body: EmbedBody, spec: InputSpec, exchange: Exchange

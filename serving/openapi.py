@@ -85,7 +85,8 @@ _SCHEMAS: dict[str, _Schema] = {
         {"id": _TEXT, "object": {"const": "model"}, "created": _COUNT, "owned_by": _TEXT, "digest": _DIGEST}
         | {"versions": _list(_VERSION, at_least=1), "input": _INPUT, "outputs": _OUTPUTS}
         | {"classes": _list({"type": ["string", "number", "boolean"]}), "latent_dim": _COUNT, "active_units": _COUNT}
-        | {"provider": _TEXT, "precision": _TEXT, "limits": _object({"max_rows": _COUNT, "max_body_bytes": _COUNT})}
+        | {"provider": _TEXT, "precision": _TEXT, "proved": _BOOLEAN}
+        | {"limits": _object({"max_rows": _COUNT, "max_body_bytes": _COUNT})}
     ),
     "EmbeddingsRequest": {
         **_object(

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.errors import BundleError, InputError
 from vaefeat.input_spec import InputSpec
-from vaefeat.runtime import open_graph
+from vaefeat.runtime import Interruption, open_graph
 
 __all__ = ["OnnxEncoder"]
 
@@ -130,7 +130,9 @@ class OnnxEncoder:
             (features[start:stop],) = self.compute(rows[start:stop], [output])
         return features
 
-    def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
+    def compute(
+        self, rows: NDArray[Any], outputs: Sequence[str], *, interruption: Interruption | None = None
+    ) -> list[NDArray[np.float32]]:
         """Encode one micro-batch, for those who check and cut rows themselves; several threads may call it at a time.
 
         Parameters
@@ -139,6 +141,8 @@ class OnnxEncoder:
             As :meth:`InputSpec.prepare` gives them. `batch_size` is not observed.
         outputs : sequence of str
             Names among ``outputs``.
+        interruption : Interruption, optional
+            With which another thread may end this.
 
         Returns
         -------
@@ -148,9 +152,9 @@ class OnnxEncoder:
         Raises
         ------
         DeviceError
-            ONNX Runtime failed, for instance because the device's memory is full.
+            ONNX Runtime failed, for instance because the device's memory is full; or it was interrupted.
         """
-        return self._graph.run(outputs, {"rows": rows})
+        return self._graph.run(outputs, {"rows": rows}, interruption=interruption)
 
     def __getstate__(self) -> dict[str, Any]:
         # A session cannot be pickled, but it opens in milliseconds where it arrives.

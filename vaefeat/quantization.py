@@ -30,6 +30,7 @@ from vaefeat.reference import REFERENCE_FILE, Reference
 
 __all__ = ["QuantizationGate", "quantize"]
 
+_log = logging.getLogger("vaefeat")
 _CALIBRATION_ROWS, _JUDGED_ROWS = 512, 4096
 _LEAST_ROWS = 64
 _LAYERS = ("Gemm", "MatMul", "Conv")
@@ -47,10 +48,13 @@ class QuantizationGate:
     error : float
         Largest rise of the error of logistic regression with 10 labels a class, in percentage points; looked at where
         there are labels.
+    probability : float
+        Of a classifier, the largest difference of any class's probability in any row.
     """
 
     difference: float = 0.1
     error: float = 0.5
+    probability: float = 0.2
 
 
 def quantize(
@@ -69,7 +73,8 @@ def quantize(
     rows : ndarray of shape (n, ...)
         Real rows such as it is going to embed: half of them, 512 at most, set the scales, and the others judge.
     labels : ndarray of shape (n,), optional
-        Of the rows; with them the error of a classifier is compared, too.
+        Of the rows; with them the error of a classifier is compared, too, over the classes that have more than 10 rows
+        among those that judge. What that leaves out is told to the logger ``vaefeat``, as a warning.
     name : str, optional
         Of the new bundle; the old one's with ``-int8`` when None.
     gate : QuantizationGate, optional
@@ -179,7 +184,8 @@ def _leads_straight_to(node: onnx.NodeProto, outputs: set[str], model: onnx.Mode
 
 def _compared(before: Bundle, after: Bundle, rows: NDArray[Any], labels: NDArray[Any] | None) -> dict[str, Any]:
     """Measure both on rows that no scale was set with."""
-    exact, coarse = (OnnxEncoder(bundle, device="cpu").embed(rows) for bundle in (before, after))
+    encoders = [OnnxEncoder(bundle, device="cpu") for bundle in (before, after)]
+    exact, coarse = (encoder.embed(rows) for encoder in encoders)
     scale = np.maximum(exact.std(axis=0), 1e-3 * max(float(exact.std(axis=0).max()), 1e-12))
     differences = (coarse - exact) / scale
     found: dict[str, Any] = {
@@ -188,20 +194,39 @@ def _compared(before: Bundle, after: Bundle, rows: NDArray[Any], labels: NDArray
         "max_difference": float(np.abs(differences).max()),
         "n_rows": len(rows),
     }
-    if labels is not None:
-        errors = [_errors(features, labels) for features in (exact, coarse)]
-        if errors[0]:
-            found |= {"error": float(np.mean(errors[0])), "error_int8": float(np.mean(errors[1]))}
+    if "probability" in before.manifest.outputs:
+        sure, unsure = (encoder.embed(rows, output="probability") for encoder in encoders)
+        found["probability_difference"] = float(np.abs(unsure - sure).max())
+    if labels is not None and (judging := _judging(labels)).any():
+        errors = [_errors(features[judging], labels[judging]) for features in (exact, coarse)]
+        found |= {"error": float(np.mean(errors[0])), "error_int8": float(np.mean(errors[1]))}
     return found
 
 
+def _judging(labels: NDArray[Any]) -> NDArray[np.bool_]:
+    """Tell which rows are of classes that have enough of them; none where fewer than two have."""
+    names, counts = np.unique(labels, return_counts=True)
+    large = names[counts > _LABELS_A_CLASS]
+    if len(large) < 2:
+        _log.warning(
+            "labels do not judge: %d of %d classes have more than %d rows among the %d that judge, and two are needed",
+            *(len(large), len(names), _LABELS_A_CLASS, len(labels)),
+        )
+        return np.zeros(len(labels), bool)
+    if len(large) < len(names):
+        _log.warning(
+            "%d of %d classes are left out of the comparison of errors: they have %d rows or fewer among the %d that "
+            "judge",
+            *(len(names) - len(large), len(names), _LABELS_A_CLASS, len(labels)),
+        )
+    return np.isin(labels, large)
+
+
 def _errors(features: NDArray[np.float32], labels: NDArray[Any]) -> list[float]:
-    """Errors in percent of logistic regression on some draws of labels, or none where classes are too small."""
+    """Errors in percent of logistic regression on some draws of labels."""
     from sklearn.linear_model import LogisticRegression
 
-    names, counts = np.unique(labels, return_counts=True)
-    if len(names) < 2 or counts.min() <= _LABELS_A_CLASS:
-        return []
+    names = np.unique(labels)
     errors = []
     for seed in range(_DRAWS):
         random = np.random.default_rng(seed)
@@ -224,4 +249,10 @@ def _hold(found: dict[str, Any], gate: QuantizationGate) -> None:
         raise QuantizationError(
             f"in int8 the error with {_LABELS_A_CLASS} labels a class is {found['error_int8']:.2f} %, in float32 "
             f"{found['error']:.2f} %, wanted at most {gate.error:g} points more; nothing was written"
+        )
+    if not found.get("probability_difference", 0.0) <= gate.probability:
+        raise QuantizationError(
+            f"in int8 a class's probability differs by {found['probability_difference']:.3g} in one of the rows, "
+            f"wanted at most {gate.probability:g}; nothing was written. Serve it in float32, or allow more if "
+            "decisions bear it"
         )

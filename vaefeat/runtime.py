@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from vaefeat.errors import BundleError, DeviceError
 from vaefeat.processors import available_cpus
 
-__all__ = ["OpenedGraph", "choose_device", "open_graph"]
+__all__ = ["Interruption", "OpenedGraph", "choose_device", "open_graph"]
 
 #: Operators of other domains run code that is not ONNX Runtime's own.
 _DOMAINS = {"", "ai.onnx"}
@@ -31,6 +31,17 @@ _RANDOM = {
     "RandomUniform",
     "RandomUniformLike",
 }
+
+
+class Interruption:
+    """Ends computations that were given it, from another thread, and lets no other begin."""
+
+    def __init__(self) -> None:
+        self.options = ort.RunOptions()
+
+    def interrupt(self) -> None:
+        """End them before their next node, with a DeviceError."""
+        self.options.terminate = True
 
 
 @dataclass(frozen=True)
@@ -49,16 +60,20 @@ class OpenedGraph:
     device: str
     reason: str
 
-    def run(self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+    def run(
+        self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]], *, interruption: Interruption | None = None
+    ) -> list[NDArray[np.float32]]:
         """Compute some of the outputs, in the order that they are named in; may be called by several threads.
 
         Raises
         ------
         DeviceError
-            ONNX Runtime failed, for instance because the device's memory is full.
+            ONNX Runtime failed, for instance because the device's memory is full; or it was interrupted.
         """
         try:
-            computed: list[NDArray[np.float32]] = self.session.run(list(outputs), inputs)
+            computed: list[NDArray[np.float32]] = self.session.run(
+                list(outputs), inputs, None if interruption is None else interruption.options
+            )
         except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
             n_rows = len(next(iter(inputs.values())))
             raise DeviceError(

@@ -132,6 +132,12 @@ class Recorder:
         self.metrics.refused(error.kind)
         self.metrics.answered("other", error.status)
 
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """Write the figures down, of all models that are held; see :meth:`serving.watching.metrics.Metrics.render`."""
+        for model in self._models.held:
+            self._of(model)
+        return self.metrics.render(accept)
+
     def _of(self, model: ServedModel) -> ModelMetrics:
         if self._generation != self._models.generation:
             self._renew()

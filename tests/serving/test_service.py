@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.codec import decode_npy, encode_npy
+from serving.codec import decode_npy, encode_npy, plain
 from serving.errors import ModelError
 from serving.guard.keys import KeyRing
 from serving.settings import Limits
@@ -39,6 +40,48 @@ def png(row: NDArray[np.uint8], *, size: tuple[int, int] | None = None) -> bytes
 @pytest.fixture(scope="module")
 def wanted(digits_bundle: Path, digits_rows: NDArray[np.uint8]) -> NDArray[np.float32]:
     return OnnxEncoder(digits_bundle, device="cpu").embed(digits_rows)
+
+
+def test_metrics_tell_of_models_that_nobody_has_asked(
+    talk: Talk, digits_bundle: Path, variant: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    variant(name="second").save(tmp_path / "second")
+
+    async def conversation(client: Any) -> str:
+        return str((await client.get("/metrics")).text)
+
+    families = text_string_to_metric_families(talk(conversation, digits_bundle, tmp_path / "second"))
+    told = {s.labels["model"] for family in families for s in family.samples if s.name == "vaefeat_models_info"}
+    assert told == {"digits", "second"}
+
+
+def test_rows_in_fortran_order_are_put_in_order_in_a_thread_where_they_are_many(
+    talk: Talk,
+    digits_bundle: Path,
+    digits_rows: NDArray[np.uint8],
+    wanted: NDArray[np.float32],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: list[str] = []
+
+    def noted(array: NDArray[Any]) -> NDArray[Any]:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return plain(array)
+
+    monkeypatch.setattr("serving.native.plain", noted)
+
+    def npy(rows: NDArray[np.uint8]) -> bytes:
+        file = io.BytesIO()
+        np.save(file, rows)
+        return file.getvalue()
+
+    async def conversation(client: Any) -> None:
+        for rows in (digits_rows, np.asfortranarray(digits_rows), np.asfortranarray(digits_rows[:5])):
+            answer = await client.post("/v1/embed", content=npy(rows), headers=NPY)
+            np.testing.assert_array_equal(decode_npy(answer.content), wanted[: len(rows)])
+
+    talk(conversation, digits_bundle)
+    assert threads == ["MainThread", "codec", "MainThread"]
 
 
 def test_a_row_s_vector_is_the_same_bits_whatever_request_it_came_in(

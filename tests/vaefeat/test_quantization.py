@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 from sklearn.datasets import load_digits
 
 from vaefeat import OnnxEncoder, load_bundle
@@ -94,6 +96,53 @@ def test_quantize_that_changes_more_than_the_gate_allows_is_refused(
         quantize(bundle, digits_rows, gate=QuantizationGate(difference=1e-4))
     with pytest.raises(QuantizationError, match="labels a class"):
         quantize(bundle, digits_rows, labels=labels, gate=QuantizationGate(error=-50.0))
+
+
+def test_quantize_with_small_classes_leaves_them_out_and_says_so(
+    digits_bundle: Path, digits_rows: NDArray[np.uint8], labels: NDArray[np.int64], caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle, lenient = load_bundle(digits_bundle), QuantizationGate(error=100.0)
+    rare = labels.copy()
+    rare[:3] = 10  # a class of three rows
+    found = quantize(bundle, digits_rows, labels=rare, gate=lenient).manifest.parity["quantization"]
+    assert 0 < found["error"] < 60
+    assert "1 of 11 classes are left out" in caplog.text
+    caplog.clear()
+    alone = np.arange(len(labels))
+    found = quantize(bundle, digits_rows, labels=alone, gate=lenient).manifest.parity["quantization"]
+    assert "error" not in found
+    assert "labels do not judge: 0 of 1285 classes" in caplog.text
+
+
+def with_probabilities(bundle: Bundle, *, sharpness: float) -> Bundle:
+    """Let a bundle tell two classes apart by the sign of its first latent."""
+    graph = onnx.load_model_from_string(bundle.read("encoder.onnx"))
+    weight = np.zeros((bundle.manifest.latent_dim, 2), np.float32)
+    weight[0] = -sharpness, sharpness
+    graph.graph.initializer.append(numpy_helper.from_array(weight, "sides"))
+    graph.graph.node.append(helper.make_node("MatMul", ["mean", "sides"], ["logits"]))
+    graph.graph.node.append(helper.make_node("Softmax", ["logits"], ["probability"]))
+    graph.graph.output.append(helper.make_tensor_value_info("probability", onnx.TensorProto.FLOAT, ["batch", 2]))
+    outputs = {**bundle.manifest.outputs, "probability": 2}
+    contents = {file: bundle.read(file) for file in bundle.files} | {"encoder.onnx": graph.SerializeToString()}
+    data = {
+        **bundle.manifest.data,
+        "finetuning": {"n_labelled": 20, "n_unlabelled": 0, "n_steps": 1, "config": {"elbo_weight": 1.0}},
+    }
+    return Bundle.of(replace(bundle.manifest, outputs=outputs, classes=("low", "high"), data=data), contents)
+
+
+def test_quantize_of_a_classifier_is_judged_by_its_probabilities(
+    digits_bundle: Path, digits_rows: NDArray[np.uint8]
+) -> None:
+    mild = quantize(with_probabilities(load_bundle(digits_bundle), sharpness=0.5), digits_rows)
+    found = mild.manifest.parity["quantization"]["probability_difference"]
+    assert 0 < found <= 0.2
+    # The means differ as little as before; what is decided by them does not.
+    sharp = with_probabilities(load_bundle(digits_bundle), sharpness=500.0)
+    with pytest.raises(QuantizationError, match="probability differs by"):
+        quantize(sharp, digits_rows)
+    quantize(sharp, digits_rows, gate=QuantizationGate(probability=1.0))
 
 
 def test_quantize_with_too_few_rows_is_refused(digits_bundle: Path, digits_rows: NDArray[np.uint8]) -> None:
