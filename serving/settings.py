@@ -61,7 +61,7 @@ class Limits:
     max_batch_rows: int = 256
     max_queued_rows: int = 262_144
     max_queued_bytes: int = 512 * 2**20
-    inline_bytes: int = 65_536
+    inline_bytes: int = 262_144
     images_per_task: int = 16
     max_image_pixels: int = 25_000_000
 
