@@ -173,7 +173,7 @@ def decode_json(body: bytes, *, max_lists: int, max_values: int) -> EmbedBody:
         raise CodecError(
             f"got more than {max_values} numbers, which is more than the allowed rows hold; send fewer rows"
         )
-    # NumPy would give every value the size of the longest text, before anyone sees that there is text at all.
+    # An empty object takes two bytes on the wire and sixty in memory, an empty text fifty.
     if count(body, b"{") > _MAX_JSON_BRACES or count(body, b'"') > _MAX_JSON_QUOTES:
         raise CodecError('got texts or objects among the rows, wanted {"rows": [[...], ...]} with numbers only')
     try:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from serving.batch import Batch, Job
 from serving.batcher import RowBatcher
 from serving.errors import ModelError, RequestError, overloaded, too_large
-from serving.images import PixelRoom, decode_into
+from serving.images import PixelRoom, decode_into, part_images
 from serving.models import Models, ServedModel
 from serving.settings import Limits
 from vaefeat.errors import DeviceError
@@ -322,12 +322,14 @@ class Service:
         if len(errors) == len(encoded):
             position, message = next(iter(sorted(errors.items())))
             raise RequestError(422, "invalid_rows", f"got no image that can be read; item {position}: {message}")
+        if not errors:
+            job = self._submit(model, rows, outputs, priority, timeout_s - decode_s, caller)
+            return Embedded(await self._result(job), job, decode_s=decode_s)
         good = np.array([position for position in range(len(encoded)) if position not in errors], np.intp)
-        job = self._submit(model, rows[good] if errors else rows, outputs, priority, timeout_s - decode_s, caller)
+        job = self._submit(model, rows[good], outputs, priority, timeout_s - decode_s, caller)
         computed = await self._result(job)
-        if errors:
-            computed = {output: _spread(features, good, len(encoded)) for output, features in computed.items()}
-        return Embedded(computed, job, errors, decode_s)
+        spread = {output: _spread(features, good, len(encoded)) for output, features in computed.items()}
+        return Embedded(spread, job, errors, decode_s)
 
     def _keep_room(self, n_bytes: int) -> None:
         """Keep room for decoded rows: a file of a hundred bytes can become a row of a megabyte."""
@@ -345,16 +347,16 @@ class Service:
     ) -> tuple[NDArray[Any], dict[int, str]]:
         """Decode on some of the pool's threads: one request with many images leaves a thread to the others."""
         rows = np.zeros((len(encoded), *model.input.shape), model.input.dtype)
-        size = self.limits.images_per_task
-        starts = iter(range(0, len(encoded), size))
+        tasks = list(part_images(encoded, most=self.limits.images_per_task))
+        waiting = iter(tasks)
         errors: dict[int, str] = {}
 
         async def work() -> None:
-            for start in starts:
-                part = encoded[start : start + size]
+            for start, stop in waiting:
+                part = encoded[start:stop]
                 errors.update(await self.off_loop(decode_into, rows, start, part, model.input, self._room, deadline))
 
-        n_workers = min(max(1, self.limits.worker_threads - 1), -(-len(encoded) // size))
+        n_workers = min(max(1, self.limits.worker_threads - 1), len(tasks))
         if n_workers == 1:
             await work()
             return rows, errors
