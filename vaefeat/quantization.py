@@ -1,8 +1,8 @@
 """An encoder in 8-bit integers, and the proof that its features are as good.
 
 Weights and inputs of the hidden layers become int8 (quantize and dequantize nodes with fixed scales, "static QDQ");
-activations in between and the layers that compute mean, log-variance and probabilities stay float32. Fixed scales matter: with scales taken
-from each batch, a row's features would depend on the rows around it.
+activations in between and the layers that compute mean, log-variance and probabilities stay float32. Fixed scales
+matter: with scales taken from each batch, a row's features would depend on the rows around it.
 
 Where the pace of an encoder is that of its matrix products, a processor with int8 instructions computes it several
 times faster. Whether the features bear it is measured, and a bundle that fails is not written.
