@@ -18,7 +18,7 @@ import onnxruntime as ort
 import typer
 from numpy.typing import NDArray
 
-from vaefeat.images import decode_image
+from vaefeat.image_decoding import decode_image
 
 __all__ = ["decoder_rate", "encoder_rates"]
 

@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 
 from benchmarks.expected import Form
 from vaefeat import ModelConfig, OnnxEncoder, TrainConfig, pretrain
-from vaefeat.images import decode_image
+from vaefeat.image_decoding import decode_image
 
 __all__ = ["SHAPES", "Payload", "Payloads", "Workload", "bundle_and_rows"]
 

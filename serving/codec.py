@@ -20,10 +20,11 @@ import orjson
 from numpy.typing import NDArray
 
 from serving.errors import CodecError, shown
-from serving.protocols.tensors import flatten
+from serving.protocols.number_lists import count, innermost, read_numbers
 from vaefeat.input_spec import InputSpec
 
 __all__ = [
+    "INLINE_VALUES",
     "EmbedBody",
     "decode_json",
     "decode_npy",
@@ -35,6 +36,8 @@ __all__ = [
     "view_npy",
 ]
 
+#: Values that are written as JSON on the event loop; more take a thread.
+INLINE_VALUES = 16_384
 _MAGIC = b"\x93NUMPY"
 _MAX_HEADER_BYTES = 4096
 _MAX_DIMENSIONS = 8
@@ -199,14 +202,14 @@ def decode_json(body: bytes, *, max_lists: int, max_values: int) -> EmbedBody:
     CodecError
         Not JSON (NaN and numbers beyond a double are not), other keys, or rows that are not numbers of one shape.
     """
-    if body.count(b"[") > max_lists:
+    if count(body, b"[") > max_lists:
         raise CodecError(f"got more than {max_lists} lists, which is more than the allowed rows hold; send fewer rows")
-    if body.count(b",") > max_values + _MAX_JSON_QUOTES:
+    if count(body, b",") > max_values + _MAX_JSON_QUOTES:
         raise CodecError(
             f"got more than {max_values} numbers, which is more than the allowed rows hold; send fewer rows"
         )
-    # NumPy would give every value the size of the longest text, before anyone sees that there is text at all.
-    if body.count(b"{") > _MAX_JSON_BRACES or body.count(b'"') > _MAX_JSON_QUOTES:
+    # An empty object takes two bytes on the wire and sixty in memory, an empty text fifty.
+    if count(body, b"{") > _MAX_JSON_BRACES or count(body, b'"') > _MAX_JSON_QUOTES:
         raise CodecError('got texts or objects among the rows, wanted {"rows": [[...], ...]} with numbers only')
     try:
         values = orjson.loads(body)
@@ -224,14 +227,15 @@ def decode_json(body: bytes, *, max_lists: int, max_values: int) -> EmbedBody:
 def _numbers(rows: Any) -> NDArray[Any]:
     if not isinstance(rows, list):
         raise CodecError(f"got rows of type {type(rows).__name__}, wanted a list with one nested list per row")
-    values, nesting = flatten(rows)
-    # NumPy would give every value the size of the longest text: one of a megabyte among a thousand numbers takes 4 GB.
-    if not set(map(type, values)) <= {int, float, bool}:
-        raise CodecError("got rows that hold other things than numbers, wanted numbers only; null has no place either")
+    lists, shape = innermost(rows)
+    if len(shape) > _MAX_DIMENSIONS:
+        raise CodecError(f"got rows nested {len(shape)} deep, wanted at most {_MAX_DIMENSIONS}")
     try:
-        return np.asarray(values).reshape(nesting)
-    except (ValueError, OverflowError) as error:
-        raise CodecError(f"got rows nested {len(nesting)} deep, wanted at most {_MAX_DIMENSIONS}") from error
+        return read_numbers(lists, shape)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise CodecError(
+            "got rows that hold other things than numbers, wanted numbers only; null has no place either"
+        ) from error
 
 
 def encode_json(array: NDArray[np.float32], **fields: Any) -> bytes:

@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,16 @@ from numpy.typing import NDArray
 
 from serving.errors import overloaded, too_large, too_late
 from vaefeat.errors import InputError
-from vaefeat.images import decode_image
+from vaefeat.image_decoding import decode_image
 from vaefeat.input_spec import InputSpec
 
-__all__ = ["ImageDecoder", "PixelRoom", "decode_into"]
+__all__ = ["ImageDecoder", "PixelRoom", "decode_into", "part_images"]
 
 #: Images below this many pixels find room always: all threads together hold few of them.
 _SMALL_PIXELS = 2**20
+#: Encoded images of so many bytes together are worth a thread of their own.
+_BYTES_PER_TASK = 65_536
+_ROOM_FOR_SMALL = nullcontext()
 
 
 class PixelRoom:
@@ -41,12 +44,12 @@ class PixelRoom:
         self._left = max_pixels
         self._changed = threading.Condition()
 
-    @contextmanager
-    def take(self, n_pixels: int) -> Iterator[None]:
+    def take(self, n_pixels: int) -> AbstractContextManager[None]:
         """Wait until there is room for an image, and keep it meanwhile."""
-        if n_pixels <= _SMALL_PIXELS:
-            yield
-            return
+        return _ROOM_FOR_SMALL if n_pixels <= _SMALL_PIXELS else self._take(n_pixels)
+
+    @contextmanager
+    def _take(self, n_pixels: int) -> Iterator[None]:
         with self._changed:
             self._changed.wait_for(lambda: self._left >= n_pixels)
             self._left -= n_pixels
@@ -69,7 +72,7 @@ def decode_into(
         Written from `start` on. Rows of images that cannot be read are left as they are.
     start : int
     encoded : sequence of bytes
-        PNG, JPEG or WebP files; another size than the model's is resized as :mod:`vaefeat.images` describes.
+        PNG, JPEG or WebP files; another size than the model's is resized as :mod:`vaefeat.image_decoding` describes.
     spec : InputSpec
         Of images.
     room : PixelRoom
@@ -106,6 +109,27 @@ def decode_into(
             continue
         rows[position] = pixels * scale if scale is not None else pixels
     return errors
+
+
+def part_images(encoded: Sequence[bytes], *, most: int) -> Iterator[tuple[int, int]]:
+    """Part images among threads: from where to where each task goes.
+
+    Of a small image most of the time is Python's, which one thread at a time can have; handing over would add to it.
+
+    Parameters
+    ----------
+    encoded : sequence of bytes
+    most : int
+        Images in a task.
+    """
+    start, n_bytes = 0, 0
+    for position, content in enumerate(encoded):
+        n_bytes += len(content)
+        if n_bytes >= _BYTES_PER_TASK or position - start + 1 >= most:
+            yield start, position + 1
+            start, n_bytes = position + 1, 0
+    if start < len(encoded):
+        yield start, len(encoded)
 
 
 class ImageDecoder:
@@ -177,16 +201,16 @@ class ImageDecoder:
         self, encoded: Sequence[bytes], spec: InputSpec, deadline: float
     ) -> tuple[NDArray[Any], dict[int, str]]:
         rows = np.zeros((len(encoded), *spec.shape), spec.dtype)
-        size = self._images_per_task
-        starts = iter(range(0, len(encoded), size))
+        tasks = list(part_images(encoded, most=self._images_per_task))
+        waiting = iter(tasks)
         errors: dict[int, str] = {}
 
         async def work() -> None:
-            for start in starts:
-                part = encoded[start : start + size]
+            for start, stop in waiting:
+                part = encoded[start:stop]
                 errors.update(await self._off_loop(decode_into, rows, start, part, spec, self._room, deadline))
 
-        n_workers = min(self._tasks, -(-len(encoded) // size))
+        n_workers = min(self._tasks, len(tasks))
         if n_workers == 1:
             await work()
             return rows, errors

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import orjson
 
+from serving.codec import INLINE_VALUES
 from serving.errors import CodecError, RequestError, too_large
 from serving.exchange import Answer, Exchange, json_answer
 from serving.media import JSON
@@ -129,7 +130,8 @@ class Inference:
             raise RequestError(400, error.kind, error.message) from error
         exchange.note(model, embedded)
         encoder = self._encoder(model)
-        if all(binary for _, binary in asked.outputs):
+        n_values = sum(embedded.features[name].size for name, binary in asked.outputs if not binary)
+        if n_values <= INLINE_VALUES:
             body, headers = encoder.encode(asked, embedded)
         else:
             body, headers = await service.off_loop(encoder.encode, asked, embedded)

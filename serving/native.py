@@ -10,7 +10,17 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.codec import EmbedBody, decode_json, decode_raw, encode_json, encode_npy, is_plain, plain, view_npy
+from serving.codec import (
+    INLINE_VALUES,
+    EmbedBody,
+    decode_json,
+    decode_raw,
+    encode_json,
+    encode_npy,
+    is_plain,
+    plain,
+    view_npy,
+)
 from serving.errors import RequestError, shown
 from serving.exchange import Answer, Exchange, Headers
 from serving.media import IMAGES, JSON, MULTIPART, NPY, RAW, answer_type, body_type
@@ -25,8 +35,6 @@ _PARAMETERS = {"model", "version", "output", "priority", "timeout_ms"}
 #: What addresses and headers say is the same for most requests of a client.
 _MOST_REMEMBERED = 512
 _LONGEST_REMEMBERED = 512
-#: Values that JSON encodes on the event loop; more take a thread.
-_INLINE_VALUES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +150,9 @@ class Native:
             most = self._service.limits.max_rows
             kind = exchange.headers[b"content-type"]
             return await self._service.off_loop(lambda: split_parts(bytes(content), kind, max_parts=most))
+        if form == JSON and spec.dtype != "uint8":
+            # Numbers in JSON are of no type; that all of these are small and whole makes them no pixels.
+            return body.rows.astype(np.float64, copy=False)
         return body.rows
 
     async def _answer(self, asked: _Asked, model: ServedModel, output: str, embedded: Embedded) -> Answer:
@@ -163,7 +174,7 @@ class Native:
         errors = [{"index": position, "message": text} for position, text in sorted(embedded.errors.items())]
         told = {"model": model.name, "version": model.version, "digest": model.digest, "output": output}
         fields = {**told, "errors": errors} if errors else told
-        if features.size <= _INLINE_VALUES:
+        if features.size <= INLINE_VALUES:
             return Answer(200, headers, encode_json(features, **fields))
         return Answer(200, headers, await self._service.off_loop(lambda: encode_json(features, **fields)))
 

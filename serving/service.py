@@ -375,12 +375,14 @@ class Service:
         if len(errors) == len(encoded):
             position, message = next(iter(sorted(errors.items())))
             raise RequestError(422, "invalid_rows", f"got no image that can be read; item {position}: {message}")
+        if not errors:
+            job = self._submit(model, rows, outputs, priority, timeout_s - decode_s, caller)
+            return Embedded(await self._result(job), job, decode_s=decode_s)
         good = np.array([position for position in range(len(encoded)) if position not in errors], np.intp)
-        job = self._submit(model, rows[good] if errors else rows, outputs, priority, timeout_s - decode_s, caller)
+        job = self._submit(model, rows[good], outputs, priority, timeout_s - decode_s, caller)
         computed = await self._result(job)
-        if errors:
-            computed = {output: _spread(features, good, len(encoded)) for output, features in computed.items()}
-        return Embedded(computed, job, errors, decode_s)
+        spread = {output: _spread(features, good, len(encoded)) for output, features in computed.items()}
+        return Embedded(spread, job, errors, decode_s)
 
     def _batch_done(self, batch: Batch) -> None:
         if self.told is not None:

@@ -141,8 +141,8 @@ def load_rows(
         - ``.npy`` (stays memory-mapped if it is uint8 or float32) or ``.npz``, see :func:`vaefeat.arrays.read_npz`;
         - an IDX file, or a folder with MNIST's four, gzipped or not, also in ``raw/`` or ``MNIST/raw/`` below it;
         - a Parquet file, or a folder of them, see :func:`vaefeat.parquet.read_parquet`;
-        - a folder of PNG, JPEG or WebP images, see :mod:`vaefeat.images` for what is done to them. If every image
-          lies in a sub-folder, these are the classes.
+        - a folder of PNG, JPEG or WebP images, see :mod:`vaefeat.image_decoding` for what is done to them. If every
+          image lies in a sub-folder, these are the classes.
 
         A folder is searched in this order, IDX first.
     split : {"train", "test"}, default="train"

@@ -1,8 +1,8 @@
 """An encoder in 8-bit integers, and the proof that its features are as good.
 
-Weights and activations of the hidden layers become int8 (quantize and dequantize nodes with fixed scales, "static
-QDQ"); the layers that compute mean, log-variance and probabilities stay float32. Fixed scales matter: with scales taken
-from each batch, a row's features would depend on the rows around it.
+Weights and inputs of the hidden layers become int8 (quantize and dequantize nodes with fixed scales, "static QDQ");
+activations in between and the layers that compute mean, log-variance and probabilities stay float32. Fixed scales
+matter: with scales taken from each batch, a row's features would depend on the rows around it.
 
 Where the pace of an encoder is that of its matrix products, a processor with int8 instructions computes it several
 times faster. Whether the features bear it is measured, and a bundle that fails is not written.
@@ -34,6 +34,8 @@ _log = logging.getLogger("vaefeat")
 _CALIBRATION_ROWS, _JUDGED_ROWS = 512, 4096
 _LEAST_ROWS = 64
 _LAYERS = ("Gemm", "MatMul", "Conv")
+#: What makes another byte of a byte, or none, whatever the others are.
+_BYTE_BY_BYTE = ("Cast", "Sub", "Mul", "Clip", "Reshape")
 _LABELS_A_CLASS, _DRAWS = 10, 5
 
 
@@ -146,8 +148,12 @@ def _quantized(content: bytes, rows: NDArray[Any]) -> bytes:
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
+            # Activations are computed of what a product gives in float32: to round that first saves nothing, because
+            # it would be made float32 again, twice, and takes most of the precision.
+            extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm", "MatMul"]},
         )
         quantized = onnx.load_model(written)
+    _feed_bytes(quantized)
     # The opset of the layers that ONNX Runtime could have put in has no place in a bundle.
     domains = [entry for entry in quantized.opset_import if entry.domain in ("", "ai.onnx")]
     del quantized.opset_import[:]
@@ -155,6 +161,54 @@ def _quantized(content: bytes, rows: NDArray[Any]) -> bytes:
     del quantized.metadata_props[:]
     serialised: bytes = quantized.SerializeToString()
     return serialised
+
+
+def _feed_bytes(model: onnx.ModelProto) -> None:
+    """Give rows of bytes to the first layer as they are, where a byte that is scaled and rounded is that byte again."""
+    (rows,) = model.graph.input
+    if rows.type.tensor_type.elem_type != onnx.TensorProto.UINT8:
+        return
+    by_output = {name: node for node in model.graph.node for name in node.output}
+    for rounding in [node for node in model.graph.node if node.op_type == "QuantizeLinear"]:
+        path, name = [rounding], rounding.input[0]
+        while (node := by_output.get(name)) is not None and node.op_type in _BYTE_BY_BYTE:
+            path.append(node)
+            name = node.input[0]
+        if name == rows.name and _leaves_bytes(model, rounding.output[0]):
+            _leave_out(model, path[::-1])
+
+
+def _leaves_bytes(model: onnx.ModelProto, output: str) -> bool:
+    """Whether a value of the graph is, for each of the 256 bytes, that byte."""
+    import onnxruntime as ort
+
+    probed = onnx.ModelProto()
+    probed.CopyFrom(model)
+    probed.graph.output.append(onnx.helper.make_empty_tensor_value_info(output))
+    shape = [axis.dim_value for axis in model.graph.input[0].type.tensor_type.shape.dim][1:]
+    every_byte = np.arange(256, dtype=np.uint8).reshape(256, *[1] * len(shape))
+    session = ort.InferenceSession(probed.SerializeToString(), providers=["CPUExecutionProvider"])
+    (found,) = session.run([output], {"rows": np.broadcast_to(every_byte, (256, *shape))})
+    return found.dtype == np.uint8 and bool((found.reshape(256, -1) == every_byte.reshape(256, 1)).all())
+
+
+def _leave_out(model: onnx.ModelProto, path: list[onnx.NodeProto]) -> None:
+    """Take a path of nodes that starts at the rows out of the graph, except for what gives rows their shape."""
+    graph, name = model.graph, "rows"
+    for node in path:
+        if node.op_type == "Reshape":
+            node.input[0] = name
+            name = node.output[0]
+        else:
+            graph.node.remove(node)
+    for node in graph.node:
+        node.input[:] = [name if given == path[-1].output[0] else given for given in node.input]
+    # Types of what was between have changed, and constants of what is gone are nobody's.
+    del graph.value_info[:]
+    used = {given for node in graph.node for given in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ def decode_model_infer(
     else:
         values = _typed_contents(tensor, datatype)
         if name != IMAGES:
-            rows = rows_from_numbers(values, datatype=datatype, shape=shape, spec=spec)
+            rows = rows_from_numbers([values], datatype=datatype, shape=shape, spec=spec)
         elif len(values) == n:
             images = list(values)
         else:

@@ -20,7 +20,7 @@ from benchmarks.serve_contenders import CONTENDERS
 from benchmarks.serve_payloads import SHAPES, Payloads, Workload, bundle_and_rows, encoded
 from benchmarks.serve_report import TARGETS, described
 from vaefeat.errors import ConfigError
-from vaefeat.images import decode_image
+from vaefeat.image_decoding import decode_image
 
 ROOT = Path(__file__).parents[2]
 #: Of the issue; others may be added.

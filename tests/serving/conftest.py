@@ -57,7 +57,7 @@ def talk() -> Callable[..., Any]:
     return run
 
 
-def save_logarithm(folder: Path, *, of_rest: bool) -> Path:
+def save_logarithm(folder: Path, *, of_rest: bool, high: float = 9.0) -> Path:
     """Save an encoder of vectors whose mean is log(x), or log(1 - x), which is finite for rows of zeros."""
     rows = helper.make_tensor_value_info("rows", onnx.TensorProto.FLOAT, ["batch", 2])
     mean = helper.make_tensor_value_info("mean", onnx.TensorProto.FLOAT, ["batch", 2])
@@ -66,7 +66,7 @@ def save_logarithm(folder: Path, *, of_rest: bool) -> Path:
     nodes.append(helper.make_node("Log", ["rest" if of_rest else "rows"], ["mean"]))
     graph = helper.make_graph(nodes, "encoder", [rows], [mean], initializer=[one] if of_rest else [])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    spec = InputSpec(kind="vector", shape=(2,), dtype="float32", low=0.0, high=9.0)
+    spec = InputSpec(kind="vector", shape=(2,), dtype="float32", low=0.0, high=high)
     Bundle.of(_manifest(folder.name, spec, 2), {"encoder.onnx": model.SerializeToString()}).save(folder)
     return folder
 

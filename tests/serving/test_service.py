@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -21,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving.codec import decode_npy, encode_npy, plain
 from serving.errors import ModelError
 from serving.guard.keys import KeyRing
+from serving.images import _BYTES_PER_TASK, part_images
 from serving.settings import Limits
 from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.encoder import OnnxEncoder
@@ -345,3 +348,15 @@ def test_figures_tell_what_was_served_and_refused(
     assert samples["vaefeat_refused_total", None, None, "not_found", None] == 1
     shift = samples["vaefeat_drift_mean_shift", None, None, None, "digits"]
     assert shift < 0.3, "rows like the trained ones were taken for drift"
+
+
+@given(st.lists(st.integers(0, 2 * _BYTES_PER_TASK), max_size=40), st.integers(1, 9))
+def test_part_images_gives_tasks_in_order_by_number_and_bytes(sizes: list[int], most: int) -> None:
+    tasks = list(part_images([bytes(size) for size in sizes], most=most))
+    assert [position for start, stop in tasks for position in range(start, stop)] == list(range(len(sizes)))
+    for start, stop in tasks:
+        assert stop - start <= most
+        # None was added to a task that had its share.
+        assert sum(sizes[start : stop - 1]) < _BYTES_PER_TASK
+    # None ended before it had one.
+    assert all(stop - start == most or sum(sizes[start:stop]) >= _BYTES_PER_TASK for start, stop in tasks[:-1])

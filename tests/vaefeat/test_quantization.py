@@ -51,6 +51,9 @@ def test_quantize_puts_the_hidden_layers_into_int8_and_leaves_the_heads(coarse: 
     dequantized = {node.input[0] for node in after.graph.node if node.op_type == "DequantizeLinear"}
     weights = [t.name for t in after.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) > 1]
     assert len(dequantized & set(weights)) == layers(before) - 2
+    # What a product gives is not rounded before its activation.
+    rounded = {node.input[0] for node in after.graph.node if node.op_type == "QuantizeLinear"}
+    assert not rounded & {node.output[0] for node in after.graph.node if node.op_type == "Gemm"}
 
 
 def test_quantized_encoder_gives_nearly_the_same_features(
@@ -179,3 +182,36 @@ def test_quantize_at_the_command_line_writes_or_says_why_not(
     assert run(digits_bundle, digits_bundle, "--data", tmp_path / "rows.npy") == 2
     assert run(digits_bundle, tmp_path / "out", "--data", tmp_path / "rows.npy") == 0
     assert load_bundle(tmp_path / "out").manifest.precision == "int8"
+
+
+def test_quantized_encoder_of_bytes_gives_the_bits_that_it_gives_the_long_way(
+    digits_bundle: Path, digits_rows: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = (digits_rows * (255 / 16)).astype(np.uint8)
+    bundle = _of_pixels(load_bundle(digits_bundle))
+    short = quantize(bundle, pixels)
+    monkeypatch.setattr("vaefeat.quantization._feed_bytes", lambda model: None)
+    long = quantize(bundle, pixels)
+    assert ["Cast" in _operators(one) for one in (long, short)] == [True, False]
+    # Also of bytes past those that it was calibrated with.
+    every_byte = np.resize(np.arange(256, dtype=np.uint8), (64, *pixels.shape[1:]))
+    for rows in (pixels, every_byte):
+        wanted, got = (OnnxEncoder(one, device="cpu").embed(rows) for one in (long, short))
+        assert got.tobytes() == wanted.tobytes()
+
+
+def test_quantize_where_preprocessing_changes_bytes_leaves_it_in(coarse: Bundle) -> None:
+    assert "Cast" in _operators(coarse)  # up to 16, of which 255 steps are made
+
+
+def _of_pixels(bundle: Bundle) -> Bundle:
+    """Scale rows by 1 / 255 instead of 1 / 16."""
+    model = onnx.load_model_from_string(bundle.read("encoder.onnx"))
+    (scale,) = [tensor for tensor in model.graph.initializer if tensor.name.endswith("preprocessing.scale")]
+    scale.CopyFrom(onnx.numpy_helper.from_array(np.full(scale.dims, 1 / 255, np.float32), scale.name))
+    contents = {file: bundle.read(file) for file in bundle.files}
+    return Bundle.of(bundle.manifest, contents | {"encoder.onnx": model.SerializeToString()})
+
+
+def _operators(bundle: Bundle) -> set[str]:
+    return {node.op_type for node in onnx.load_model_from_string(bundle.read("encoder.onnx")).graph.node}
