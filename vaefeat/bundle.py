@@ -136,8 +136,8 @@ class Manifest:
 
     @property
     def precision(self) -> str:
-        """Of the encoder's arithmetic: ``float32``, or ``int8`` of one from :func:`vaefeat.quantization.quantize`."""
-        return "int8" if "quantization" in self.parity else "float32"
+        """Of the encoder's arithmetic: ``float32``, or what :func:`vaefeat.quantization.quantize` made of it."""
+        return str(self.parity["quantization"]["format"]) if "quantization" in self.parity else "float32"
 
     @property
     def schema_version(self) -> int:
