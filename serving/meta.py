@@ -102,6 +102,7 @@ class Meta:
             "latent_dim": model.latent_dim,
             "active_units": model.active_units,
             "provider": model.provider,
-            "precision": model.precision,
+            "precision": model.mode.precision,
+            "mode": model.mode.to_dict(),
             "limits": {"max_rows": limits.max_rows, "max_body_bytes": limits.max_body_bytes},
         }

@@ -265,6 +265,7 @@ def test_models_lists_what_a_client_needs(both_models: Models, encoder: OnnxEnco
         "active_units": encoder.active_units,
         "provider": encoder.provider,
         "precision": "float32",
+        "mode": encoder.mode.to_dict(),
         "limits": {"max_rows": 500, "max_body_bytes": 100_000},
     }
     assert ask(both_models, "GET", "/v1/models/digits").json() == listed["data"][0]

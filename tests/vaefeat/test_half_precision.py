@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -51,6 +52,11 @@ def simulated(bundle: Bundle) -> Bundle:
     return Bundle.of(bundle.manifest, {**contents, "encoder.onnx": made.SerializeToString()})
 
 
+def reference_mean(model: onnx.ModelProto, rows: NDArray[np.uint8]) -> NDArray[np.float32]:
+    outputs: Any = ReferenceEvaluator(model).run(["mean"], {"rows": rows})
+    return np.asarray(outputs[0], np.float32)
+
+
 def test_to_half_leaves_preprocessing_heads_rows_and_features_in_float32(halved: Bundle, digits_bundle: Path) -> None:
     model = onnx.load_model_from_string(halved.read("encoder.onnx"))
     onnx.checker.check_model(model, full_check=True)
@@ -84,7 +90,7 @@ def test_simulation_computes_what_onnx_s_own_reference_does(
     model = _named(bundle.read("encoder.onnx"))
     half = to_half(model, heads=_heads(model), layers=_LAYERS)
     rows = digits_rows[:64]
-    expected = np.asarray(ReferenceEvaluator(half).run(["mean"], {"rows": rows})[0], np.float32)
+    expected = reference_mean(half, rows)
     exact = OnnxEncoder(bundle, device="cpu").embed(rows)
     found = OnnxEncoder(simulated(bundle), device="cpu").embed(rows)
     scale = exact.std(axis=0)
@@ -101,7 +107,7 @@ def test_simulation_overflows_where_onnx_s_own_reference_does(
     model = _named(large.read("encoder.onnx"))
     half = to_half(model, heads=_heads(model), layers=_LAYERS)
     with np.errstate(all="ignore"):
-        expected = np.asarray(ReferenceEvaluator(half).run(["mean"], {"rows": digits_rows[:16]})[0], np.float32)
+        expected = reference_mean(half, digits_rows[:16])
     found = OnnxEncoder(simulated(large), device="cpu").embed(digits_rows[:16])
     assert not np.isfinite(expected).all(axis=1).any()
     np.testing.assert_array_equal(np.isfinite(found), np.isfinite(expected))
