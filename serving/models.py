@@ -23,7 +23,7 @@ from vaefeat.encoder import Mode, OnnxEncoder
 from vaefeat.errors import BundleError, DeviceError
 from vaefeat.input_spec import InputSpec
 from vaefeat.plan import buckets_up_to
-from vaefeat.reference import TOLERANCE, Reference, load_reference
+from vaefeat.reference import TOLERANCES, Reference, load_reference
 from vaefeat.runtime import choose_device
 
 __all__ = ["Models", "Place", "ServedModel", "find_bundles"]
@@ -131,10 +131,11 @@ class ServedModel:
         if self.reference is None:
             return
         (features,) = self.compute(self.reference.rows, ["mean"])
-        if not (found := self.reference.difference(features)) <= TOLERANCE:
+        tolerance = TOLERANCES[self.mode.precision]
+        if not (found := self.reference.difference(features)) <= tolerance:
             raise ModelError(
                 f"model {self.name!r} computes means on {self.provider} that differ by {found:.3g} standard deviations "
-                f"from those in its bundle, wanted at most {TOLERANCE:g}; is the device sound? Try --device cpu"
+                f"from those in its bundle, wanted at most {tolerance:g}; is the device sound? Try --device cpu"
             )
 
     def __repr__(self) -> str:

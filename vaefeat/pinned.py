@@ -41,7 +41,7 @@ def pinned_array(shape: tuple[int, ...], *, dtype: DTypeLike) -> NDArray[Any]:
     assert address.value is not None
     memory = (ctypes.c_char * n_bytes).from_address(address.value)
     # Arrays hold on to the memory, and views to their arrays.
-    weakref.finalize(memory, runtime.cudaFreeHost, address)
+    weakref.finalize(memory, runtime.cudaFreeHost, address).atexit = False  # the process's end gives it back, too
     array: NDArray[Any] = np.ndarray(shape, dtype, buffer=memoryview(memory))
     array[...] = 0
     return array

@@ -108,7 +108,8 @@ class ExecutionPlan:
         self._inbox: SimpleQueue[_Call | None] = SimpleQueue()
         # A device that hangs must not keep the process from ending.
         threading.Thread(target=_answer, args=(self._runner, self._inbox), name="plan", daemon=True).start()
-        weakref.finalize(self, self._inbox.put, None)
+        # Not at the end of the process, which is no time to take CUDA apart in another thread.
+        weakref.finalize(self, self._inbox.put, None).atexit = False
 
     @property
     def opened(self) -> OpenedGraph:

@@ -30,7 +30,7 @@ from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import InputError, QuantizationError
 from vaefeat.half_precision import simulate_half, to_half
 from vaefeat.model_card import renamed
-from vaefeat.reference import REFERENCE_FILE, TOLERANCE, Reference
+from vaefeat.reference import REFERENCE_FILE, TOLERANCES, Reference
 
 __all__ = ["QuantizationGate", "quantize"]
 
@@ -265,8 +265,8 @@ def _hold(found: dict[str, Any], gate: QuantizationGate, *, to: str) -> None:
 def _hold_reference(reference: Reference, judged: Bundle, *, to: str) -> None:
     """Refuse a bundle whose canary would find a sound GPU faulty, which rounds where a CPU does not."""
     difference = reference.difference(OnnxEncoder(judged, device="cpu").embed(reference.rows))
-    if not difference <= TOLERANCE / 2:
+    if not difference <= (allowed := TOLERANCES[to] / 2):
         raise QuantizationError(
             f"in {to} devices that round differently differ by {difference:.3g} standard deviations, wanted at most "
-            f"{TOLERANCE / 2:g}, half of what a service takes for a fault; nothing was written. Serve it in float32"
+            f"{allowed:g}, half of what a service takes for a fault; nothing was written. Serve it in float32"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sklearn.datasets import load_digits
 from vaefeat import ModelConfig, OnnxEncoder, TrainConfig, load_bundle, pretrain
 from vaefeat.bundle import Bundle
 from vaefeat.cli import app, run_command_line
-from vaefeat.errors import InputError, QuantizationError
+from vaefeat.errors import BundleError, InputError, QuantizationError
 from vaefeat.half_precision import simulate_half, to_half
 from vaefeat.quantization import _LAYERS, _heads, _named, quantize
 
@@ -148,6 +149,13 @@ def test_float16_bundle_says_what_it_is(halved: Bundle, digits_bundle: Path, dig
     assert "| arithmetic | float16;" in halved.read("README.md").decode()
     with pytest.raises(InputError, match="which is in float16 already"):
         quantize(halved, digits_rows)
+
+
+@pytest.mark.parametrize("quantization", [{"format": "float8"}, {}, "int8", []])
+def test_bundle_quantized_in_an_unknown_way_is_refused(digits_bundle: Path, quantization: object) -> None:
+    manifest = load_bundle(digits_bundle).manifest
+    with pytest.raises(BundleError, match="wanted int8 or float16"):
+        replace(manifest, parity={**manifest.parity, "quantization": quantization})
 
 
 def test_quantize_to_float16_at_the_command_line_is_shown_by_inspect(
