@@ -116,7 +116,7 @@ class Manifest:
                 "variables, wanted a mean of that width and units among them"
             )
         quantization = self.parity.get("quantization")
-        if quantization is not None and (
+        if "quantization" in self.parity and (
             not isinstance(quantization, dict) or quantization.get("format") not in {"int8", "float16"}
         ):
             raise BundleError(

@@ -151,7 +151,7 @@ def test_float16_bundle_says_what_it_is(halved: Bundle, digits_bundle: Path, dig
         quantize(halved, digits_rows)
 
 
-@pytest.mark.parametrize("quantization", [{"format": "float8"}, {}, "int8", []])
+@pytest.mark.parametrize("quantization", [{"format": "float8"}, {}, "int8", [], None])
 def test_bundle_quantized_in_an_unknown_way_is_refused(digits_bundle: Path, quantization: object) -> None:
     manifest = load_bundle(digits_bundle).manifest
     with pytest.raises(BundleError, match="wanted int8 or float16"):
