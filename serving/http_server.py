@@ -165,7 +165,7 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 def lanes_for(device: str, threads: int | None) -> int:
     """Batches that are computed at the same time: one for each processor, or one on a GPU."""
-    return 1 if device == "cuda" else threads or available_cpus()
+    return threads or available_cpus() if device == "cpu" else 1
 
 
 @contextlib.asynccontextmanager

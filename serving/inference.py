@@ -78,7 +78,10 @@ class Inference:
     async def model(self, exchange: Exchange) -> Answer:
         """Describe a model."""
         model = self._model(exchange)
-        return json_answer(describe_model(model, versions=self._service.versions(model.name)))
+        described = describe_model(model, versions=self._service.versions(model.name))
+        # The protocol has no word for how a model is computed; over gRPC there is no field for it at all.
+        parameters = {**model.mode.to_dict(), "buckets": ",".join(map(str, model.mode.buckets))}
+        return json_answer({**described, "parameters": parameters})
 
     async def model_ready(self, exchange: Exchange) -> Answer:
         """Tell whether a model answers."""

@@ -102,7 +102,8 @@ class Meta:
             "latent_dim": model.latent_dim,
             "active_units": model.active_units,
             "provider": model.provider,
-            "precision": model.precision,
+            "precision": model.mode.precision,
+            "mode": model.mode.to_dict(),
             "proved": model.proved,
             "limits": {"max_rows": limits.max_rows, "max_body_bytes": limits.max_body_bytes},
         }

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from serving.errors import ModelError, RequestError, SetupError
 from serving.watching.drift import Drift
 from vaefeat.bundle import Bundle, load_bundle
-from vaefeat.encoder import OnnxEncoder
+from vaefeat.encoder import Mode, OnnxEncoder
 from vaefeat.errors import BundleError, DeviceError
 from vaefeat.input_spec import InputSpec
-from vaefeat.reference import REFERENCE_FILE, TOLERANCE, Reference, load_reference
-from vaefeat.runtime import Interruption
+from vaefeat.plan import buckets_up_to
+from vaefeat.reference import REFERENCE_FILE, TOLERANCES, Reference, load_reference
+from vaefeat.runtime import Interruption, choose_device
 
 __all__ = ["Models", "Place", "ServedModel", "find_bundles"]
 
@@ -39,7 +40,7 @@ class Place:
 
     Parameters
     ----------
-    device : {"auto", "cpu", "cuda"}
+    device : {"auto", "cpu", "cuda", "tensorrt"}
     threads : int, optional
         Processors to use; all that there are when None.
     max_batch_rows : int
@@ -67,13 +68,16 @@ class ServedModel:
     outputs : mapping of str to int
     classes : tuple
     reference : Reference or None
-    provider, precision : str
-        ONNX Runtime's execution provider, and what it computes in.
+    provider : str
+        ONNX Runtime's execution provider.
     """
 
     def __init__(self, bundle: Bundle, *, place: Place) -> None:
-        # A batch is computed by one thread: lanes share out the processors, and wait for each other nowhere.
-        self._encoder = OnnxEncoder(bundle, device=place.device, threads=1)
+        device, _ = choose_device(place.device)
+        # A GPU waits for its kernels to be launched, so batches get a few sizes that it is prepared for; a CPU would
+        # compute the padding. There a batch has one thread: lanes share out the processors, and wait nowhere.
+        buckets = None if device == "cpu" else buckets_up_to(place.max_batch_rows)
+        self._encoder = OnnxEncoder(bundle, device=place.device, threads=1, buckets=buckets)
         self.name, self.digest = bundle.name, bundle.digest
         self.version = bundle.digest.removeprefix("sha256:")
         self.input: InputSpec = self._encoder.input
@@ -81,13 +85,21 @@ class ServedModel:
         self.classes = self._encoder.classes
         self.latent_dim, self.active_units = self._encoder.latent_dim, self._encoder.active_units
         self.provider, self.device = self._encoder.provider, self._encoder.device
-        self.precision = self._encoder.precision
         self.reference: Reference | None = load_reference(bundle)
         #: How far what is served has moved from what it was trained on.
         self.drift = None
         if self.reference is not None:
             self.drift = Drift(mean=self.reference.mean, variance=self.reference.variance)
         self._max_batch_rows = place.max_batch_rows
+
+    @property
+    def mode(self) -> Mode:
+        """How it computes; known for good when it is warmed up."""
+        return self._encoder.mode
+
+    def padding(self, n_rows: int) -> int:
+        """Give the rows that are computed beside so many."""
+        return self._encoder.padding(n_rows)
 
     def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
         """Encode checked rows; see :meth:`vaefeat.encoder.OnnxEncoder.compute`."""
@@ -100,6 +112,8 @@ class ServedModel:
 
     def warm_up(self, interruption: Interruption | None = None) -> None:
         """Compute batches of every usual size, with every output, and compare with the reference.
+
+        On a GPU the sizes are the buckets, and this captures their CUDA graphs.
 
         Parameters
         ----------
@@ -119,16 +133,12 @@ class ServedModel:
                 self.version[:12],
                 REFERENCE_FILE,
             )
-        n_rows = 1
-        while True:
+        for n_rows in self._encoder.mode.buckets or _doubling(self._max_batch_rows):
             rows = np.zeros((n_rows, *self.input.shape), self.input.dtype)
             computed = self._encoder.compute(rows, list(self.outputs), interruption=interruption)
             for output, features in zip(self.outputs, computed, strict=True):
                 if self.reference is None and not np.isfinite(features).all():
                     raise ModelError(f"model {self.name!r} computed NaN or infinity for rows of zeros ({output})")
-            if n_rows >= self._max_batch_rows:
-                break
-            n_rows = min(2 * n_rows, self._max_batch_rows)
         self.prove()
 
     @property
@@ -142,10 +152,11 @@ class ServedModel:
             return
         rows, size = self.reference.rows[:most_rows], self._max_batch_rows
         computed = [self.compute(rows[start : start + size], ["mean"])[0] for start in range(0, len(rows), size)]
-        if not (found := self.reference.difference(np.concatenate(computed))) <= TOLERANCE:
+        tolerance = TOLERANCES[self.mode.precision]
+        if not (found := self.reference.difference(np.concatenate(computed))) <= tolerance:
             raise ModelError(
                 f"model {self.name!r} computes means on {self.provider} that differ by {found:.3g} standard deviations "
-                f"from those in its bundle, wanted at most {TOLERANCE:g}; is the device sound? Try --device cpu"
+                f"from those in its bundle, wanted at most {tolerance:g}; is the device sound? Try --device cpu"
             )
 
     def __repr__(self) -> str:
@@ -374,6 +385,8 @@ class Models:
         for model in self.current:
             told(model.name)
             model.warm_up(interruption)
+        # What was said of a model before may have changed: its CUDA graphs, for instance, could not be captured.
+        self.generation += 1
 
     def stop(self) -> None:
         """End warm-ups that are under way, and those of loads that have begun; from any thread."""
@@ -398,6 +411,14 @@ def _told(name: str) -> Iterator[None]:
         yield
     except (BundleError, DeviceError) as error:
         raise ModelError(f"model {name!r} was not loaded, and what was served still is: {error}") from error
+
+
+def _doubling(max_rows: int) -> Iterator[int]:
+    n_rows = 1
+    while n_rows < max_rows:
+        yield n_rows
+        n_rows *= 2
+    yield max_rows
 
 
 def find_bundles(folders: Iterable[Path]) -> dict[str, Path]:

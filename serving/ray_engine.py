@@ -128,8 +128,8 @@ def _gpus(device: str, n_replicas: int) -> float:
     """Share of a GPU for each replica: Ray hides them all from a process that asked for none."""
     resources: dict[str, float] = ray.cluster_resources()
     found = int(resources.get("GPU", 0))
-    if device == "cuda" and not found:
-        raise DeviceError("got --device cuda, but Ray finds no GPU on this machine; use --device cpu or auto")
+    if device in {"cuda", "tensorrt"} and not found:
+        raise DeviceError(f"got --device {device}, but Ray finds no GPU on this machine; use --device cpu or auto")
     return 0.0 if device == "cpu" or not found else 1.0 / math.ceil(n_replicas / found)
 
 

@@ -79,7 +79,7 @@ class ServiceSettings:
     ----------
     bundles : tuple of Path
         Folders of the bundles to serve.
-    device : {"auto", "cpu", "cuda"}
+    device : {"auto", "cpu", "cuda", "tensorrt"}
         Where the encoders run.
     threads : int, optional
         Processors that a replica computes on; all that are available when None.

@@ -103,6 +103,7 @@ def inspect(
         "digest": loaded.digest,
         "input": str(manifest.input),
         "outputs": ", ".join(f"{name} ({width})" for name, width in manifest.outputs.items()),
+        "arithmetic": manifest.precision,
         "active units": f"{len(manifest.active_units)} of {manifest.latent_dim}",
         "held-out ELBO": f"{manifest.metrics['elbo']:.2f} nats per row after {manifest.metrics['epochs']} epochs",
         "trained on": f"{manifest.data['n_rows']:,} rows, {manifest.data['fingerprint']}",
@@ -142,6 +143,7 @@ def quantize(
     bundle: Annotated[Path, typer.Argument(help=BUNDLE)],
     out: Annotated[Path, typer.Argument(help="Folder of the new bundle.")],
     data: Annotated[Path, typer.Option(help=f"Rows to set scales with and to judge by. {DATA}")],
+    to: Annotated[Literal["int8", "float16"], typer.Option(help="For processors, or for GPUs.")] = "int8",
     difference: Annotated[
         float,
         typer.Option(help="Largest difference of a latent, in its standard deviations, root mean square.", min=0.0),
@@ -152,10 +154,12 @@ def quantize(
     probability: Annotated[
         float, typer.Option(help="Largest difference of a class's probability in any row; of classifiers.", min=0.0)
     ] = 0.2,
-    name: Annotated[str | None, typer.Option(help="Name of the new encoder; NAME-int8 when not given.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the new encoder; NAME-int8 or NAME-float16 when not given.")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help=IMAGE_SIZE)] = None,
 ) -> None:
-    """Make a bundle that computes in 8-bit integers, if its features stay good enough."""
+    """Make a bundle that computes in fewer bits, if its features stay good enough."""
     from vaefeat.bundle import load_bundle
     from vaefeat.data import load_rows
     from vaefeat.quantization import QuantizationGate, quantize
@@ -166,11 +170,11 @@ def quantize(
     rows = load_rows(data, image_size=image_size)
     gate = QuantizationGate(difference=difference, error=error, probability=probability)
     with shown_activity("quantize, and compare with float32"):
-        made = quantize(loaded, rows.array, labels=rows.labels, name=name, gate=gate).save(out)
+        made = quantize(loaded, rows.array, to=to, labels=rows.labels, name=name, gate=gate).save(out)
     found = made.manifest.parity["quantization"]
     judged = ""
     if "error" in found:
-        judged = f", error with 10 labels a class {found['error']:.2f} -> {found['error_int8']:.2f} %"
+        judged = f", error with 10 labels a class {found['error']:.2f} -> {found[f'error_{to}']:.2f} %"
     if "probability_difference" in found:
         judged += f", a class's probability by {found['probability_difference']:.3f} at most"
     Console().print(

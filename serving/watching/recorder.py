@@ -79,7 +79,8 @@ class Recorder:
     def batch(self, batch: Batch) -> None:
         """Take note of a batch."""
         if isinstance(batch.model, ServedModel) and batch.error is None:
-            self._of(batch.model).computed(rows=batch.n_rows, padded_rows=0, device_s=batch.device_s)
+            padded_rows = batch.model.padding(batch.n_rows)
+            self._of(batch.model).computed(rows=batch.n_rows, padded_rows=padded_rows, device_s=batch.device_s)
 
     def end(
         self, exchange: Recorded, status: int, *, failure: RequestError | None = None, cause: Exception | None = None

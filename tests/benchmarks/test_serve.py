@@ -109,6 +109,13 @@ def test_payloads_of_all_kinds_expect_what_the_encoder_gives(folder: Path) -> No
         payloads.of_ours(Workload(8, 1, "oip_binary"))
 
 
+def test_payloads_for_a_gpu_allow_what_it_rounds_and_for_a_cpu_nothing(folder: Path, tmp_path: Path) -> None:
+    rows = np.load(folder / "rows.npy")
+    for device, allowed in (("cpu", [0.0, 0.0]), ("cuda", [1e-4, 1e-4])):
+        payloads = Payloads(folder / "bundle", rows, tmp_path, device=device)
+        assert [payloads.of_ours(Workload(8, 1, kind)).tolerance for kind in ("raw", "json")] == allowed
+
+
 def test_payloads_refuse_rows_that_their_features_do_not_tell_apart(folder: Path) -> None:
     rows = np.load(folder / "rows.npy")
     with pytest.raises(ValueError, match="wanted ten times the tolerance"):

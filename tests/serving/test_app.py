@@ -257,8 +257,7 @@ def test_embeddings_in_the_form_of_openai_s_api_give_the_bits_in_base64_and_as_n
 
 def test_models_lists_what_a_client_needs(both_models: Models, encoder: OnnxEncoder) -> None:
     listed = ask(both_models, "GET", "/v1/models").json()
-    assert listed["object"] == "list"
-    assert [card["id"] for card in listed["data"]] == ["digits", "rest"]
+    assert (listed["object"], [card["id"] for card in listed["data"]]) == ("list", ["digits", "rest"])
     assert listed["data"][0] == {
         "id": "digits",
         "object": "model",
@@ -273,6 +272,7 @@ def test_models_lists_what_a_client_needs(both_models: Models, encoder: OnnxEnco
         "active_units": encoder.active_units,
         "provider": encoder.provider,
         "precision": "float32",
+        "mode": encoder.mode.to_dict(),
         "proved": True,
         "limits": {"max_rows": 500, "max_body_bytes": 100_000},
     }

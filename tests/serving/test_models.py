@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,6 +209,65 @@ def test_warm_up_without_a_reference_wants_finite_features_and_says_that_it_prov
     assert "unproved" in caplog.text
     with pytest.raises(ModelError, match="NaN or infinity"):
         ServedModel(variant(factor=float("inf"), reference=False), place=PLACE).warm_up()
+
+
+@pytest.fixture
+def padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have models padded to buckets as on a GPU, but computed on the CPU."""
+    monkeypatch.setattr("serving.models.choose_device", lambda device: ("cuda", "for a test"))
+
+
+@pytest.mark.usefixtures("padding")
+def test_warm_up_of_a_padded_model_computes_every_bucket(
+    folder: Path, digits_rows: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    compute = ServedModel.compute
+
+    def watched(model: ServedModel, rows: NDArray[np.uint8], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
+        computed.append(len(rows))
+        return compute(model, rows, outputs)
+
+    monkeypatch.setattr(ServedModel, "compute", watched)
+    model = ServedModel(load_bundle(folder), place=Place(device="cpu", max_batch_rows=100))
+    model.warm_up()
+    assert computed[:-1] == list(model.mode.buckets) == [1, 8, 32, 64, 100]
+    assert model.padding(33) == 31
+    (features,) = model.compute(digits_rows[:33], ["mean"])
+    assert features.tobytes() == OnnxEncoder(folder, device="cpu").embed(digits_rows[:33]).tobytes()
+
+
+def test_model_on_a_cpu_is_not_padded(folder: Path) -> None:
+    model = ServedModel(load_bundle(folder), place=PLACE)
+    assert (model.mode.buckets, model.padding(5)) == ((), 0)
+
+
+def test_warm_up_of_all_counts_as_a_change_because_it_settles_the_mode(folder: Path) -> None:
+    models = Models.from_bundles([folder], place=PLACE)
+    before = models.generation
+    models.warm_up(told=lambda name: None)
+    assert models.generation > before
+
+
+@pytest.mark.usefixtures("padding")
+def test_padded_model_tells_its_mode_and_counts_its_padding(
+    folder: Path, digits_rows: NDArray[np.uint8], talk: Callable[..., Any]
+) -> None:
+    async def conversation(client: Any) -> tuple[Any, Any, str]:
+        answer = await client.post(
+            "/v1/embed", content=digits_rows[:9].tobytes(), headers={"content-type": "application/octet-stream"}
+        )
+        assert answer.status_code == 200
+        card = (await client.get("/v1/models/digits")).json()
+        metadata = (await client.get("/v2/models/digits")).json()
+        return card, metadata, (await client.get("/metrics")).text
+
+    card, metadata, figures = talk(conversation, folder, limits=Limits(max_batch_rows=32))
+    assert card["mode"]["buckets"] == [1, 8, 32]
+    assert metadata["parameters"] == {**card["mode"], "buckets": "1,8,32"}
+    assert metadata["parameters"]["graphs"].startswith("off: ")
+    padded = [line for line in figures.splitlines() if line.startswith("vaefeat_padded_rows_total{")]
+    assert [float(line.split()[-1]) for line in padded] == [23.0]
 
 
 def test_find_bundles_in_a_folder_of_bundles_finds_all(
