@@ -196,11 +196,11 @@ class Inference:
             values = orjson.loads(content)
         except orjson.JSONDecodeError as error:
             raise CodecError(f"got a body that is not JSON: {error}") from error
-        parameters = values.get("parameters") if isinstance(values, dict) else None
-        version = parameters.get("version") if isinstance(parameters, dict) else None
-        if not (isinstance(values, dict) and isinstance(parameters, dict | None) and isinstance(version, str | None)):
+        parameters = values.get("parameters", {}) if isinstance(values, dict) else None
+        version = parameters.get("version", "") if isinstance(parameters, dict) else None
+        if not isinstance(version, str):
             raise CodecError('got a body of another form, wanted none, or {"parameters": {"version": "..."}}')
-        return version
+        return version or None
 
     def _refuse_unless_alone(self) -> None:
         if not self._service.alone:

@@ -224,9 +224,7 @@ class OnnxEncoder:
             ONNX Runtime failed, for instance because the device's memory is full; or it was interrupted.
         """
         if self._plan is not None:
-            if interruption is not None:
-                interruption.check()
-            return self._plan.compute(rows, outputs)
+            return self._plan.compute(rows, outputs, interruption=interruption)
         return self._graph.run(outputs, {"rows": rows}, interruption=interruption)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from vaefeat.errors import DeviceError
 from vaefeat.input_spec import InputSpec
 from vaefeat.pinned import pinned_array
-from vaefeat.runtime import OpenedGraph
+from vaefeat.runtime import Interruption, OpenedGraph
 
 __all__ = ["ExecutionPlan", "buckets_up_to"]
 
@@ -131,13 +131,17 @@ class ExecutionPlan:
         whole, rest = divmod(n_rows, self.buckets[-1])
         return self._bucket(rest) - rest if rest or not whole else 0
 
-    def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> Features:
+    def compute(
+        self, rows: NDArray[Any], outputs: Sequence[str], *, interruption: Interruption | None = None
+    ) -> Features:
         """Compute some outputs of any number of rows; may be called by several threads.
 
         Parameters
         ----------
         rows : ndarray of shape (n, ...)
         outputs : sequence of str
+        interruption : Interruption, optional
+            Ends this before the next bucket: a captured graph is one launch, and cannot be ended on the way.
 
         Returns
         -------
@@ -147,15 +151,18 @@ class ExecutionPlan:
         Raises
         ------
         DeviceError
-            ONNX Runtime failed, for instance because the device's memory is full.
+            ONNX Runtime failed, for instance because the device's memory is full; or it was interrupted.
         """
         largest = self.buckets[-1]
-        if len(rows) <= largest:
-            return self._compute(rows, outputs)
-        parts = [self._compute(rows[start : start + largest], outputs) for start in range(0, len(rows), largest)]
+        starts = range(0, max(1, len(rows)), largest)
+        parts = [self._compute(rows[start : start + largest], outputs, interruption) for start in starts]
+        if len(parts) == 1:
+            return parts[0]
         return [np.concatenate(pieces) for pieces in zip(*parts, strict=True)]
 
-    def _compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> Features:
+    def _compute(self, rows: NDArray[Any], outputs: Sequence[str], interruption: Interruption | None) -> Features:
+        if interruption is not None and interruption.options.terminate:
+            raise DeviceError(f"{len(rows)} rows were not computed on {self.opened.device}: interrupted")
         call = _Call(rows, outputs, self._bucket(len(rows)))
         self._inbox.put(call)
         return call.answer.result()

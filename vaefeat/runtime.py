@@ -54,11 +54,6 @@ class Interruption:
         """End them before their next node, with a DeviceError."""
         self.options.terminate = True
 
-    def check(self) -> None:
-        """Raise DeviceError if it came."""
-        if self.options.terminate:
-            raise DeviceError("the computation was interrupted")
-
 
 @dataclass(frozen=True)
 class OpenedGraph:

@@ -222,13 +222,13 @@ def test_warm_up_of_a_padded_model_computes_every_bucket(
     folder: Path, digits_rows: NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[int] = []
-    compute = ServedModel.compute
+    compute = OnnxEncoder.compute
 
-    def watched(model: ServedModel, rows: NDArray[np.uint8], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
+    def watched(encoder: OnnxEncoder, rows: NDArray[np.uint8], *arguments: Any, **named: Any) -> Any:
         computed.append(len(rows))
-        return compute(model, rows, outputs)
+        return compute(encoder, rows, *arguments, **named)
 
-    monkeypatch.setattr(ServedModel, "compute", watched)
+    monkeypatch.setattr(OnnxEncoder, "compute", watched)
     model = ServedModel(load_bundle(folder), place=Place(device="cpu", max_batch_rows=100))
     model.warm_up()
     assert computed[:-1] == list(model.mode.buckets) == [1, 8, 32, 64, 100]

@@ -83,7 +83,7 @@ def test_rows_in_fortran_order_are_put_in_order_in_a_thread_where_they_are_many(
             answer = await client.post("/v1/embed", content=npy(rows), headers=NPY)
             np.testing.assert_array_equal(decode_npy(answer.content), wanted[: len(rows)])
 
-    talk(conversation, digits_bundle)
+    talk(conversation, digits_bundle, limits=Limits(inline_bytes=65_536))
     assert threads == ["MainThread", "codec", "MainThread"]
 
 

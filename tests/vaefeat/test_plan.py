@@ -22,7 +22,7 @@ from vaefeat.errors import DeviceError, InputError
 from vaefeat.input_spec import InputSpec
 from vaefeat.pinned import pinned_array
 from vaefeat.plan import ExecutionPlan, buckets_up_to
-from vaefeat.runtime import OpenedGraph, open_graph
+from vaefeat.runtime import Interruption, OpenedGraph, open_graph
 
 BUCKETS = (1, 8, 32)
 ROWS = InputSpec(kind="vector", shape=(4,), dtype="float32", low=0.0, high=9.0)
@@ -129,6 +129,15 @@ def test_plan_called_by_several_threads_gives_each_its_own_rows(
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(is_right, cuts))
+
+
+def test_interrupted_plan_computes_no_further_bucket(planned: OnnxEncoder, digits_rows: NDArray[np.uint8]) -> None:
+    interruption = Interruption()
+    planned.compute(digits_rows[:3], ["mean"], interruption=interruption)
+    interruption.interrupt()
+    with pytest.raises(DeviceError, match="3 rows were not computed on cpu: interrupted"):
+        planned.compute(digits_rows[:3], ["mean"], interruption=interruption)
+    planned.compute(digits_rows[:3], ["mean"])
 
 
 def test_plan_s_thread_ends_with_its_encoder(digits_bundle: Path) -> None:
