@@ -11,6 +11,7 @@ or objective, write the class and enter its name there. :class:`~vaefeat.model.v
 ``flows``                invertible maps of latents, for both
 ``distributions``        of categorical, joint and deterministic latents
 ``likelihoods``          p(x|z)
+``value_distributions``  of single values, for the likelihoods
 ``objectives``           what is maximised, in nats per row
 ``divergences``          what may stand in place of the KL term
 ``corruption``           what is done to rows that are to be cleaned
