@@ -18,8 +18,9 @@ from torch.nn import functional
 
 from vaefeat.config import ModelConfig
 from vaefeat.data import batches
-from vaefeat.errors import InputError
+from vaefeat.errors import ConfigError, InputError
 from vaefeat.model.preprocessing import Scaling
+from vaefeat.model.table import TableLayout, TableValues
 from vaefeat.model.value_distributions import ContinuousBernoulli, Levels, expected_level, level_index, log_integral
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "ContinuousBernoulliLikelihood",
     "GaussianLikelihood",
     "Likelihood",
+    "TableLikelihood",
     "TokensLikelihood",
     "refuse_rows",
 ]
@@ -75,6 +77,10 @@ class Likelihood(nn.Module, ABC):
     def mean(self, output: Tensor) -> Tensor:
         """Give E[x|z] in the scale of the network's input, (B, ...)."""
         return self(output).mean  # type: ignore[no-any-return]
+
+    def decided(self, output: Tensor) -> Tensor:
+        """Say of each value of :meth:`mean` whether it moves with the output, rather than jump at a tie: (B, ...)."""
+        return torch.ones_like(self.mean(output), dtype=torch.bool)
 
 
 class BernoulliLikelihood(Likelihood):
@@ -163,7 +169,7 @@ class GaussianLikelihood(Likelihood):
             seen = self.running_variance / self.running_weight.clamp_min(1 - _DECAY)
             return _floored(torch.where(self.running_weight > 0, seen, 1.0)).sqrt()
         if self.kind == "learned":
-            return (_SMALLEST_LOG_STD + functional.softplus(self.log_std - _SMALLEST_LOG_STD)).exp()
+            return _learned_std(self.log_std)
         return self.log_std.exp()
 
     def forward(self, output: Tensor) -> Distribution:
@@ -250,6 +256,49 @@ class TokensLikelihood(Likelihood):
         return output.argmax(dim=1).to(output.dtype)
 
 
+class TableLikelihood(Likelihood):
+    """Each column has a distribution of its own: Gaussian, Bernoulli or categorical. A missing value has none.
+
+    The log-likelihood of a row is that of the values which were observed (Nazabal et al. 2018, arXiv:1807.03653,
+    section 2.1); the bound is then one on log p(observed values). The decoder gives the mean of each quantity, whose
+    standard deviation is ``gaussian_std`` or one learned for the column, the logit of each boolean, and a logit for
+    each category.
+    """
+
+    scaling = "table"
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        if not config.columns:
+            raise ConfigError(
+                "got likelihood='table' for rows that are no table; give a data frame, or say which columns are "
+                "categories: load_rows(X, categorical=[...])"
+            )
+        self.layout = TableLayout(config)
+        given = config.gaussian_std
+        start = 0.0 if isinstance(given, str) else math.log(given)
+        self.log_std = nn.Parameter(torch.full((self.layout.split[0],), start), requires_grad=isinstance(given, str))
+
+    @property
+    def std(self) -> Tensor:
+        """The standard deviations of the quantities, in the scale of the network's input."""
+        return _learned_std(self.log_std) if self.log_std.requires_grad else self.log_std.exp()
+
+    def forward(self, output: Tensor) -> TableValues:
+        """Give the distribution over rows, in which nothing is missing; its ``mean`` has the modes of categories."""
+        return TableValues(output.squeeze(1), self.std, self.layout)
+
+    def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        """Give the sum over the values of a row that are not NaN."""
+        by_sample = output.view(-1, len(x), output.shape[-1])
+        return TableValues(by_sample, self.std, self.layout).log_prob(x).flatten()
+
+    def decided(self, output: Tensor) -> Tensor:
+        """Leave out categories that are as likely as others."""
+        decided: Tensor = self(output).decided
+        return decided
+
+
 def refuse_rows(name: str, config: ModelConfig, rows: NDArray[Any]) -> None:
     """Refuse rows that a likelihood has no meaning for.
 
@@ -268,6 +317,8 @@ def refuse_rows(name: str, config: ModelConfig, rows: NDArray[Any]) -> None:
     """
     if name == "tokens":
         _refuse_tokens(config.levels, rows)
+    elif config.columns:
+        _refuse_codes(config.columns, rows)
     elif rows.dtype.kind == "f" and (name in {"bernoulli", "continuous_bernoulli"} or config.binarize):
         low, high, _ = _survey(rows)
         # NaN is outside too.
@@ -294,6 +345,19 @@ def _refuse_tokens(levels: int, rows: NDArray[Any]) -> None:
         raise InputError(f"got rows from {low:g} to {high:g} for likelihood='tokens', {wanted}; {advice}")
 
 
+def _refuse_codes(columns: tuple[int, ...], rows: NDArray[Any]) -> None:
+    if rows.ndim != 2 or rows.shape[1] != len(columns):
+        raise InputError(f"got rows of shape {rows.shape[1:]} for a table of {len(columns)} columns; pass its rows")
+    for column, size in enumerate(columns):
+        codes = rows[:, column][~np.isnan(rows[:, column])] if size else np.empty(0)
+        wrong = codes[(codes != codes.round()) | (codes < 0) | (codes >= max(size, 2))]
+        if len(wrong):
+            raise InputError(
+                f"got the value {wrong[0]:g} in column {column}, wanted whole numbers from 0 to {max(size, 2) - 1}; "
+                "number its categories"
+            )
+
+
 def _survey(rows: NDArray[Any]) -> tuple[float, float, float | None]:
     """Give the lowest and the highest value (NaN where there is one), and a value that is no whole number, if any."""
     low, high, fractional = math.inf, -math.inf, None
@@ -303,6 +367,10 @@ def _survey(rows: NDArray[Any]) -> tuple[float, float, float | None]:
             parts = chunk[~np.isfinite(chunk) | (chunk != chunk.round())]
             fractional = float(parts[0]) if len(parts) else None
     return low, high, fractional
+
+
+def _learned_std(log_std: Tensor) -> Tensor:
+    return (_SMALLEST_LOG_STD + functional.softplus(log_std - _SMALLEST_LOG_STD)).exp()
 
 
 def _by_sample(output: Tensor, x: Tensor) -> Tensor:
@@ -332,4 +400,5 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
     "categorical": CategoricalLikelihood,
     "tokens": TokensLikelihood,
     "continuous_bernoulli": ContinuousBernoulliLikelihood,
+    "table": TableLikelihood,
 }
