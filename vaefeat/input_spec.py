@@ -138,6 +138,8 @@ class InputSpec:
             return np.ascontiguousarray(X)
         if self.table is not None and holds_labels(X):
             return self.table.encode(X, holes=holes)
+        if hasattr(X, "toarray"):
+            raise InputError(f"got a sparse {type(X).__name__}, wanted {self}; pass X.toarray()")
         if np.ma.is_masked(X):
             raise InputError(f"got rows with masked values, wanted {self}; fill them first with X.filled(...)")
         try:

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vaefeat.errors import InputError
 
-__all__ = ["Cells", "Kind", "Label", "as_labels", "as_numbers", "is_frame", "is_missing", "read_columns"]
+__all__ = [
+    "Cells",
+    "Kind",
+    "Label",
+    "Library",
+    "as_labels",
+    "as_numbers",
+    "is_frame",
+    "is_missing",
+    "library_of",
+    "read_columns",
+]
 
 Kind = Literal["number", "boolean", "category"]
+#: Of data frames; ``numpy`` are arrays of Python objects.
+Library = Literal["pandas", "polars", "pyarrow", "numpy"]
 #: What a category can be called, so that JSON holds it.
 Label = str | int | float | bool
 #: The missing values of pandas, which is not imported here.
@@ -49,6 +62,16 @@ def is_frame(X: Any) -> bool:
     import narwhals.stable.v2 as nw
 
     return isinstance(nw.from_native(X, eager_only=True, pass_through=True), nw.DataFrame)
+
+
+def library_of(X: Any) -> Library | None:
+    """Name what holds text as it is; None for numbers."""
+    if not is_frame(X):
+        return "numpy" if isinstance(X, np.ndarray) and X.dtype.kind in "OUST" else None
+    import narwhals.stable.v2 as nw
+
+    name = nw.from_native(X, eager_only=True).implementation.value
+    return cast("Library", name) if name in get_args(Library) else "pandas"
 
 
 def read_columns(X: Any) -> tuple[Cells, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaefeat.errors import InputError
-from vaefeat.table_columns import Cells, Kind, Label, as_labels, as_numbers, is_frame, read_columns
+from vaefeat.table_columns import Cells, Kind, Label, Library, as_labels, as_numbers, is_frame, read_columns
 
 __all__ = ["Column", "HandleUnknown", "TableSchema", "holds_labels"]
 
@@ -207,25 +207,35 @@ class TableSchema:
             )
         return rows
 
-    def frame(self, rows: NDArray[Any], *, library: Literal["pandas", "polars"] = "pandas") -> Any:
-        """Turn rows back into a data frame: categories by their names, NaN as the library's missing value.
+    def frame(self, rows: NDArray[Any], *, library: Library = "pandas") -> Any:
+        """Turn rows back into a table: categories by their names, NaN as the library's missing value.
 
         Parameters
         ----------
         rows : ndarray of shape (n, columns)
             As :meth:`encode` gives them, or a decoder.
-        library : {"pandas", "polars"}
+        library : {"pandas", "polars", "pyarrow", "numpy"}
+            Of the data frame; ``numpy`` gives an array of Python objects, with None for missing values.
         """
-        made = {column.name: values for column, values in zip(self.columns, rows.T, strict=True)}
-        if library == "pandas":
-            import pandas
+        named = list(zip(self.columns, rows.T, strict=True))
+        match library:
+            case "pandas":
+                import pandas
 
-            return pandas.DataFrame(
-                {c.name: _pandas_column(pandas, c, values) for c, values in zip(self.columns, rows.T, strict=True)}
-            )
-        import polars
+                return pandas.DataFrame({column.name: _pandas(pandas, column, values) for column, values in named})
+            case "polars":
+                import polars
 
-        return polars.DataFrame([_polars_column(polars, column, made[column.name]) for column in self.columns])
+                return polars.DataFrame([_polars(polars, column, values) for column, values in named])
+            case "pyarrow":
+                import pyarrow
+
+                return pyarrow.table({column.name: _labels(column, values) for column, values in named})
+            case "numpy":
+                objects = np.empty(rows.shape, dtype=object)
+                for number, (column, values) in enumerate(named):
+                    objects[:, number] = _labels(column, values)
+                return objects
 
     @property
     def _allowed(self) -> list[bool]:
@@ -270,22 +280,28 @@ def holds_labels(X: Any) -> bool:
     return isinstance(X, list | tuple) and np.asarray(X, dtype=object).ndim == 2 and np.asarray(X).dtype.kind in "OUST"
 
 
-def _pandas_column(pandas: Any, column: Column, values: NDArray[Any]) -> Any:
+def _labels(column: Column, values: NDArray[Any]) -> list[Any]:
+    """Give a column's values as Python objects, None where missing."""
+    if column.kind == "number":
+        return [None if math.isnan(value) else value for value in values.tolist()]
+    labels = column.categories or (False, True)
+    return [None if math.isnan(value) else labels[int(value)] for value in values.tolist()]
+
+
+def _pandas(pandas: Any, column: Column, values: NDArray[Any]) -> Any:
     if column.kind == "number":
         return values
     if column.kind == "boolean":
-        return pandas.array([None if math.isnan(value) else value > 0 for value in values.tolist()], dtype="boolean")
+        return pandas.array(_labels(column, values), dtype="boolean")
     codes = np.where(np.isnan(values), -1, values).astype(np.int64)
     return pandas.Categorical.from_codes(codes, categories=list(column.categories))
 
 
-def _polars_column(polars: Any, column: Column, values: NDArray[Any]) -> Any:
+def _polars(polars: Any, column: Column, values: NDArray[Any]) -> Any:
     if column.kind == "number":
         return polars.Series(column.name, values, nan_to_null=True)
-    labels = column.categories or (False, True)
-    found = [None if math.isnan(value) else labels[int(value)] for value in values.tolist()]
-    text = column.kind == "category" and all(isinstance(label, str) for label in labels)
-    return polars.Series(column.name, found, dtype=polars.Enum(labels) if text else None)
+    text = column.kind == "category" and all(isinstance(label, str) for label in column.categories)
+    return polars.Series(column.name, _labels(column, values), dtype=polars.Enum(column.categories) if text else None)
 
 
 def _listed(column: Column) -> str:
