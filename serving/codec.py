@@ -13,6 +13,7 @@ import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -161,7 +162,8 @@ def decode_json(body: bytes, *, max_lists: int, max_values: int) -> EmbedBody:
     Raises
     ------
     CodecError
-        Not JSON (NaN and numbers beyond a double are not), other keys, or rows that are not numbers of one shape.
+        Not JSON (NaN and numbers beyond a double are not), other keys, or rows that are not numbers of one shape; null
+        is a number that is missing.
     """
     if body.count(b"[") > max_lists:
         raise CodecError(f"got more than {max_lists} lists, which is more than the allowed rows hold; send fewer rows")
@@ -190,10 +192,12 @@ def _numbers(rows: Any) -> NDArray[Any]:
         raise CodecError(f"got rows of type {type(rows).__name__}, wanted a list with one nested list per row")
     values, nesting = flatten(rows)
     # NumPy would give every value the size of the longest text: one of a megabyte among a thousand numbers takes 4 GB.
-    if not set(map(type, values)) <= {int, float, bool}:
-        raise CodecError("got rows that hold other things than numbers, wanted numbers only; null has no place either")
+    kinds = set(map(type, values))
+    if not kinds <= {int, float, bool, NoneType}:
+        raise CodecError("got rows that hold other things than numbers, wanted numbers only; null is a missing one")
     try:
-        return np.asarray(values).reshape(nesting)
+        # null becomes NaN, which InputSpec.prepare refuses but in tables.
+        return np.asarray(values, dtype=np.float64 if NoneType in kinds else None).reshape(nesting)
     except (ValueError, OverflowError) as error:
         raise CodecError(f"got rows nested {len(nesting)} deep, wanted at most {_MAX_DIMENSIONS}") from error
 

@@ -7,6 +7,7 @@ images, ``images``, BYTES of shape [n], each of which is a PNG, JPEG or WebP fil
 from __future__ import annotations
 
 import binascii
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -189,6 +190,8 @@ def rows_from_values(data: object, *, datatype: str, shape: Sequence[int], spec:
     values, nesting = flatten(data)
     if nesting != [len(values)] and nesting != list(shape):
         raise CodecError(f"got data nested as {nesting}, wanted {shown(list(shape))} or one flat list")
+    if spec.table is not None and datatype in {"FP32", "FP64"}:
+        values = [math.nan if value is None else value for value in values]
     return rows_from_numbers(values, datatype=datatype, shape=shape, spec=spec)
 
 
