@@ -303,10 +303,11 @@ def _find(source: Any, request: Request) -> _Found:
 def _table(source: Any, request: Request, asked: bool | None, categorical: Sequence[str | int] | None) -> _Found | None:
     """Give a table that is not encoded yet, or None where the rows are plain numbers or images."""
     if not isinstance(source, str | os.PathLike):
-        if asked is False or not (asked or is_table(source, categorical=categorical)):
+        cut = source if request.max_rows is None else source[: request.max_rows]
+        if asked is False or not (asked or is_table(cut, categorical=categorical)):
             return None
         request.refuse("a table", image_size=True, columns=True, split=True)
-        return _Found(source[: request.max_rows], "array")
+        return _Found(cut, "array")
     path = Path(source)
     if asked is None:
         asked = path.suffix.lower() == ".csv" or categorical is not None
@@ -335,7 +336,7 @@ def _read_file(path: Path, request: Request) -> _Found:
     if is_idx(path):
         return _Found(read_idx(path, max_rows=request.max_rows), str(path))
     hint = "pass the folder that holds the images" if suffix in IMAGE_SUFFIXES else "convert it to one of these"
-    raise InputError(f"got {path}, wanted a .npy, .npz, .parquet or IDX file, or a folder; {hint}")
+    raise InputError(f"got {path}, wanted a .npy, .npz, .parquet, .csv or IDX file, or a folder; {hint}")
 
 
 def _read_folder(folder: Path, request: Request) -> _Found:
