@@ -269,11 +269,6 @@ class TableLikelihood(Likelihood):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        if not config.columns:
-            raise ConfigError(
-                "got likelihood='table' for rows that are no table; give a data frame, or say which columns are "
-                "categories: load_rows(X, categorical=[...])"
-            )
         self.layout = TableLayout(config)
         given = config.gaussian_std
         start = 0.0 if isinstance(given, str) else math.log(given)
@@ -317,7 +312,7 @@ def refuse_rows(name: str, config: ModelConfig, rows: NDArray[Any]) -> None:
     """
     if name == "tokens":
         _refuse_tokens(config.levels, rows)
-    elif config.columns:
+    elif config.columns or name == "table":
         _refuse_codes(config.columns, rows)
     elif rows.dtype.kind == "f" and (name in {"bernoulli", "continuous_bernoulli"} or config.binarize):
         low, high, _ = _survey(rows)
@@ -346,6 +341,11 @@ def _refuse_tokens(levels: int, rows: NDArray[Any]) -> None:
 
 
 def _refuse_codes(columns: tuple[int, ...], rows: NDArray[Any]) -> None:
+    if not columns:
+        raise ConfigError(
+            "got likelihood='table' for rows that are no table; give a data frame, or say which columns are "
+            "categories: load_rows(X, categorical=[...])"
+        )
     if rows.ndim != 2 or rows.shape[1] != len(columns):
         raise InputError(f"got rows of shape {rows.shape[1:]} for a table of {len(columns)} columns; pass its rows")
     for column, size in enumerate(columns):
