@@ -22,7 +22,7 @@ from vaefeat.bundle import Bundle, Manifest, check_name, load_bundle
 from vaefeat.combinations import refuse_pair
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.data import Rows, fingerprint, load_rows
-from vaefeat.errors import BundleError, InputError, OutOfMemoryError, TrainingError
+from vaefeat.errors import BundleError, ConfigError, InputError, OutOfMemoryError, TrainingError
 from vaefeat.export import export_decoder, export_encoder, measure_parity
 from vaefeat.inference import denoise
 from vaefeat.input_spec import InputSpec
@@ -157,6 +157,11 @@ def pretrain(
         source.sample, n_rows=source.n_rows, preset=preset, effort=effort, model=model, train=train
     )
     if source.table is not None:
+        if model.columns not in ((), source.table.sizes):
+            raise ConfigError(
+                f"got columns={model.columns} for {source.table}, whose columns are {source.table.sizes}; leave them "
+                "out: they are read off the data"
+            )
         model = replace(model, columns=source.table.sizes, optional_columns=source.table.optional_columns)
     refuse_pair(model, train)
     if resume and folder is None:

@@ -106,7 +106,7 @@ def test_trained_model_gives_rows_more_than_columns_on_their_own_do(bundle: Bund
         if pd.api.types.is_float_dtype(column):
             return len(present) * 0.5 * (np.log(2 * np.pi) + 1)  # a Gaussian with the column's mean and variance
         shares = present.value_counts(normalize=True)
-        entropy: float = -(shares * np.log(shares)).sum()
+        entropy = float(-(shares * np.log(shares)).sum())
         return len(present) * entropy
 
     alone = sum(nats(wine_table[column]) for column in wine_table) / len(wine_table)
