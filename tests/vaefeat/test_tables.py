@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -347,3 +350,12 @@ def test_command_line_refuses_a_table_where_rows_are_plain(digits_bundle: Path, 
             ["generate", str(digits_bundle), "--out", str(tmp_path / "made.csv"), "-n", "2"],
             catch_exceptions=False,
         )
+
+
+def test_python_on_the_page_of_tables_runs(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "tables.md").read_text()
+    program = "\n".join(re.findall(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE))
+    assert "table.frame(rows)" in program
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "a table of 3 columns (1 number, 1 boolean, 1 category)" in done.stdout
