@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.serve`` starts one server after the other on this machine and in rounds (A B C, A B C, ...), with
 the same ONNX file, client and rows; see :mod:`benchmarks.serve_contenders` for each and
-:mod:`benchmarks.serve_payloads` for what is sent. Every answer is compared with the features that belong to the rows.
+:mod:`benchmarks.serve_payloads` for what is sent. :mod:`benchmarks.load` compares every answer with the features that
+belong to the rows; then :mod:`benchmarks.wrk` measures, or where there is no wrk, the former.
 Before each round ONNX Runtime and the image decoder are called without a service. The last line is JSON.
 """
 
@@ -15,11 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -31,11 +33,13 @@ from benchmarks.serve_contenders import CONTENDERS, TRITON
 from benchmarks.serve_payloads import SHAPES, Payload, Payloads, Workload, bundle_and_rows
 from benchmarks.serve_report import described, shown
 from benchmarks.surroundings import surroundings
+from benchmarks.wrk import WRK, run_wrk
 from vaefeat.atomic import replace_file
 from vaefeat.bundle import load_bundle
 from vaefeat.cli import run_command_line
 from vaefeat.processors import available_cpus
 from vaefeat.quantization import quantize
+from vaefeat.runtime import choose_device
 from vaefeat.settings import unknown_name
 
 __all__ = ["Bench", "main", "run_load"]
@@ -50,6 +54,8 @@ _OURS = tuple(Workload(64, 8, kind) for kind in ("oip_binary", "json", "jpeg", "
 _OPEN = ("1x32", "64x8")
 _LOADS = (0.5, 0.8, 1.2)
 _OPEN_CONNECTIONS = 128
+#: For which every answer is compared before wrk, which compares none, measures.
+_COMPARED_S = 1.0
 _VERSIONS = ("numpy", "onnxruntime-gpu", "onnxruntime", "ray", "uvicorn")
 
 
@@ -69,6 +75,8 @@ class Bench:
         Of each figure.
     is_open : bool
         Whether the open loop is measured, too.
+    device : {"cpu", "cuda"}
+        Of our servers, and of ONNX Runtime without a service.
     """
 
     bundle: Path
@@ -80,6 +88,7 @@ class Bench:
     seconds: float
     warm_up_s: float
     is_open: bool
+    device: str
 
     def payload(self, name: str, workload: Workload) -> Payload:
         """Write what a server is sent."""
@@ -96,6 +105,9 @@ def main(
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each figure.")] = 4.0,
     open_loop: Annotated[bool, typer.Option("--open", help="Also with an open loop.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Of every server; all processors by default.")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Of our servers; the others compute on the CPU.")
+    ] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="One round of moments: whether it works.")] = False,
     out: Annotated[Path | None, typer.Option("--results", help="A JSON file for everything that was measured.")] = None,
 ) -> None:
@@ -104,8 +116,13 @@ def main(
         if name not in CONTENDERS:
             raise unknown_name("server", name, list(CONTENDERS))
     names = [name for name in CONTENDERS if not only or name in only]
+    chosen, _ = choose_device(device)
     began, n_threads = time.perf_counter(), threads or available_cpus()
-    where = {**surroundings(), "load_average": os.getloadavg()[0]}
+    where = {
+        **surroundings(),
+        "load_average": os.getloadavg()[0],
+        "client": "benchmarks.load" if WRK is None else "wrk",
+    }
     where["versions"] |= {name: found for name in _VERSIONS if (found := _version(name))}
     with tempfile.TemporaryDirectory(prefix="v-") as place:
         folder = Path(place)
@@ -116,17 +133,19 @@ def main(
         bench = Bench(
             bundle=folder / "bundle",
             bundle_int8=folder / "int8",
-            payloads=Payloads(folder / "bundle", rows, folder, triton=TRITON),
-            payloads_int8=Payloads(folder / "int8", rows, folder / "of-int8"),
+            payloads=Payloads(folder / "bundle", rows, folder, triton=TRITON, device=chosen),
+            payloads_int8=Payloads(folder / "int8", rows, folder / "of-int8", device=chosen),
             workloads=SHAPES,
             threads=n_threads,
             seconds=0.3 if quick else seconds,
             warm_up_s=0.1 if quick else 1.0,
             is_open=open_loop,
+            device=chosen,
         )
         measured = [measure(bench, names, folder, number) for number in range(1 if quick else rounds)]
     results = {
         **where,
+        "device": chosen,
         "threads": n_threads,
         "rounds": len(measured),
         "quick": quick,
@@ -136,7 +155,20 @@ def main(
     Console(width=120).print(shown(results), highlight=False)
     if out is not None:
         replace_file(out, (json.dumps(results, indent=1, ensure_ascii=False) + "\n").encode())
-    said = ("ratios", "reached", "ready_s", "commit", "date", "processor", "threads", "rounds", "load_average", "quick")
+    said = (
+        "ratios",
+        "reached",
+        "ready_s",
+        "commit",
+        "date",
+        "processor",
+        "device",
+        "threads",
+        "rounds",
+        "load_average",
+        "client",
+        "quick",
+    )
     print(json.dumps({name: results[name] for name in said}))
 
 
@@ -177,8 +209,9 @@ def measure_server(bench: Bench, name: str, folder: Path) -> dict[str, Any]:
     port = free_port()
     bundle = bench.bundle_int8 if contender.speaks == "ours_int8" else bench.bundle
     start = contender.start(bundle, port, bench.threads, folder)
+    command = start.command + (("--device", bench.device) if contender.speaks.startswith("ours") else ())
     url, began = f"http://127.0.0.1:{port}", time.perf_counter()
-    with Server(start.command, log=folder / "log", environment=start.environment, cwd=start.cwd) as server:
+    with Server(command, log=folder / "log", environment=start.environment, cwd=start.cwd) as server:
         if why := _wait_for_right_answer(server, port, bench.payload(name, bench.workloads[0])):
             found["notes"].append(f"does not start here: {why}")
             return found
@@ -210,14 +243,28 @@ def _open_loop(bench: Bench, url: str, payload: Payload, workload: Workload, cap
 def _measured(
     bench: Bench, url: str, payload: Payload, workload: Workload, *, rate: float = 0.0, connections: int | None = None
 ) -> dict[str, Any]:
+    connections = connections or workload.in_flight
+    counts = rate == 0 and WRK is not None
     found = run_load(
         url,
         payload,
-        connections=connections or workload.in_flight,
+        connections=connections,
         rate=rate,
-        seconds=bench.seconds,
+        seconds=min(_COMPARED_S, bench.seconds) if counts else bench.seconds,
         warm_up_s=bench.warm_up_s,
     )
+    if counts:
+        by_wrk = run_wrk(
+            f"{url}{payload.path}",
+            payload.body,
+            payload.headers,
+            connections=connections,
+            seconds=bench.seconds,
+            warm_up_s=bench.warm_up_s,
+        )
+        statuses = Counter(found["statuses"]) + Counter(by_wrk["statuses"])
+        both = {name: found[name] + by_wrk[name] for name in ("broken", "unanswered")}
+        found = {**found, **by_wrk, "statuses": dict(statuses), **both}
     return {"rows": workload.rows, **found}
 
 
@@ -244,6 +291,7 @@ def run_load(
 
 def _measure_in_process(bench: Bench, folder: Path) -> dict[str, Any]:
     words = [str(bench.bundle / "encoder.onnx"), str(folder / "rows.npy"), "--threads", str(bench.threads)]
+    words += ["--device", bench.device]
     for rows in dict.fromkeys(workload.rows for workload in bench.workloads):
         words += ["--batch", str(rows)]
     for kind in ("jpeg", "png"):

@@ -37,7 +37,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Contender:
-    """A server.
+    """A server; ours is told the device by whoever starts it, and the others know only the CPU.
 
     Attributes
     ----------
@@ -64,10 +64,13 @@ class Contender:
         return "not installed: make .venv-peers/.ready"
 
 
-def _ours(engine: str) -> Callable[[Path, int, int, Path], Start]:
+def _ours(engine: str, *, replicas: bool = False) -> Callable[[Path, int, int, Path], Start]:
+    """With `replicas`, a process for each processor in place of a thread."""
+
     def start(bundle: Path, port: int, threads: int, folder: Path) -> Start:
-        words = ("-m", "serving", str(bundle), "--engine", engine, "--port", str(port), "--device", "cpu")
-        return Start((sys.executable, *words, "--threads", str(threads)))
+        words = ("-m", "serving", str(bundle), "--engine", engine, "--port", str(port))
+        spread = ("--replicas", str(threads), "--threads", "1") if replicas else ("--threads", str(threads))
+        return Start((sys.executable, *words, *spread))
 
     return start
 
@@ -141,6 +144,9 @@ def _mlserver(bundle: Path, port: int, workers: int, folder: Path) -> Start:
 CONTENDERS: dict[str, Contender] = {
     "local": Contender("vaefeat --engine local", _ours("local"), "ours", None),
     "ray": Contender("vaefeat --engine ray", _ours("ray"), "ours", None),
+    "ray_replicas": Contender(
+        "vaefeat --engine ray, a replica for each processor", _ours("ray", replicas=True), "ours", None
+    ),
     "local_int8": Contender("vaefeat --engine local, int8", _ours("local"), "ours_int8", None),
     "fastapi": Contender("FastAPI", lambda b, p, n, f: _script("fastapi_server.py", b, p, 1)),
     "fastapi_workers": Contender(

@@ -15,8 +15,12 @@ from benchmarks.serve_payloads import SHAPES
 
 __all__ = ["TARGETS", "described", "ratios_of", "reached", "shown"]
 
-#: Peers that are measured in more ways than one; the better one counts.
-_WAYS = {"fastapi": ("fastapi", "fastapi_workers"), "mlserver": ("mlserver", "mlserver_workers")}
+#: Servers that are measured in more ways than one; the better one counts.
+_WAYS = {
+    "ray": ("ray", "ray_replicas"),
+    "fastapi": ("fastapi", "fastapi_workers"),
+    "mlserver": ("mlserver", "mlserver_workers"),
+}
 _PEERS = ("fastapi", "litserve", "bentoml", "mlserver", "ray_batch")
 #: A client that takes more than this share of a processor may be what was measured.
 _BUSY_CLIENT = 0.85

@@ -8,9 +8,9 @@
 What happens to a request, from the network inwards:
 
 ======================  ===============================================================================================
-``connection``          bounds on heads, idle connections and clients that do not read
-``app``                 ASGI: routes, errors in each door's form; knows nothing of Ray
-``exchange``            one request and its answer, close to ASGI
+``connection``          (``head``) HTTP/1.1: heads, bodies, answers, all bounded in bytes and time
+``app``                 routes, errors in each door's form; knows nothing of Ray
+``exchange``            one request and its answer; ``asgi`` carries it where another server has the connection
 ``guard``               who may come in: lengths, keys, rates, room
 ``native``              ``/v1/embed``; ``media``, ``codec``, ``multipart``: which form a body has, bytes <-> arrays
 ``embeddings``          ``/v1/embeddings``, OpenAI's form
@@ -31,7 +31,7 @@ What starts it:
 ``settings``            limits and everything else that the arguments decide
 ``address``             host and port, checked and claimed
 ``announcement``        the line on stdout that scripts wait for
-``http_server``         the application under uvicorn; gRPC beside it
+``http_server``         accepts connections, keeps their deadlines, stops in order; gRPC beside it
 ``local_engine``        in this process
 ``ray_environment``     what Ray reads when it is imported
 ``ray_engine``          starts and stops Ray and Serve

@@ -1,7 +1,8 @@
-"""The ASGI application: admission, routes, errors in each protocol's form. It knows nothing of Ray.
+"""The application: admission, routes, errors in each protocol's form. It knows nothing of Ray.
 
-It is written close to ASGI, because a request of one row is worth some ten microseconds of computing: layers of
-middleware and objects for requests and responses would cost several times that.
+It takes exchanges from our own connections, or over ASGI from another server. It is written close to both, because a
+request of one row is worth some ten microseconds of computing: layers of middleware and objects for requests and
+responses would cost several times that.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from starlette.types import Receive, Scope, Send
 
 from serving import inference
+from serving.asgi import AsgiWire
 from serving.embeddings import Embeddings
 from serving.errors import RequestError, as_request_error, envelope
 from serving.exchange import Answer, ClientGoneError, Exchange
@@ -67,12 +69,12 @@ class Route:
 
 
 class Application:
-    """The service over HTTP, as an ASGI application.
+    """The service over HTTP; also an ASGI application.
 
     Parameters
     ----------
     service : Service
-        Started and stopped by the lifespan.
+        Started and stopped with it.
     keys : KeyRing, optional
         Without it nobody is asked for a key.
     replica : str
@@ -121,13 +123,16 @@ class Application:
         return list(dict.fromkeys([*named, *versioned]))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run one exchange, or the lifespan."""
+        """Run one exchange over ASGI, or the lifespan."""
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
             return
         if scope["type"] != "http":
             return
-        exchange = Exchange(scope, receive, send)
+        await self.handle(Exchange(scope, AsgiWire(receive, send)))
+
+    async def handle(self, exchange: Exchange) -> None:
+        """Answer one request, whatever becomes of it."""
         exchange.admission = self.admission
         self.recorder.begin(exchange)
         route, failure, cause = None, None, None
@@ -200,21 +205,29 @@ class Application:
         finally:
             self.admission.leave(exchange)
 
+    async def start(self) -> None:
+        """Start the service; requests may come from now on, and are refused until it is ready."""
+        await self.service.start()
+        self._reading_keys = asyncio.create_task(self._read_keys_again())
+
+    async def stop(self) -> None:
+        """End the service; requests in flight were answered before."""
+        if self._reading_keys is not None:
+            self._reading_keys.cancel()
+        for end in self.before_stop:
+            await end()
+        await self.service.stop()
+        if self.recorder.tracer is not None:
+            await asyncio.to_thread(self.recorder.tracer.close)
+
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                await self.service.start()
-                self._reading_keys = asyncio.create_task(self._read_keys_again())
+                await self.start()
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
-                if self._reading_keys is not None:
-                    self._reading_keys.cancel()
-                for end in self.before_stop:
-                    await end()
-                await self.service.stop()
-                if self.recorder.tracer is not None:
-                    await asyncio.to_thread(self.recorder.tracer.close)
+                await self.stop()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 

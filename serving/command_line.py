@@ -38,7 +38,9 @@ def serve(
         typer.Option(min=1, max=65535, help="Port of the Open Inference Protocol over gRPC; none by default."),
     ] = None,
     engine: Annotated[Literal["ray", "local"], typer.Option(help="Ray Serve, or a single process.")] = "ray",
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the encoders run.")] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "tensorrt"], typer.Option(help="Where the encoders run.")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Processors to compute on; default: all.")] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Processes that answer; --engine ray.")] = 1,
     keys: Annotated[Path | None, typer.Option(help="File of API keys; see python -m serving.keys.")] = None,

@@ -1,138 +1,424 @@
-"""One TCP connection: uvicorn's HTTP over httptools, with bounds on what comes before the application hears of it.
+"""One TCP connection: HTTP/1.1, one exchange at a time, everything bounded in bytes and in time.
 
-uvicorn waits for ever for the end of a request's head, whatever its size, and for a client that takes no answer. Here
-both have an end, and what is no HTTP is answered in the service's form like any other failure.
+General servers put queues, copies and events between a socket and an application that may stream both ways. Here a
+body has a length that is known before it is read and an answer is whole before it is written, so a body goes from the
+socket straight into the memory that the rows are read from, and an answer is one write. That is what makes a small
+request cheap. What arrives while an exchange is under way waits, in the socket where it is much.
+
+Requests in chunks are refused (411) by the application and end the connection, so that nobody ever has to tell where
+such a body ends; with both a length and chunks, or two lengths, it is no HTTP (RFC 9112, section 6.3).
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from typing import Any
+import contextlib
+import http
+import math
+from enum import Enum, auto
+from typing import TYPE_CHECKING, ClassVar, cast
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+import numpy as np
 
-from serving.errors import RequestError, envelope
-from serving.exchange import new_request_id
+from serving.errors import RequestError, envelope, overloaded
+from serving.exchange import ClientGoneError, Exchange, Headers, new_request_id
+from serving.head import Head, HeadParser
+
+if TYPE_CHECKING:
+    from serving.http_server import HttpServer
 
 __all__ = ["Connection"]
 
-_log = logging.getLogger("serving.connection")
-# Of what clients send, uvicorn warns in a line each time; they could fill a disk with it.
-_log.setLevel(logging.ERROR)
+_END = b"\r\n\r\n"
+_CLOSE = (b"connection", b"close")
+_STATUS = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in http.HTTPStatus}
+#: Reads go here, and are copied at once; those of a body that is awaited do not. One for all connections of a process:
+#: event loops ask for it immediately before they read (Windows' proactor does not, and is not used).
+_SCRATCH = memoryview(bytearray(2**18))
+#: Of what may be read ahead of an exchange that is under way.
+_MOST_PENDING = 2**18
+#: Answers up to this size are one piece with their head; copying more costs more than a second piece.
+_ONE_PIECE = 2**16
+#: Of a body that nobody wants: less is read and dropped, and the connection goes on.
+_MOST_DROPPED = 2**20
+#: For a client to read a last answer while its own bytes are dropped; to close at once would reset the connection, and
+#: the answer with it.
+_LINGER_S = 2.0
 
 
-class Connection(HttpToolsProtocol):
-    """A connection, made by the server.
+class _State(Enum):
+    IDLE = auto()
+    HEAD = auto()
+    BUSY = auto()
+    DROPPING = auto()
+    LINGERING = auto()
+
+
+class Connection(asyncio.BufferedProtocol):
+    """A connection; :class:`serving.http_server.HttpServer` makes and keeps it.
+
+    Parameters
+    ----------
+    server : HttpServer
 
     Attributes
     ----------
-    max_head_bytes : int
-        Of the request line and headers together; more is answered with 431. What arrives at once may be more.
-    head_timeout_s : float
-        Time from a head's first byte to its last, in seconds; 408 after that.
-    write_timeout_s : float
-        Time for which a client may leave an answer standing before the connection ends, in seconds.
+    deadline : float
+        On the event loop's clock: when :meth:`expire` is due.
     """
 
-    max_head_bytes = 65_536
-    head_timeout_s = 20.0
-    write_timeout_s = 60.0
+    #: Of request line and headers together; more is answered with 431.
+    max_head_bytes: ClassVar[int] = 65_536
+    #: From a head's first byte to its last; 408 after that.
+    head_timeout_s: ClassVar[float] = 20.0
+    #: For which a client may leave an answer standing.
+    write_timeout_s: ClassVar[float] = 60.0
+    #: Between two requests. Longer than clients keep connections: one that the server closes in the moment of the next
+    #: request costs a retry.
+    idle_timeout_s: ClassVar[float] = 75.0
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
-        super().__init__(*arguments, **keywords)
-        self.logger = _log
-        self._in_head = False
-        self._head_bytes = 0
-        self._head_timer: asyncio.TimerHandle | None = None
-        self._write_timer: asyncio.TimerHandle | None = None
+    def __init__(self, server: HttpServer) -> None:
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._state = _State.IDLE
+        self._pending = bytearray()
+        self._parser: HeadParser | None = None
+        self._head: Head | None = None
+        self._exchange: Exchange | None = None
+        self._task: asyncio.Task[None] | None = None
+        #: What has come of the body before it was asked for; then where it goes, and how far it is.
+        self._first = b""
+        self._target: memoryview | None = None
+        self._filled = 0
+        self._whole: asyncio.Future[None] | None = None
+        #: Bytes of the body that are still to come.
+        self._left = 0
+        self._is_stopping = self._is_paused = False
+        self._stuck_since = math.inf
+        self.deadline = math.inf
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
-        """Wait for a first byte as long as between two requests."""
-        super().connection_made(transport)
-        self._wait_for_request()
+    # What the event loop calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Wait for a first request."""
+        self._transport = cast(asyncio.Transport, transport)
+        self._rest()
+        if not self._server.enter(self):
+            self._refuse(overloaded("as many connections are open as the service allows"))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of the timers."""
-        self._unset_keepalive_if_required()
-        self._end_of_head()
-        self.resume_writing()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        """Parse, and look after a head that is not complete yet."""
-        if self.transport.is_closing():
-            return  # what comes after the answer to what was no HTTP
-        super().data_received(data)
-        if self.transport.is_closing():
+        """Let whoever handles a request know that there is nobody to answer."""
+        self._server.leave(self)
+        self._transport = None
+        self.deadline = self._stuck_since = math.inf
+        exchange, self._exchange = self._exchange, None
+        if exchange is None:
             return
-        if not self._in_head:
-            if self.timeout_keep_alive_task is None and (self.cycle is None or self.cycle.response_complete):
-                self._wait_for_request()  # empty lines, or what is left of a body that nobody reads
+        if self._whole is not None and not self._whole.done():
+            self._whole.set_exception(ClientGoneError())
+        elif self._task is not None:
+            exchange.gone = True
+            self._task.cancel()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Give the place for what comes next."""
+        return _SCRATCH if self._target is None else self._target[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take what has come."""
+        if self._target is not None:
+            self._filled += nbytes
+            self._left -= nbytes
+            if self._exchange is not None:
+                self._exchange.received_bytes = self._filled
+            if not self._left:
+                self._target = None
+                if self._whole is not None and not self._whole.done():
+                    self._whole.set_result(None)
             return
-        self._head_bytes += len(data)
-        if self._head_bytes > self.max_head_bytes:
-            self._refuse(
-                431,
-                "head_too_large",
-                f"got a request line and headers of {self._head_bytes} bytes that do not end, wanted at most "
-                f"{self.max_head_bytes}",
-            )
-        elif self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.head_timeout_s, self._head_is_late)
+        if self._state is _State.LINGERING:
+            return
+        if self._state is _State.DROPPING:
+            self._drop(nbytes)
+            return
+        if self._state is _State.BUSY:
+            self._keep(nbytes)
+            return
+        if not self._pending:
+            self._read_head(bytes(_SCRATCH[:nbytes]), nbytes)
+            return
+        self._pending += _SCRATCH[:nbytes]
+        self._read_head(bytes(self._pending), nbytes)
 
-    def on_message_begin(self) -> None:
-        """Begin a head."""
-        super().on_message_begin()
-        self._in_head = True
-
-    def on_headers_complete(self) -> None:
-        """End a head."""
-        self._end_of_head()
-        super().on_headers_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer what httptools cannot read."""
-        self._refuse(400, "malformed_request", "got bytes that are no HTTP request, wanted HTTP/1.1")
+    def eof_received(self) -> bool:
+        """Take the end of what the client sends for its end: it may not be there to read an answer either."""
+        return False
 
     def pause_writing(self) -> None:
-        """Give the client some time to take what stands in the buffer."""
-        super().pause_writing()
-        if self._write_timer is None:
-            self._write_timer = self.loop.call_later(self.write_timeout_s, self.transport.abort)
+        """Note that the client does not take its answer."""
+        self._stuck_since = self._loop.time()
 
     def resume_writing(self) -> None:
-        """Note that it has taken it."""
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-            self._write_timer = None
-        super().resume_writing()
+        """Go on."""
+        self._stuck_since = math.inf
+        if self._state is _State.IDLE:
+            self._next()
 
-    def _wait_for_request(self) -> None:
-        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+    # What the server calls.
 
-    def _head_is_late(self) -> None:
-        self._refuse(
-            408,
-            "body_timeout",
-            f"got a request whose headers were not complete after {self.head_timeout_s:g} s; send them at once",
-        )
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request is being answered."""
+        return self._exchange is not None
 
-    def _end_of_head(self) -> None:
-        self._in_head = False
-        self._head_bytes = 0
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+    def expire(self, now: float) -> None:
+        """End what has taken too long, if anything has."""
+        transport = self._transport
+        if transport is None:
+            return
+        if now > self._stuck_since + self.write_timeout_s:
+            transport.abort()
+        elif now > self.deadline:
+            if self._state is _State.HEAD:
+                self._refuse(
+                    RequestError(
+                        408,
+                        "body_timeout",
+                        f"got a request whose headers were not complete after {self.head_timeout_s:g} s; "
+                        "send them at once",
+                    )
+                )
+            elif self._state is _State.IDLE:
+                transport.close()
+            else:
+                transport.abort()
 
-    def _refuse(self, status: int, kind: str, message: str) -> None:
-        """Answer and close: nobody knows where the next request would begin."""
-        self._end_of_head()
+    def stop(self) -> None:
+        """Close, after the answer to the request that is under way."""
+        self._is_stopping = True
+        if self._exchange is None and self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Close at once."""
+        if self._task is not None:
+            self._task.cancel()
+        if self._transport is not None:
+            self._transport.abort()
+
+    # What the exchange calls: serving.exchange.Wire.
+
+    async def body(self, exchange: Exchange, max_bytes: int) -> bytes | memoryview:
+        """Give the whole body: bytes where it came with the head, else the memory that it was received into.
+
+        Raises
+        ------
+        ClientGoneError
+        """
+        assert self._head is not None
+        if not self._left:
+            return self._first
+        if self._transport is None:
+            raise ClientGoneError
+        if self._head.expects and not self._first:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        # Of what is announced, memory is taken only for what comes.
+        target = self._target = np.empty(self._head.n_bytes, np.uint8).data
+        self._filled = len(self._first)
+        target[: self._filled] = self._first
+        self._first = b""
+        self._whole = self._loop.create_future()
+        self._read_on()
+        try:
+            await self._whole
+            return target
+        finally:
+            self._target = self._whole = None
+
+    def watch(self, exchange: Exchange) -> None:
+        """Do nothing: this connection hears of its own end."""
+
+    def unwatch(self) -> None:
+        """Do nothing."""
+
+    async def answer(self, exchange: Exchange, status: int, headers: Headers, body: bytes | memoryview) -> None:
+        """Write an answer, and turn to the next request or to the end."""
+        if self._exchange is not exchange or self._transport is None or self._head is None:
+            return  # the client has gone
+        head = self._head
+        # Who waits to be told to send its body may send it all the same, or not: nobody can tell what comes next.
+        is_unclear = self._left > 0 and (head.expects or self._left > _MOST_DROPPED)
+        closes = self._is_stopping or is_unclear or not head.keeps_alive or _CLOSE in headers
+        parts: list[bytes | memoryview] = [
+            _STATUS[status],
+            *[b"%b: %b\r\n" % header for header in headers],
+            self._server.date(),
+        ]
+        if closes:
+            if _CLOSE not in headers:
+                parts.append(b"connection: close\r\n")
+        elif head.scope["http_version"] == "1.0":
+            parts.append(b"connection: keep-alive\r\n")
+        parts.append(b"\r\n")
+        if len(body) > _ONE_PIECE:
+            self._transport.writelines([b"".join(parts), body])
+        else:
+            parts.append(body)
+            self._transport.write(b"".join(parts))
+        self._exchange = self._task = self._head = None
+        self._first = b""
+        if closes:
+            self._linger(wait=self._left > 0 or not head.is_measured)
+        elif self._left:
+            self._state = _State.DROPPING
+            self.deadline = self._loop.time() + self.head_timeout_s
+            self._read_on()
+        else:
+            self._rest()
+            self._next()
+
+    # The rest is between these.
+
+    def _read_head(self, data: bytes, n_new: int) -> None:
+        """Begin an exchange if the head is complete; `n_new` bytes at the end of `data` are new."""
+        if self._state is _State.IDLE and data[:1] in (b"\r", b"\n"):
+            # Some clients send an empty line behind a body (RFC 9112, section 2.2).
+            data = data.lstrip(b"\r\n")
+            n_new = len(data)
+            if not data:
+                self._pending.clear()
+                return
+        end = data.find(_END) + len(_END)
+        if end >= len(_END) and end <= self.max_head_bytes:
+            try:
+                head = self._parsed(data[:end], n_new - (len(data) - end))
+            except ValueError:
+                self._refuse(_no_http())
+                return
+            self._pending.clear()
+            self._begin(head, data, end)
+        elif max(len(data), end) > self.max_head_bytes:
+            self._refuse(
+                RequestError(
+                    431,
+                    "head_too_large",
+                    f"got a request line and headers of at least {self.max_head_bytes} bytes, wanted fewer",
+                )
+            )
+        else:
+            self._wait_for_head(data, n_new)
+
+    def _parsed(self, data: bytes, n_new: int) -> Head:
+        parser, self._parser = self._parser, None
+        if parser is None:
+            return self._server.heads.parse(data)
+        parser.feed(data[len(data) - n_new :])
+        if parser.head is None:
+            raise ValueError("no end")
+        return parser.head
+
+    def _wait_for_head(self, data: bytes, n_new: int) -> None:
+        if self._state is _State.IDLE:
+            self._state = _State.HEAD
+            self.deadline = self._loop.time() + self.head_timeout_s
+            self._parser = HeadParser()
+            n_new = len(data)
+        assert self._parser is not None
+        try:
+            # What can be no HTTP is answered now, and not when the time is over.
+            self._parser.feed(data[len(data) - n_new :])
+        except ValueError:
+            self._refuse(_no_http())
+            return
+        if self._parser.head is not None:  # without the empty line that we look for
+            self._refuse(_no_http())
+            return
+        self._pending[:] = data
+
+    def _begin(self, head: Head, data: bytes, end: int) -> None:
+        self._state, self.deadline = _State.BUSY, math.inf
+        self._head = head
+        stop = end + head.n_bytes
+        self._first = data[end:stop]
+        self._left = max(0, stop - len(data))
+        if stop < len(data) and head.is_measured:
+            self._pending += data[stop:]
+        exchange = self._exchange = Exchange(head.scope, self, headers=head.headers)
+        exchange.received_bytes = len(self._first)
+        self._task = exchange.task = self._loop.create_task(self._run(exchange))
+
+    async def _run(self, exchange: Exchange) -> None:
+        try:
+            await self._server.app.handle(exchange)
+        finally:
+            if self._exchange is exchange and self._transport is not None:
+                self._transport.abort()  # there is no answer, and the client must not wait for one
+
+    def _keep(self, n_bytes: int) -> None:
+        """Keep what comes while a request is under way: the rest of its body, or the next one."""
+        if self._left:
+            taken = min(n_bytes, self._left)
+            self._first += _SCRATCH[:taken]
+            self._left -= taken
+            self._pending += _SCRATCH[taken:n_bytes]
+        else:
+            self._pending += _SCRATCH[:n_bytes]
+        if len(self._first) + len(self._pending) >= _MOST_PENDING and self._transport is not None:
+            self._is_paused = True
+            self._transport.pause_reading()
+
+    def _read_on(self) -> None:
+        if self._is_paused and self._transport is not None:
+            self._is_paused = False
+            self._transport.resume_reading()
+
+    def _drop(self, n_bytes: int) -> None:
+        taken = min(n_bytes, self._left)
+        self._left -= taken
+        if not self._left:
+            self._rest()
+            self._pending += _SCRATCH[taken:n_bytes]
+            self._next()
+
+    def _rest(self) -> None:
+        """Wait for the next request."""
+        self._state = _State.IDLE
+        self.deadline = self._loop.time() + self.idle_timeout_s
+
+    def _next(self) -> None:
+        """Begin with what has come already, once the last answer is on its way."""
+        self._read_on()
+        if self._pending and self._stuck_since == math.inf:
+            data = bytes(self._pending)
+            self._read_head(data, len(data))
+
+    def _refuse(self, error: RequestError) -> None:
+        """Answer what never became an exchange, and close: nobody knows where the next request would begin."""
+        assert self._transport is not None
+        self._server.app.recorder.refused(error)
         request_id = new_request_id()
-        body = envelope(RequestError(status, kind, message), request_id)
-        head = (
-            b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %s\r\nconnection: close\r\n\r\n"
-            % (len(body), request_id)
-        )
-        self.transport.write(STATUS_LINE[status] + head + body)
-        self.transport.close()
+        body = envelope(error, request_id)
+        more = b"".join(b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in error.headers.items())
+        fields = b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %s\r\nconnection: close\r\n"
+        head = _STATUS[error.status] + fields % (len(body), request_id) + more + self._server.date()
+        self._transport.write(head + b"\r\n" + body)
+        self._linger(wait=True)
+
+    def _linger(self, *, wait: bool) -> None:
+        """Close; with `wait`, when the client has closed or has had time to read."""
+        assert self._transport is not None
+        self._pending.clear()
+        self._parser = None
+        self._state, self.deadline = _State.LINGERING, math.inf
+        if not wait:
+            self._transport.close()
+            return
+        self.deadline = self._loop.time() + _LINGER_S
+        self._read_on()
+        with contextlib.suppress(OSError):  # the client was quicker
+            self._transport.write_eof()
+
+
+def _no_http() -> RequestError:
+    return RequestError(400, "malformed_request", "got bytes that are no HTTP request, wanted HTTP/1.1")

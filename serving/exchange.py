@@ -1,4 +1,4 @@
-"""One HTTP exchange, close to the wire: ASGI messages, a request's id, its body within bounds, an answer whole."""
+"""One HTTP exchange, whatever carries it: a request's id, its body within bounds, an answer whole."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import itertools
 import re
 import time
 import uuid
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import orjson
-from starlette.types import Receive, Scope, Send
 
-from serving.errors import RequestError, too_large
+from serving.errors import RequestError
 from serving.settings import Limits
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from serving.models import ServedModel
     from serving.service import Embedded
 
-__all__ = ["Answer", "ClientGoneError", "Exchange", "Headers", "json_answer", "new_request_id"]
+__all__ = ["Answer", "ClientGoneError", "Exchange", "Headers", "Wire", "json_answer", "new_request_id"]
 
 Headers = list[tuple[bytes, bytes]]
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -42,7 +42,7 @@ class Answer(NamedTuple):
 
     status: int
     headers: Headers
-    body: bytes
+    body: bytes | memoryview
 
 
 def json_answer(values: Any, *, status: int = 200) -> Answer:
@@ -54,19 +54,49 @@ class ClientGoneError(Exception):
     """The client hung up before its body was complete; there is nobody to answer."""
 
 
+class Wire(Protocol):
+    """What carries an exchange: a connection of ours, or another server's ASGI."""
+
+    async def body(self, exchange: Exchange, max_bytes: int) -> bytes | memoryview:
+        """Give the whole body; what has come so far is told in ``received_bytes``.
+
+        Raises
+        ------
+        ClientGoneError
+        RequestError
+            413: more than was announced and is allowed.
+        """
+
+    def watch(self, exchange: Exchange) -> None:
+        """From now on, :meth:`Exchange.hang_up` when the client goes; only once the body is read."""
+
+    def unwatch(self) -> None:
+        """Stop that."""
+
+    async def answer(self, exchange: Exchange, status: int, headers: Headers, body: bytes | memoryview) -> None:
+        """Send a whole answer; `headers` have its length."""
+
+
 class Exchange:
     """A request and the way to answer it.
 
+    Parameters
+    ----------
+    scope : mapping
+        ASGI's.
+    wire : Wire
+    headers : dict of bytes to bytes, optional
+        The scope's as a dict, names in lower case, the last of equal ones.
+
     Attributes
     ----------
-    headers : dict of bytes to bytes
-        Names in lower case; the last of equal ones.
     request_id : bytes
         The client's ``x-request-id`` if it is a plain one, else ours.
     announced_bytes : int
         Content-Length, or what the body has become; room is kept for it.
+    received_bytes : int
+        What has come of the body.
     body_is_read : bool
-        From then on the only message that can come is that the client has gone.
     began : float
         :func:`time.perf_counter` when it came.
     route, model, version, key, served, embedded
@@ -74,8 +104,7 @@ class Exchange:
     """
 
     __slots__ = (
-        "_receive",
-        "_send",
+        "_wire",
         "admission",
         "announced_bytes",
         "began",
@@ -84,6 +113,7 @@ class Exchange:
         "gone",
         "headers",
         "is_late",
+        "is_watched",
         "key",
         "model",
         "path",
@@ -96,14 +126,13 @@ class Exchange:
         "started",
         "task",
         "version",
-        "watcher",
     )
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Mapping[str, Any], wire: Wire, *, headers: dict[bytes, bytes] | None = None) -> None:
         self.began = time.perf_counter()
-        self.scope, self._receive, self._send = scope, receive, send
+        self.scope, self._wire = scope, wire
         self.path: str = scope["path"]
-        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.headers = dict(scope["headers"]) if headers is None else headers
         given = self.headers.get(b"x-request-id")
         if given is not None and _REQUEST_ID.fullmatch(given):
             self.request_id = given
@@ -111,7 +140,7 @@ class Exchange:
             self.request_id = new_request_id()
         self.announced_bytes = 0
         self.received_bytes = 0
-        self.body_is_read = self.started = self.gone = self.is_late = False
+        self.body_is_read = self.started = self.gone = self.is_late = self.is_watched = False
         self.route = "other"
         self.model = self.version = ""
         self.key: Key | None = None
@@ -120,7 +149,6 @@ class Exchange:
         self.admission: Admission | None = None
         self.span: Any = None
         self.task: asyncio.Task[Any] | None = None
-        self.watcher: asyncio.Task[None] | None = None
 
     def note(self, model: ServedModel, embedded: Embedded) -> None:
         """Keep what logs and metrics tell of it."""
@@ -137,20 +165,18 @@ class Exchange:
         if self.admission is not None:
             self.admission.grow(self, n_bytes)
 
-    async def body(self, limits: Limits) -> bytes:
-        """Read the whole body.
+    async def body(self, limits: Limits) -> bytes | memoryview:
+        """Read the whole body: bytes where it is small, else the memory that it was received into.
+
+        That it comes in time is for :class:`serving.guard.admission.Admission` to see to: a timer for each body would
+        cost as much as reading it.
 
         Raises
         ------
-        RequestError
-            413: more than was announced and is allowed. That it comes in time is for
-        :class:`serving.guard.admission.Admission` to see to: a timer for each body would cost as much as reading it.
-        ClientGoneError
+        RequestError, ClientGoneError
+            As :meth:`Wire.body` has them.
         """
-        message = await self._next()
-        content: bytes = message.get("body", b"")
-        if message.get("more_body", False):
-            content = await self._rest(content, limits)
+        content = await self._wire.body(self, limits.max_body_bytes)
         self.body_is_read = True
         return content
 
@@ -161,27 +187,6 @@ class Exchange:
         """
         part = min(1.0, self.received_bytes / max(1, self.announced_bytes))
         return self.began + min(limits.body_timeout_s, _BODY_GRACE_S + part * limits.body_timeout_s)
-
-    async def _rest(self, first: bytes, limits: Limits) -> bytes:
-        whole = bytearray(first)
-        more = True
-        while more:
-            self.received_bytes = len(whole)
-            message = await self._next()
-            whole += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(whole) > limits.max_body_bytes:
-                raise too_large(
-                    f"got a body of more than {limits.max_body_bytes} bytes, wanted at most that; "
-                    "send fewer rows at a time"
-                )
-        return bytes(whole)
-
-    async def _next(self) -> Any:
-        message = await self._receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        return message
 
     def give_up(self) -> None:
         """End whoever handles it, because its body is late."""
@@ -199,21 +204,32 @@ class Exchange:
             headers={"connection": "close"},
         )
 
-    async def wait_for_end(self) -> None:
-        """Return when the client has gone, or the answer is complete; only once the body is read."""
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+    def watch(self) -> None:
+        """See to it that it ends when the client goes; only once the body is read."""
+        if not self.is_watched:
+            self.is_watched = True
+            self._wire.watch(self)
+
+    def unwatch(self) -> None:
+        """Stop that."""
+        if self.is_watched:
+            self._wire.unwatch()
+
+    def hang_up(self) -> None:
+        """End whoever handles it, because the client has gone."""
+        if not self.started and self.task is not None:
+            self.gone = True
+            self.task.cancel()
 
     async def answer(self, answer: Answer, timing: bytes | None = None) -> None:
         """Send an answer, with a Server-Timing header where there is one."""
         self.started = True
+        body = answer.body
         headers = [
             *answer.headers,
             (b"x-request-id", self.request_id),
-            (b"content-length", b"%d" % len(answer.body)),
+            (b"content-length", b"%d" % len(body)),
         ]
         if timing is not None:
             headers.append((b"server-timing", timing))
-        await self._send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        body = b"" if self.scope["method"] == "HEAD" else answer.body
-        await self._send({"type": "http.response.body", "body": body})
+        await self._wire.answer(self, answer.status, headers, b"" if self.scope["method"] == "HEAD" else body)

@@ -1,4 +1,4 @@
-"""The application under uvicorn, on a socket that is listening already."""
+"""The application as a server, on a socket that is listening already."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import asyncio
 import contextlib
 import importlib.util
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
-
-import uvicorn
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from email.utils import formatdate
 
 from serving.app import Application
 from serving.connection import Connection
 from serving.guard.keys import KeyRing
+from serving.head import Heads
 from serving.service import Service
 from serving.settings import ServiceSettings
 from serving.watching.tracing import open_tracer
@@ -24,13 +27,93 @@ __all__ = ["HttpServer", "lanes_for", "loop_factory", "make_application", "make_
 BACKLOG = 2048
 
 
-class HttpServer(uvicorn.Server):
-    """A server that leaves signals alone: they are the command line's business."""
+#: Files that a process has open beside its connections.
+_OTHER_FILES = 512
+#: How often deadlines of connections are looked at, and a stop that was asked for is noticed.
+_TICK_S = 0.05
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Do nothing: uvicorn would raise signals again after a clean stop."""
-        yield
+
+class HttpServer:
+    """Accepts connections until it is told to stop.
+
+    Parameters
+    ----------
+    app : Application
+        Started before the first connection is accepted, stopped after the last answer.
+    max_connections : int
+        Further ones are told 503.
+    grace_s : float
+        Seconds that requests in flight have when it stops.
+
+    Attributes
+    ----------
+    started : bool
+        Connections are accepted.
+    should_exit : bool
+        To be set, by any thread, for it to stop.
+    heads : Heads
+        That its clients have sent lately.
+    """
+
+    def __init__(self, app: Application, *, max_connections: int, grace_s: float) -> None:
+        self.app, self.heads = app, Heads()
+        self.started = self.should_exit = False
+        self._max_connections, self._grace_s = max_connections, grace_s
+        self._connections: set[Connection] = set()
+        self._date = b""
+        self._date_of = 0
+
+    @property
+    def n_connections(self) -> int:
+        """Connections that are open."""
+        return len(self._connections)
+
+    async def serve(self, sockets: Sequence[socket.socket]) -> None:
+        """Serve on sockets that are listening, or are to listen; they are closed in the end."""
+        loop = asyncio.get_running_loop()
+        await self.app.start()
+        try:
+            servers = [await loop.create_server(lambda: Connection(self), sock=one, backlog=BACKLOG) for one in sockets]
+            self.started = True
+            while not self.should_exit:
+                await self._tick()
+            for server in servers:
+                server.close()
+            await self._finish()
+        finally:
+            await self.app.stop()
+
+    async def _finish(self) -> None:
+        """Answer what is in flight."""
+        for connection in list(self._connections):
+            connection.stop()
+        until = time.monotonic() + self._grace_s
+        while any(connection.is_busy for connection in self._connections) and time.monotonic() < until:
+            await self._tick()
+        for connection in list(self._connections):
+            connection.stop() if not connection.is_busy else connection.abort()
+
+    async def _tick(self) -> None:
+        await asyncio.sleep(_TICK_S)
+        now = asyncio.get_running_loop().time()
+        for connection in list(self._connections):
+            connection.expire(now)
+
+    def enter(self, connection: Connection) -> bool:
+        """Take a new connection in; False where there are too many."""
+        self._connections.add(connection)
+        return len(self._connections) <= self._max_connections
+
+    def leave(self, connection: Connection) -> None:
+        """Forget one that has ended."""
+        self._connections.discard(connection)
+
+    def date(self) -> bytes:
+        """Give the Date header of now, as a line."""
+        now = int(time.time())
+        if now != self._date_of:
+            self._date_of, self._date = now, b"date: %b\r\n" % formatdate(now, usegmt=True).encode()
+        return self._date
 
 
 def make_application(service: Service, settings: ServiceSettings) -> Application:
@@ -53,21 +136,22 @@ def make_application(service: Service, settings: ServiceSettings) -> Application
 
 def make_server(app: Application, settings: ServiceSettings) -> HttpServer:
     """Make a server, to be run with ``await server.serve(sockets=[listener])``."""
-    config = uvicorn.Config(
-        app,
-        http=Connection,
-        lifespan="on",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        backlog=BACKLOG,
-        # Clients keep connections; one that the server closes in the moment of the next request costs a retry.
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=round(settings.limits.compute_timeout_s),
-    )
-    return HttpServer(config)
+    limits = settings.limits
+    _allow_files(limits.max_connections)
+    return HttpServer(app, max_connections=limits.max_connections, grace_s=limits.compute_timeout_s)
+
+
+def _allow_files(n_connections: int) -> None:
+    """Raise this process's limit of open files, where it is lower than so many connections need and may be raised."""
+    if sys.platform == "win32":  # which knows no such limit
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = n_connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -81,7 +165,7 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 def lanes_for(device: str, threads: int | None) -> int:
     """Batches that are computed at the same time: one for each processor, or one on a GPU."""
-    return 1 if device == "cuda" else threads or available_cpus()
+    return threads or available_cpus() if device == "cpu" else 1
 
 
 @contextlib.asynccontextmanager

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import orjson
 
+from serving.codec import INLINE_VALUES
 from serving.errors import CodecError, RequestError, too_large
 from serving.exchange import Answer, Exchange, json_answer
 from serving.media import JSON
@@ -77,7 +78,10 @@ class Inference:
     async def model(self, exchange: Exchange) -> Answer:
         """Describe a model."""
         model = self._model(exchange)
-        return json_answer(describe_model(model, versions=self._service.versions(model.name)))
+        described = describe_model(model, versions=self._service.versions(model.name))
+        # The protocol has no word for how a model is computed; over gRPC there is no field for it at all.
+        parameters = {**model.mode.to_dict(), "buckets": ",".join(map(str, model.mode.buckets))}
+        return json_answer({**described, "parameters": parameters})
 
     async def model_ready(self, exchange: Exchange) -> Answer:
         """Tell whether a model answers."""
@@ -92,7 +96,8 @@ class Inference:
         """Embed what one request brings."""
         service = self._service
         model = self._model(exchange)
-        content = await exchange.body(service.limits)
+        service.require_room(model)
+        content = bytes(await exchange.body(service.limits))
         coding = exchange.headers.get(b"content-encoding")
         if coding is not None:
             limit = service.limits.max_body_bytes
@@ -128,7 +133,8 @@ class Inference:
             raise RequestError(400, error.kind, error.message) from error
         exchange.note(model, embedded)
         encoder = self._encoder(model)
-        if all(binary for _, binary in asked.outputs):
+        n_values = sum(embedded.features[name].size for name, binary in asked.outputs if not binary)
+        if n_values <= INLINE_VALUES:
             body, headers = encoder.encode(asked, embedded)
         else:
             body, headers = await service.off_loop(encoder.encode, asked, embedded)
@@ -149,8 +155,9 @@ class Inference:
                 listed.append({"name": name, "state": "UNAVAILABLE", "reason": "unloaded"})
                 continue
             listed += [
-                {"name": name, "version": version, "state": "READY", "reason": ""}
-                for version in self._service.versions(name)
+                {"name": name, "version": model.version, "state": "READY", "reason": "" if model.proved else "unproved"}
+                for model in models.held
+                if model.name == name
             ]
         return json_answer(listed)
 
@@ -166,18 +173,11 @@ class Inference:
                     "several processes answer here, and this one alone would load it; put the bundle into the model's "
                     "folder, and have the operator tell them all",
                 )
-            model = await service.change(self._load, name)
+            model = await service.load(name)
         else:
             self._refuse_unless_alone()
             model = await service.change(service.models.choose, name, version)
         return json_answer({"name": model.name, "version": model.version, "state": "READY"})
-
-    def _load(self, name: str) -> ServedModel:
-        """Load, and tell other processes, even if whoever asked for it hangs up in between."""
-        model = self._service.models.load(name)
-        if self._service.changed is not None:
-            self._service.changed()
-        return model
 
     async def unload(self, exchange: Exchange) -> Answer:
         """Serve a model no more."""
@@ -187,7 +187,7 @@ class Inference:
         return json_answer({})
 
     async def _asked_version(self, exchange: Exchange) -> str | None:
-        content = await exchange.body(self._service.limits)
+        content = bytes(await exchange.body(self._service.limits))
         if not content:
             return None
         if len(content) > self._service.limits.inline_bytes:
@@ -198,7 +198,7 @@ class Inference:
             raise CodecError(f"got a body that is not JSON: {error}") from error
         parameters = values.get("parameters") if isinstance(values, dict) else None
         version = parameters.get("version") if isinstance(parameters, dict) else None
-        if not isinstance(values, dict) or not isinstance(version, str | None):
+        if not (isinstance(values, dict) and isinstance(parameters, dict | None) and isinstance(version, str | None)):
             raise CodecError('got a body of another form, wanted none, or {"parameters": {"version": "..."}}')
         return version
 

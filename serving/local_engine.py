@@ -1,4 +1,4 @@
-"""The application under uvicorn, in this process."""
+"""The service in this process, without Ray."""
 
 from __future__ import annotations
 

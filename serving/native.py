@@ -10,7 +10,17 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.codec import EmbedBody, decode_json, decode_npy, decode_raw, encode_json, encode_npy
+from serving.codec import (
+    INLINE_VALUES,
+    EmbedBody,
+    decode_json,
+    decode_raw,
+    encode_json,
+    encode_npy,
+    is_plain,
+    plain,
+    view_npy,
+)
 from serving.errors import RequestError, shown
 from serving.exchange import Answer, Exchange, Headers
 from serving.media import IMAGES, JSON, MULTIPART, NPY, RAW, answer_type, body_type
@@ -25,8 +35,6 @@ _PARAMETERS = {"model", "version", "output", "priority", "timeout_ms"}
 #: What addresses and headers say is the same for most requests of a client.
 _MOST_REMEMBERED = 512
 _LONGEST_REMEMBERED = 512
-#: Values that JSON encodes on the event loop; more take a thread.
-_INLINE_VALUES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +83,21 @@ class Native:
     async def embed(self, exchange: Exchange) -> Answer:
         """Embed the rows of one request."""
         asked = self._asked(exchange)
+        self._require_room(asked)
         content = await exchange.body(self._service.limits)
         if asked.body_type == NPY:
-            body = EmbedBody(decode_npy(content))
+            rows = view_npy(content)
+            # Put in order value by value, many would hold up everybody else.
+            slow = rows.nbytes > self._service.limits.inline_bytes and not is_plain(rows)
+            body = EmbedBody(await self._service.off_loop(plain, rows) if slow else plain(rows))
         elif asked.body_type == JSON:
             lists, values = self._most(asked.model)
             body = (
-                decode_json(content, max_lists=lists, max_values=values)
+                decode_json(bytes(content), max_lists=lists, max_values=values)
                 if len(content) <= self._service.limits.inline_bytes
-                else await self._service.off_loop(lambda: decode_json(content, max_lists=lists, max_values=values))
+                else await self._service.off_loop(
+                    lambda: decode_json(bytes(content), max_lists=lists, max_values=values)
+                )
             )
         else:
             body = EmbedBody(np.empty(0))
@@ -118,17 +132,27 @@ class Native:
                 self._remembered[said] = asked
         return asked
 
+    def _require_room(self, asked: _Asked) -> None:
+        service = self._service
+        # With several models, JSON may say in the body which is meant.
+        if service.batcher.queued_rows and (asked.model is not None or len(service.models.names) == 1):
+            model = service.find(asked.model, asked.version)
+            service.require_room(model, priority=asked.priority, timeout_s=asked.timeout_s)
+
     async def _batch(
-        self, form: str, content: bytes, body: EmbedBody, spec: InputSpec, exchange: Exchange
+        self, form: str, content: bytes | memoryview, body: EmbedBody, spec: InputSpec, exchange: Exchange
     ) -> NDArray[np.generic] | list[bytes]:
         if form == RAW:
             return decode_raw(content, spec)
         if form in IMAGES:
-            return [content]
+            return [bytes(content)]
         if form == MULTIPART:
             most = self._service.limits.max_rows
             kind = exchange.headers[b"content-type"]
-            return await self._service.off_loop(lambda: split_parts(content, kind, max_parts=most))
+            return await self._service.off_loop(lambda: split_parts(bytes(content), kind, max_parts=most))
+        if form == JSON and spec.dtype != "uint8":
+            # Numbers in JSON are of no type; that all of these are small and whole makes them no pixels.
+            return body.rows.astype(np.float64, copy=False)
         return body.rows
 
     async def _answer(self, asked: _Asked, model: ServedModel, output: str, embedded: Embedded) -> Answer:
@@ -146,11 +170,11 @@ class Native:
             return Answer(200, headers, encode_npy(features))
         if asked.answer_type == RAW:
             shape = b"%d,%d" % features.shape
-            return Answer(200, [*headers, (b"x-vaefeat-shape", shape)], features.tobytes())
+            return Answer(200, [*headers, (b"x-vaefeat-shape", shape)], features.data.cast("B"))
         errors = [{"index": position, "message": text} for position, text in sorted(embedded.errors.items())]
         told = {"model": model.name, "version": model.version, "digest": model.digest, "output": output}
         fields = {**told, "errors": errors} if errors else told
-        if features.size <= _INLINE_VALUES:
+        if features.size <= INLINE_VALUES:
             return Answer(200, headers, encode_json(features, **fields))
         return Answer(200, headers, await self._service.off_loop(lambda: encode_json(features, **fields)))
 

@@ -46,6 +46,10 @@ def _one_of(*schemas: _Schema) -> _Schema:
 _DIGEST: _Schema = {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"}
 _VERSION: _Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _SHAPE = _list(_COUNT)
+_MODE = _object(
+    {"device": _TEXT, "provider": _TEXT, "precision": _TEXT, "buckets": _list(_COUNT), "io_binding": _BOOLEAN}
+    | {"graphs": _TEXT, "pinned": _TEXT}
+)
 _READY = _object({"ready": _BOOLEAN}, optional={"failed": _BOOLEAN, "reason": _TEXT, "providers": _list(_TEXT)})
 _OUTPUTS: _Schema = {"type": "object", "additionalProperties": _COUNT}
 _INPUT = _object(
@@ -85,7 +89,8 @@ _SCHEMAS: dict[str, _Schema] = {
         {"id": _TEXT, "object": {"const": "model"}, "created": _COUNT, "owned_by": _TEXT, "digest": _DIGEST}
         | {"versions": _list(_VERSION, at_least=1), "input": _INPUT, "outputs": _OUTPUTS}
         | {"classes": _list({"type": ["string", "number", "boolean"]}), "latent_dim": _COUNT, "active_units": _COUNT}
-        | {"provider": _TEXT, "precision": _TEXT, "limits": _object({"max_rows": _COUNT, "max_body_bytes": _COUNT})}
+        | {"provider": _TEXT, "precision": _TEXT, "proved": _BOOLEAN, "mode": _MODE}
+        | {"limits": _object({"max_rows": _COUNT, "max_body_bytes": _COUNT})}
     ),
     "EmbeddingsRequest": {
         **_object(
@@ -150,7 +155,7 @@ _SCHEMAS: dict[str, _Schema] = {
     ),
     "OIPModel": _object(
         {"name": _TEXT, "versions": _list(_VERSION, at_least=1), "platform": _TEXT}
-        | {"inputs": _list(_TENSOR), "outputs": _list(_TENSOR)}
+        | {"inputs": _list(_TENSOR), "outputs": _list(_TENSOR), "parameters": _PARAMETERS}
     ),
     "Indexed": _object({"name": _TEXT, "state": _TEXT, "reason": _TEXT}, optional={"version": _VERSION}),
     "LoadRequest": {

@@ -21,6 +21,8 @@ class Limits:
         Largest request body; a larger one is refused with 413 as soon as its length is known.
     max_rows : int
         Most rows in one request.
+    max_connections : int
+        Connections that may be open at the same time; further ones are told 503 and closed.
     max_in_flight : int
         Requests with a body that are answered at the same time; further ones are refused with 503.
     max_in_flight_bytes : int
@@ -38,7 +40,7 @@ class Limits:
     inline_bytes : int
         Bodies up to this size are decoded on the event loop: handing them to a thread would take longer.
     images_per_task : int
-        Images that one thread decodes before others get a turn.
+        Images that one thread decodes before others get a turn; fewer where they are large.
     max_image_pixels : int
         Most pixels of an image, as its header says, and of all that are being decoded; one takes up to twenty bytes.
 
@@ -50,6 +52,7 @@ class Limits:
 
     max_body_bytes: int = 64 * 2**20
     max_rows: int = 16_384
+    max_connections: int = 8192
     max_in_flight: int = 1024
     max_in_flight_bytes: int = 512 * 2**20
     body_timeout_s: float = 60.0
@@ -58,8 +61,8 @@ class Limits:
     max_batch_rows: int = 256
     max_queued_rows: int = 262_144
     max_queued_bytes: int = 512 * 2**20
-    inline_bytes: int = 65_536
-    images_per_task: int = 16
+    inline_bytes: int = 262_144
+    images_per_task: int = 64
     max_image_pixels: int = 25_000_000
 
     def __post_init__(self) -> None:
@@ -76,7 +79,7 @@ class ServiceSettings:
     ----------
     bundles : tuple of Path
         Folders of the bundles to serve.
-    device : {"auto", "cpu", "cuda"}
+    device : {"auto", "cpu", "cuda", "tensorrt"}
         Where the encoders run.
     threads : int, optional
         Processors that a replica computes on; all that are available when None.

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from vaefeat.blocks_arrays import BLOCK_BYTES, Blocks, even_sizes
 from vaefeat.errors import InputError
-from vaefeat.images import Reference, decode_images
+from vaefeat.image_decoding import Reference
+from vaefeat.images import decode_images
 
 __all__ = ["ImageBlocks", "look_at"]
 

@@ -116,6 +116,14 @@ class Manifest:
                 f"got outputs {self.outputs} and active units {self.active_units} for {self.latent_dim} latent "
                 "variables, wanted a mean of that width and units among them"
             )
+        quantization = self.parity.get("quantization")
+        if "quantization" in self.parity and (
+            not isinstance(quantization, dict) or quantization.get("format") not in {"int8", "float16"}
+        ):
+            raise BundleError(
+                f"got an encoder quantized in the way of {quantization!r:.100}, wanted int8 or float16; a newer "
+                "version of vaefeat may know it"
+            )
         plain = all(isinstance(name, str | int | float) for name in self.classes)
         if not plain or self.outputs.get("probability", 0) != len(self.classes):
             raise BundleError(
@@ -137,8 +145,8 @@ class Manifest:
 
     @property
     def precision(self) -> str:
-        """Of the encoder's arithmetic: ``float32``, or ``int8`` of one from :func:`vaefeat.quantization.quantize`."""
-        return "int8" if "quantization" in self.parity else "float32"
+        """Of the encoder's arithmetic: ``float32``, or what :func:`vaefeat.quantization.quantize` made of it."""
+        return str(self.parity["quantization"]["format"]) if "quantization" in self.parity else "float32"
 
     @property
     def schema_version(self) -> int:

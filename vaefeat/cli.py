@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from vaefeat import cli_grid, cli_inference
-from vaefeat.cli_files import BUNDLE, DATA, IMAGE_SIZE, SPLIT, parts, require_suffix, rows_for, write_array
+from vaefeat.cli_files import BUNDLE, DATA, IMAGE_SIZE, SEED, SPLIT, parts, require_suffix, rows_for, write_array
 from vaefeat.errors import InputError, TrainingInterrupted, VaefeatError, requiring
 from vaefeat.observers import shown_activity
 
@@ -116,6 +116,7 @@ def inspect(
         "digest": loaded.digest,
         "input": str(manifest.input),
         "outputs": ", ".join(f"{name} ({width})" for name, width in manifest.outputs.items()),
+        "arithmetic": manifest.precision,
         "active units": f"{len(manifest.active_units)} of {manifest.latent_dim}",
         "held-out ELBO": f"{manifest.metrics['elbo']:.2f} nats per row after {manifest.metrics['epochs']} epochs",
         "trained on": f"{manifest.data['n_rows']:,} rows, {manifest.data['fingerprint']}",
@@ -153,6 +154,7 @@ def quantize(
     bundle: Annotated[Path, typer.Argument(help=BUNDLE)],
     out: Annotated[Path, typer.Argument(help="Folder of the new bundle.")],
     data: Annotated[Path, typer.Option(help=f"Rows to set scales with and to judge by. {DATA}")],
+    to: Annotated[Literal["int8", "float16"], typer.Option(help="For processors, or for GPUs.")] = "int8",
     difference: Annotated[
         float,
         typer.Option(help="Largest difference of a latent, in its standard deviations, root mean square.", min=0.0),
@@ -160,10 +162,15 @@ def quantize(
     error: Annotated[
         float, typer.Option(help="Largest rise of a classifier's error, in points; where the rows have labels.")
     ] = 0.5,
-    name: Annotated[str | None, typer.Option(help="Name of the new encoder; NAME-int8 when not given.")] = None,
+    probability: Annotated[
+        float, typer.Option(help="Largest difference of a class's probability in any row; of classifiers.", min=0.0)
+    ] = 0.2,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the new encoder; NAME-int8 or NAME-float16 when not given.")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help=IMAGE_SIZE)] = None,
 ) -> None:
-    """Make a bundle that computes in 8-bit integers, if its features stay good enough."""
+    """Make a bundle that computes in fewer bits, if its features stay good enough."""
     from vaefeat.bundle import load_bundle
     from vaefeat.data import load_rows
     from vaefeat.quantization import QuantizationGate, quantize
@@ -171,20 +178,49 @@ def quantize(
     if out.resolve() == bundle.resolve():
         raise InputError(f"got {out} for the new bundle, which is the old one's folder; choose another")
     loaded = load_bundle(bundle)
+    if loaded.manifest.input.table is not None:
+        raise InputError(
+            f"got bundle {loaded.name!r} of {loaded.manifest.input.table}: only rows of numbers are quantized"
+        )
     rows = load_rows(data, image_size=image_size)
-    gate = QuantizationGate(difference=difference, error=error)
+    gate = QuantizationGate(difference=difference, error=error, probability=probability)
     with shown_activity("quantize, and compare with float32"):
-        made = quantize(loaded, rows.array, labels=rows.labels, name=name, gate=gate).save(out)
+        made = quantize(loaded, rows.array, to=to, labels=rows.labels, name=name, gate=gate).save(out)
     found = made.manifest.parity["quantization"]
     judged = ""
     if "error" in found:
-        judged = f", error with 10 labels a class {found['error']:.2f} -> {found['error_int8']:.2f} %"
+        judged = f", error with 10 labels a class {found['error']:.2f} -> {found[f'error_{to}']:.2f} %"
+    if "probability_difference" in found:
+        judged += f", a class's probability by {found['probability_difference']:.3f} at most"
     Console().print(
         f"{out}: the worst latent differs by {found['difference']:.3f} standard deviations on {found['n_rows']:,} rows"
         f"{judged}, {made.digest}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command()
+def reference(
+    bundle: Annotated[Path, typer.Argument(help=BUNDLE)],
+    data: Annotated[Path, typer.Argument(help=f"Rows that it was not trained on. {DATA}")],
+    out: Annotated[Path, typer.Argument(help="Folder of the bundle with the reference.")],
+    split: Annotated[Literal["train", "test"], typer.Option(help=SPLIT)] = "train",
+    image_size: Annotated[int | None, typer.Option(help=IMAGE_SIZE)] = None,
+    max_rows: Annotated[int, typer.Option(help="Most rows that are looked at.", min=1)] = 2048,
+    seed: Annotated[int, typer.Option(help=SEED)] = 0,
+) -> None:
+    """Add rows with their features, by which a service proves that it computes the same, to a bundle without them."""
+    from vaefeat.bundle import load_bundle
+    from vaefeat.reference import load_reference, with_reference
+
+    loaded = load_bundle(bundle)
+    rows = rows_for(loaded.manifest.input, data, split=split, image_size=image_size, max_rows=max_rows)
+    with shown_activity(f"compute the features of {len(rows):,} rows"):
+        made = with_reference(loaded, rows, seed=seed)
+    found = load_reference(made.save(out))
+    assert found is not None  # it has just been written
+    Console().print(f"{out}: a reference of {len(found.rows)} rows, {made.digest}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -153,8 +153,8 @@ def load_rows(
         - a Parquet file, or a folder of them, see :func:`vaefeat.parquet.read_parquet`;
         - a data frame of pandas or polars;
         - a CSV file, which is read as a table (needs pyarrow);
-        - a folder of PNG, JPEG or WebP images, see :mod:`vaefeat.images` for what is done to them. If every image
-          lies in a sub-folder, these are the classes.
+        - a folder of PNG, JPEG or WebP images, see :mod:`vaefeat.image_decoding` for what is done to them. If every
+          image lies in a sub-folder, these are the classes.
 
         A folder is searched in this order, IDX first.
     split : {"train", "test"}, default="train"

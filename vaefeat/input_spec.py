@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -86,12 +87,12 @@ class InputSpec:
         del values["table"]
         return {**values, "shape": list(self.shape), **table}
 
-    @property
+    @cached_property  # asked for with every request
     def n_features(self) -> int:
         """Number of values in one row."""
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def row_bytes(self) -> int:
         """Size of one row in the graph's dtype, in bytes."""
         return self.n_features * np.dtype(self.dtype).itemsize

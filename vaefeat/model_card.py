@@ -114,7 +114,10 @@ def _precision(manifest: Manifest) -> str:
         return ""
     errors = ""
     if "error" in found:
-        errors = f", error with 10 labels a class {found['error_int8']:.2f} % against {found['error']:.2f} %"
+        coarse = found[f"error_{found['format']}"]
+        errors = f", error with 10 labels a class {coarse:.2f} % against {found['error']:.2f} %"
+    if "probability_difference" in found:
+        errors += f", probabilities by {found['probability_difference']:.3f} at most"
     return (
         f"| arithmetic | {found['format']}; means differ from float32's by {found['difference']:.3f} deviations"
         f"{errors} |\n"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import io
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +19,17 @@ from numpy.typing import NDArray
 
 from vaefeat.errors import BundleError, DeviceError
 from vaefeat.processors import available_cpus
+from vaefeat.tensorrt import engine_options, why_no_tensorrt
 
-__all__ = ["OpenedGraph", "choose_device", "open_graph"]
+__all__ = ["Interruption", "OpenedGraph", "choose_device", "open_graph"]
 
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+#: What ONNX Runtime's CUDA provider is linked to, and cuDNN, which it loads when it starts.
+_LIBRARIES = ("libcudart.so.{cuda}", "libcublas.so.{cuda}", "libcurand.so.10", "libcudnn.so.9")
 #: Operators of other domains run code that is not ONNX Runtime's own.
 _DOMAINS = {"", "ai.onnx"}
 #: The mean must be a function of the row alone. Dropout is random in training mode, and left out by an export for use.
@@ -33,6 +44,22 @@ _RANDOM = {
 }
 
 
+class Interruption:
+    """Ends computations that were given it, from another thread, and lets no other begin."""
+
+    def __init__(self) -> None:
+        self.options = ort.RunOptions()
+
+    def interrupt(self) -> None:
+        """End them before their next node, with a DeviceError."""
+        self.options.terminate = True
+
+    def check(self) -> None:
+        """Raise DeviceError if it came."""
+        if self.options.terminate:
+            raise DeviceError("the computation was interrupted")
+
+
 @dataclass(frozen=True)
 class OpenedGraph:
     """An ONNX Runtime session and where it runs.
@@ -40,7 +67,7 @@ class OpenedGraph:
     Attributes
     ----------
     session : onnxruntime.InferenceSession
-    device : {"cpu", "cuda"}
+    device : {"cpu", "cuda", "tensorrt"}
     reason : str
         Why this device was chosen, for people.
     """
@@ -49,16 +76,20 @@ class OpenedGraph:
     device: str
     reason: str
 
-    def run(self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]]) -> list[NDArray[np.float32]]:
+    def run(
+        self, outputs: Sequence[str], inputs: dict[str, NDArray[Any]], *, interruption: Interruption | None = None
+    ) -> list[NDArray[np.float32]]:
         """Compute some of the outputs, in the order that they are named in; may be called by several threads.
 
         Raises
         ------
         DeviceError
-            ONNX Runtime failed, for instance because the device's memory is full.
+            ONNX Runtime failed, for instance because the device's memory is full; or it was interrupted.
         """
         try:
-            computed: list[NDArray[np.float32]] = self.session.run(list(outputs), inputs)
+            computed: list[NDArray[np.float32]] = self.session.run(
+                list(outputs), inputs, None if interruption is None else interruption.options
+            )
         except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
             n_rows = len(next(iter(inputs.values())))
             raise DeviceError(
@@ -73,7 +104,15 @@ class OpenedGraph:
         return str(self.session.get_providers()[0])
 
 
-def open_graph(content: bytes, *, what: str, device: str = "auto", threads: int | None = None) -> OpenedGraph:
+def open_graph(
+    content: bytes,
+    *,
+    what: str,
+    device: str = "auto",
+    threads: int | None = None,
+    buckets: Sequence[int] = (),
+    captures: bool = False,
+) -> OpenedGraph:
     """Check an ONNX graph and open it from memory, never from a path.
 
     Parameters
@@ -82,19 +121,25 @@ def open_graph(content: bytes, *, what: str, device: str = "auto", threads: int 
         A serialised ``ModelProto``.
     what : str
         What it is, for messages.
-    device : {"auto", "cpu", "cuda"}
-        ``auto`` takes CUDA where a device is there and says so in ``reason``; ``cuda`` fails where there is none.
+    device : {"auto", "cpu", "cuda", "tensorrt"}
+        ``auto`` takes CUDA where a device is there and says so in ``reason``; ``cuda`` and ``tensorrt`` fail where
+        there is none, and nothing but being asked for leads to TensorRT.
     threads : int, optional
         Threads within an operator; all processors given to this process when None.
+    buckets : sequence of int
+        Numbers of rows that it is going to be called with, rising; TensorRT builds its engine for them.
+    captures : bool
+        Whether runs are captured as CUDA graphs. A graph then belongs to the thread that captured it, and only
+        :class:`vaefeat.plan.ExecutionPlan` keeps to that.
 
     Raises
     ------
     BundleError
         Not an ONNX graph, or one with external data, functions, custom operators, subgraphs or random nodes.
     DeviceError
-        `device` is unknown, or CUDA was asked for and there is none.
+        `device` is unknown, was asked for and is not there, or cannot do what was asked for.
     """
-    check_graph(content, what=what)
+    model = check_graph(content, what=what)
     if threads is not None and threads < 1:
         raise DeviceError(f"got threads={threads}, wanted at least 1, or None for all processors")
     options = ort.SessionOptions()
@@ -104,16 +149,19 @@ def open_graph(content: bytes, *, what: str, device: str = "auto", threads: int 
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
     chosen, reason = choose_device(device)
+    providers = _providers(chosen, captures=captures)
+    if chosen == "tensorrt":
+        providers.insert(0, (_PROVIDERS[chosen], engine_options(model, content, buckets=buckets)))
     try:
         # Left to itself, ONNX Runtime prints a failure of CUDA and goes on with the CPU, at any call.
-        session = ort.InferenceSession(content, options, providers=_providers(chosen), enable_fallback=0)
+        session = ort.InferenceSession(content, options, providers=providers, enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions have no common base but Exception
-        if chosen == "cuda":
-            raise DeviceError(f"could not open {what} on CUDA: {error}; use device='cpu'") from error
+        if chosen != "cpu":
+            raise DeviceError(f"could not open {what} on {chosen}: {error}; use device='cpu'") from error
         raise BundleError(f"got {what} that ONNX Runtime does not load: {error}") from error
     # ONNX Runtime drops a provider that fails to start and carries on with the next one.
-    if chosen == "cuda" and session.get_providers()[0] != "CUDAExecutionProvider":
-        raise DeviceError(f"asked for CUDA, but ONNX Runtime opened {what} on {session.get_providers()}; see its log")
+    if (opened := session.get_providers())[0] != _PROVIDERS[chosen]:
+        raise DeviceError(f"asked for {chosen}, but ONNX Runtime opened {what} on {opened}; see its log")
     return OpenedGraph(session=session, device=chosen, reason=reason)
 
 
@@ -161,28 +209,30 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def choose_device(device: str) -> tuple[str, str]:
-    """Turn ``auto``, ``cpu`` or ``cuda`` into the device and the reason for it, without opening anything.
+    """Turn ``auto``, ``cpu``, ``cuda`` or ``tensorrt`` into the device and the reason for it, without opening anything.
 
     Raises
     ------
     DeviceError
-        `device` is unknown, or CUDA was asked for and there is none.
+        `device` is unknown, or was asked for and is not there.
     """
     if device == "cpu":
         return "cpu", "asked for"
-    if device not in {"auto", "cuda"}:
-        raise DeviceError(f"got device={device!r}, wanted 'auto', 'cpu' or 'cuda'")
+    if device not in {"auto", "cuda", "tensorrt"}:
+        raise DeviceError(f"got device={device!r}, wanted 'auto', 'cpu', 'cuda' or 'tensorrt'")
     missing = _why_no_cuda()
+    if device == "tensorrt":
+        missing = missing or why_no_tensorrt()
     if not missing:
-        return "cuda", "asked for" if device == "cuda" else "a CUDA device is there"
-    if device == "cuda":
-        raise DeviceError(f"got device='cuda', but {missing}; use device='cpu' or 'auto'")
-    return "cpu", missing
+        return ("cuda", "a CUDA device is there") if device == "auto" else (device, "asked for")
+    if device == "auto":
+        return "cpu", missing
+    raise DeviceError(f"got device={device!r}, but {missing}; use device='cpu' or 'auto'")
 
 
 def _why_no_cuda() -> str:
     """Say what is missing for CUDA, or nothing. ONNX Runtime lists the provider even where there is no device."""
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+    if _PROVIDERS["cuda"] not in ort.get_available_providers():
         return "this ONNX Runtime was built without CUDA (install onnxruntime-gpu)"
     count = ctypes.c_int(0)
     try:
@@ -190,13 +240,29 @@ def _why_no_cuda() -> str:
         found = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
     except OSError:
         return "no NVIDIA driver is installed"
-    return "" if found else "the NVIDIA driver sees no device"
+    return _why_no_libraries() if found else "the NVIDIA driver sees no device"
 
 
-def _providers(device: str) -> list[str | tuple[str, dict[str, str]]]:
+def _why_no_libraries() -> str:
+    """Say which of CUDA's libraries is missing, or nothing; a provider that lacks one is dropped without a word."""
+    # They come in wheels, where the loader would not look. What is not found is printed, which is for nobody's output.
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+    for name in _LIBRARIES if sys.platform == "linux" else ():
+        try:
+            ctypes.CDLL(name.format(cuda=ort.cuda_version.partition(".")[0]))
+        except OSError as error:
+            return f"CUDA's libraries do not load ({error}): install vaefeat[gpu]"
+    return ""
+
+
+def _providers(device: str, *, captures: bool) -> list[str | tuple[str, dict[str, str]]]:
     if device == "cpu":
-        return ["CPUExecutionProvider"]
-    if hasattr(ort, "preload_dlls"):
-        ort.preload_dlls()  # CUDA's libraries come in wheels, where the loader would not look
-    # TF32 and a search for the fastest algorithm would let a row's vector depend on its neighbours in the batch.
-    return [("CUDAExecutionProvider", {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}), "CPUExecutionProvider"]
+        return [_PROVIDERS["cpu"]]
+    options = {
+        # TF32 and a search for the fastest algorithm would let a row's vector depend on its neighbours in the batch.
+        "use_tf32": "0",
+        "cudnn_conv_algo_search": "DEFAULT",
+        "enable_cuda_graph": str(int(captures)),
+    }
+    return [(_PROVIDERS["cuda"], options), _PROVIDERS["cpu"]]

@@ -104,12 +104,13 @@ class Admission:
         if key is not None and (wait_s := self.rates.take(key, bytes=n_bytes)):
             raise rate_limited(wait_s)
         exchange.announced_bytes = n_bytes
-        exchange.task = asyncio.current_task()
+        if exchange.task is None:
+            exchange.task = asyncio.current_task()
         self._present[exchange] = None
         self.in_flight_bytes += n_bytes
         if self._looking is None:
             loop = asyncio.get_running_loop()
-            self._looking = loop.call_later(_LOOK_FOR_CLIENTS_S, self._look_for_clients, loop)
+            self._looking = loop.call_later(_LOOK_FOR_CLIENTS_S, self._look_for_clients)
 
     def grow(self, exchange: Exchange, n_bytes: int) -> None:
         """Keep room for a body that has become larger: inflated, a thousand times what was announced.
@@ -130,28 +131,21 @@ class Admission:
         if exchange in self._present:
             del self._present[exchange]
             self.in_flight_bytes -= exchange.announced_bytes
-            if exchange.watcher is not None:
-                exchange.watcher.cancel()
+            if exchange.key is not None and not exchange.body_is_read:
+                self.rates.give_back(exchange.key, bytes=exchange.announced_bytes - exchange.received_bytes)
+            exchange.unwatch()
 
-    def _look_for_clients(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _look_for_clients(self) -> None:
         """Give up bodies that are late, and watch whether the clients of requests that wait for long are still there.
 
         A timer or a watcher for each request would cost more than most requests do.
         """
-        self._looking = None
         now = time.perf_counter()
         for exchange in self._present:
             if exchange.body_is_read:
-                if exchange.watcher is None:
-                    exchange.watcher = loop.create_task(_watch(exchange))
+                exchange.watch()
             elif now > exchange.due(self._limits) and not exchange.is_late:
                 exchange.give_up()
+        self._looking = None
         if self._present:
-            self._looking = loop.call_later(_LOOK_FOR_CLIENTS_S, self._look_for_clients, loop)
-
-
-async def _watch(exchange: Exchange) -> None:
-    await exchange.wait_for_end()
-    if not exchange.started and exchange.task is not None:
-        exchange.gone = True
-        exchange.task.cancel()
+            self._looking = asyncio.get_running_loop().call_later(_LOOK_FOR_CLIENTS_S, self._look_for_clients)

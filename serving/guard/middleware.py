@@ -29,6 +29,7 @@ import orjson
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.asgi import AsgiWire
 from serving.errors import RequestError, SetupError, envelope, overloaded, too_large
 from serving.exchange import Answer, Exchange
 from serving.guard.keys import KeyRing, require_scope
@@ -91,7 +92,7 @@ class Guard:
         if scope["type"] != "http" or scope["path"].startswith(_SERVE_PATHS):
             await self._app(scope, receive, send)
             return
-        exchange = Exchange(scope, receive, send)
+        exchange = Exchange(scope, AsgiWire(receive, send))
         try:
             n_bytes = self._admit(exchange)
         except RequestError as refusal:

@@ -21,6 +21,7 @@ import orjson
 from numpy.typing import NDArray
 
 from serving.errors import CodecError, shown
+from serving.protocols.number_lists import count
 from serving.protocols.tensors import (
     IMAGES,
     ROWS,
@@ -206,7 +207,7 @@ def _parse(text: bytes, *, spec: InputSpec, max_rows: int) -> dict[str, Any]:
         lists_in_a_row = 1 + int(np.cumprod(spec.shape[:-1], dtype=np.int64).sum())
         bounds = {b"[": max_rows * lists_in_a_row, b",": max_rows * spec.n_features, b'"': 2 * max_rows, b"{": 0}
         for mark, bound in bounds.items():
-            if text.count(mark) > bound + _SHORT_JSON:
+            if count(text, mark) > bound + _SHORT_JSON:
                 raise CodecError(
                     f"got JSON with more {mark.decode()} than {max_rows} rows take, wanted one input and at most "
                     f"{max_rows} rows in it; send them in several requests"

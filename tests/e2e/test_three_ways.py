@@ -66,7 +66,7 @@ def test_frame_rows_and_json_of_a_table_give_the_same_bits_over_http(
                 remote.embed(wine_table.assign(hue="zz"))
         got["pipeline"] = VAEFeatures(address).fit_transform(wine_table)
         # The server itself, without a client that knows the columns: null is a missing value.
-        body = {"rows": np.where(np.isnan(rows), None, rows).tolist()}
+        body = {"rows": [[None if value != value else value for value in row] for row in rows.tolist()]}
         answer = httpx.post(f"{address}/v1/embed", json=body)
         got["json"] = np.array(answer.json()["embeddings"], dtype=np.float32)
         tensor = {"name": "rows", "datatype": "FP32", "shape": list(rows.shape), "data": body["rows"]}

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from serving.app import Application
-from serving.http_server import loop_factory, make_server
+from serving.http_server import HttpServer, loop_factory, make_server
 from serving.models import Models
 from serving.service import Service
 from serving.settings import Limits, ServiceSettings
@@ -47,6 +47,7 @@ class Running:
     port: int
     service: Service
     application: Application
+    server: HttpServer
 
     @property
     def url(self) -> str:
@@ -82,7 +83,7 @@ def running(models: Models, *, limits: Limits | None = None) -> Iterator[Running
         thread.start()
         try:
             assert up.wait(30)
-            yield Running(port, service, application)
+            yield Running(port, service, application, server)
         finally:
             server.should_exit = True
             thread.join(30)

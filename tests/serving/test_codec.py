@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import pickle
 import tracemalloc
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from serving.codec import decode_json, decode_npy, encode_json, encode_npy
+from serving.codec import decode_json, decode_npy, encode_json, encode_npy, is_plain, plain, view_npy
 from serving.errors import CodecError
 from vaefeat.errors import InputError
 from vaefeat.input_spec import InputSpec
@@ -32,6 +32,25 @@ def saved(array: Any, **options: Any) -> bytes:
     file = io.BytesIO()
     np.save(file, array, **options)
     return file.getvalue()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_decode_npy_of_truth_values_that_are_neither_0_nor_1_is_refused(order: Literal["C", "F"]) -> None:
+    body = bytearray(saved(np.ones((3, 4), bool, order=order)))
+    assert decode_npy(bytes(body)).all()
+    body[-5] = 2
+    with pytest.raises(CodecError, match="truth values up to 2"):
+        decode_npy(bytes(body))
+
+
+def test_npy_is_plain_only_where_nothing_has_to_be_copied() -> None:
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert is_plain(view_npy(saved(array)))
+    assert is_plain(view_npy(saved(array.astype(np.uint8))))
+    for other in (np.asfortranarray(array), array.astype(">f4"), array > 3):
+        viewed = view_npy(saved(other))
+        assert not is_plain(viewed)
+        np.testing.assert_array_equal(plain(viewed), other)
 
 
 @given(ARRAYS, st.booleans())

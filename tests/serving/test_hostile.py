@@ -211,6 +211,12 @@ CASES: dict[str, Case] = {
     "oip: long coding": (INFER, {"content-encoding": "x" * 20_000}, b"", {415}),
     "load: no JSON": ("/v2/repository/models/digits/load", NO_HEADERS, b"{", {400}),
     "load: a number": ("/v2/repository/models/digits/load", NO_HEADERS, b"1", {400}),
+    "load: parameters that are a number": (
+        "/v2/repository/models/digits/load",
+        NO_HEADERS,
+        b'{"parameters": 1}',
+        {400},
+    ),
     "load: unknown version": (
         "/v2/repository/models/digits/load",
         NO_HEADERS,

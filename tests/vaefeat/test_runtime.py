@@ -166,7 +166,7 @@ def test_threads_below_one_are_refused(threads: int) -> None:
 
 @pytest.mark.parametrize("device", ["gpu", "CPU", "cuda:0", "", None])
 def test_unknown_device_is_refused(device: Any) -> None:
-    with pytest.raises(DeviceError, match=f"got device={device!r}, wanted 'auto', 'cpu' or 'cuda'"):
+    with pytest.raises(DeviceError, match=f"got device={device!r}, wanted 'auto', 'cpu', 'cuda' or 'tensorrt'"):
         open_graph(PLAIN.SerializeToString(), what="x", device=device)
 
 

@@ -1,0 +1,137 @@
+"""The head of an HTTP/1.1 request: request line and headers, parsed once for those that come again and again.
+
+httptools (llhttp, Node's parser, in its strict mode) reads it; what it does not decide and RFC 9112 leaves open is
+decided here. A client that keeps its connection sends the same head with every request, so heads are remembered by
+their bytes: a dict's look-up costs a tenth of parsing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import unquote
+
+import httptools
+
+__all__ = ["Head", "HeadParser", "Heads"]
+
+#: Heads that are remembered, and how long they may be.
+_MOST_REMEMBERED = 512
+_LONGEST_REMEMBERED = 1024
+#: No server of ours has an address that wants more; int() takes quadratic time.
+_LONGEST_NUMBER = 18
+
+
+class Head:
+    """What a request's head says; the same one serves many requests, so nobody may change it.
+
+    Attributes
+    ----------
+    scope : dict
+        ASGI's: ``type``, ``http_version``, ``method``, ``path``, ``raw_path``, ``query_string``, ``headers``.
+    headers : dict of bytes to bytes
+        Names in lower case; the last of equal ones.
+    n_bytes : int
+        Of the body.
+    is_measured : bool
+        Whether the body's end is known: not of one that is sent in chunks.
+    keeps_alive : bool
+        Whether the client may send another request on this connection.
+    expects : bool
+        The client waits for ``100 Continue`` before it sends the body.
+    """
+
+    __slots__ = ("expects", "headers", "is_measured", "keeps_alive", "n_bytes", "scope")
+
+    def __init__(self, scope: dict[str, Any], *, keeps_alive: bool) -> None:
+        self.scope = scope
+        self.headers: dict[bytes, bytes] = dict(scope["headers"])
+        self.is_measured = b"transfer-encoding" not in self.headers
+        length = self.headers.get(b"content-length", b"0")
+        self.n_bytes = int(length) if len(length) <= _LONGEST_NUMBER else 10**_LONGEST_NUMBER
+        self.keeps_alive = keeps_alive and self.is_measured
+        self.expects = self.headers.get(b"expect", b"").lower() == b"100-continue"
+
+
+class HeadParser:
+    """Reads one head, in one piece or several.
+
+    Attributes
+    ----------
+    head : Head or None
+        Once it is complete.
+    """
+
+    def __init__(self) -> None:
+        self.head: Head | None = None
+        self._url = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._parser = httptools.HttpRequestParser(self)
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes, and none that belong to the body.
+
+        Raises
+        ------
+        ValueError
+            This is no HTTP/1.1.
+        """
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # nothing else is spoken here, and a server may go on in HTTP/1.1 (RFC 9110, section 7.8)
+        except httptools.HttpParserError as error:
+            # An error of a callback's hides behind one of the parser's.
+            raise ValueError(str(error)) from error
+
+    def on_url(self, url: bytes) -> None:
+        """Take a part of the address."""
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take one header."""
+        self._headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        """Put it together."""
+        url = httptools.parse_url(self._url)
+        if not url.path:
+            raise ValueError("no path")
+        parser = self._parser
+        scope = {
+            "type": "http",
+            "http_version": parser.get_http_version(),
+            "method": parser.get_method().decode("ascii"),
+            "path": unquote(url.path.decode("ascii")) if b"%" in url.path else url.path.decode("ascii"),
+            "raw_path": url.path,
+            "query_string": url.query or b"",
+            "headers": self._headers,
+        }
+        self.head = Head(scope, keeps_alive=parser.should_keep_alive())
+
+
+class Heads:
+    """Heads by their bytes."""
+
+    def __init__(self) -> None:
+        self._remembered: dict[bytes, Head] = {}
+
+    def parse(self, data: bytes) -> Head:
+        """Parse a head that is complete, with the empty line at its end.
+
+        Raises
+        ------
+        ValueError
+            This is no HTTP/1.1.
+        """
+        head = self._remembered.get(data)
+        if head is not None:
+            return head
+        parser = HeadParser()
+        parser.feed(data)
+        if parser.head is None:
+            raise ValueError("no end")
+        if len(data) <= _LONGEST_REMEMBERED:
+            if len(self._remembered) >= _MOST_REMEMBERED:
+                self._remembered.clear()
+            self._remembered[data] = parser.head
+        return parser.head

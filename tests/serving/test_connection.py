@@ -1,0 +1,209 @@
+"""HTTP/1.1 as our own connections speak it, over bare sockets and with clients that we did not write."""
+
+from __future__ import annotations
+
+import http.client
+import itertools
+import random
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import BinaryIO
+
+import httpx
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from serving.codec import encode_npy
+from serving.head import Heads
+from serving.media import NPY, RAW
+from serving.models import Models
+from serving.settings import Limits
+from tests.serving.hostile import ROWS, assert_sound
+from tests.serving.running import Running, running
+from vaefeat.encoder import OnnxEncoder
+
+GOOD = encode_npy(ROWS)
+LIMITS = Limits(max_body_bytes=4 * 2**20, max_rows=10_000, max_connections=40)
+
+
+@pytest.fixture(scope="module")
+def service(digits_models: Models) -> Iterator[Running]:
+    with running(digits_models, limits=LIMITS) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def encoder(digits_bundle: Path) -> OnnxEncoder:
+    return OnnxEncoder(digits_bundle, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def wanted(encoder: OnnxEncoder) -> NDArray[np.float32]:
+    return encoder.embed(ROWS)
+
+
+def post(body: bytes, *headers: str, path: str = "/v1/embed") -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "Host: a", f"Content-Type: {NPY}", f"Content-Length: {len(body)}", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_requests_cut_anywhere_are_answered_as_whole_ones(
+    service: Running, wanted: NDArray[np.float32], seed: int
+) -> None:
+    generator = random.Random(seed)
+    big = encode_npy(np.tile(ROWS, (3000 // len(ROWS), *[1] * (ROWS.ndim - 1))))
+    requests = [post(GOOD), b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n", post(big), post(b""), b"\r\n" + post(GOOD)]
+    stream = b"".join(requests)
+    cuts = sorted({0, len(stream), *(generator.randrange(len(stream)) for _ in range(6)), *range(1, 120, 3)})
+    with service.connect() as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start, stop in itertools.pairwise(cuts):
+            connection.sendall(stream[start:stop])
+            time.sleep(generator.choice([0, 0.001, 0.005]))
+        reader = connection.makefile("rb")
+        statuses, bodies = zip(*[read_one(reader) for _ in requests], strict=True)
+    assert statuses == (200, 200, 200, 400, 200)
+    assert bodies[0] == bodies[4] == encode_npy(wanted)
+    assert bodies[2].endswith(bodies[0][-wanted.nbytes :])
+
+
+def read_one(reader: BinaryIO) -> tuple[int, bytes]:
+    """Read one answer of several from one stream, which the standard library's parser would buffer past."""
+    status = int(reader.readline().split()[1])
+    length = 0
+    while (line := reader.readline()) not in (b"\r\n", b""):
+        name, _, value = line.partition(b":")
+        length = int(value) if name.lower() == b"content-length" else length
+    return status, reader.read(length)
+
+
+def test_a_body_that_is_refused_from_its_head_is_dropped_and_the_connection_goes_on(
+    service: Running, wanted: NDArray[np.float32]
+) -> None:
+    with service.connect() as connection:
+        connection.sendall(post(bytes(900_000), path="/nowhere") + post(GOOD))
+        reader = connection.makefile("rb")
+        assert read_one(reader)[0] == 404
+        assert read_one(reader) == (200, encode_npy(wanted))
+
+
+def test_a_client_that_expects_to_be_told_and_is_refused_must_begin_anew(service: Running) -> None:
+    with service.connect() as connection:
+        connection.sendall(post(GOOD, "Expect: 100-continue", path="/nowhere")[: -len(GOOD)])
+        received = connection.makefile("rb").read()
+    assert received.startswith(b"HTTP/1.1 404 ")
+    assert b"connection: close\r\n" in received
+
+
+def test_a_client_that_is_still_sending_reads_why_it_was_refused(service: Running) -> None:
+    body = bytes(16 * 2**20)
+    answer = httpx.post(f"{service.url}/v1/embed", content=body, headers={"content-type": NPY})
+    assert answer.status_code == 413
+    assert answer.headers["connection"] == "close"
+    assert answer.json()["error"]["type"] == "too_large"
+
+
+def test_a_body_larger_than_any_buffer_is_embedded_right(service: Running, encoder: OnnxEncoder) -> None:
+    rows = np.random.default_rng(0).integers(0, 17, (9_000, 1, 8, 8), dtype=np.uint8)
+    for kind, body in ((NPY, encode_npy(rows)), (RAW, rows.tobytes())):
+        answer = httpx.post(f"{service.url}/v1/embed", content=body, headers={"content-type": kind})
+        assert answer.status_code == 200, answer.text
+        features = np.frombuffer(answer.content[-len(rows) * encoder.outputs["mean"] * 4 :], np.float32)
+        assert np.array_equal(features.reshape(len(rows), -1), encoder.embed(rows))
+
+
+def test_too_many_connections_are_told_so_and_those_that_are_open_go_on(
+    service: Running, wanted: NDArray[np.float32]
+) -> None:
+    opened = [service.connect() for _ in range(LIMITS.max_connections)]
+    try:
+        opened[0].sendall(post(GOOD))
+        assert read_one(opened[0].makefile("rb")) == (200, encode_npy(wanted))
+        with service.connect() as one_more:
+            reader = one_more.makefile("rb")
+            assert reader.readline().startswith(b"HTTP/1.1 503 ")
+            assert b"retry-after: 1\r\n" in reader.read()
+    finally:
+        for connection in opened:
+            connection.close()
+    deadline = time.monotonic() + 5
+    while service.server.n_connections and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert_sound(service, wanted)
+
+
+def test_http_1_0_ends_unless_it_is_asked_to_go_on(service: Running) -> None:
+    with service.connect() as connection:
+        connection.sendall(b"GET /livez HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+        assert b"connection: keep-alive\r\n" in connection.recv(65_536)
+        connection.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
+        assert b"connection: close\r\n" in connection.recv(65_536)
+        assert connection.recv(1) == b""
+
+
+def test_every_answer_has_a_date_of_now(service: Running) -> None:
+    date = parsedate_to_datetime(httpx.get(f"{service.url}/livez").headers["date"])
+    assert abs(date.timestamp() - time.time()) < 5
+
+
+def test_what_never_became_a_request_is_counted(service: Running) -> None:
+    def counted() -> float:
+        lines = httpx.get(f"{service.url}/metrics").text.splitlines()
+        found = [line for line in lines if 'reason="malformed_request"' in line]
+        return float(found[0].split()[-1]) if found else 0.0
+
+    before = counted()
+    with service.connect() as connection:
+        connection.sendall(b"nonsense\r\n\r\n")
+        assert connection.recv(65_536).startswith(b"HTTP/1.1 400 ")
+    assert counted() == before + 1
+
+
+def test_curl_and_the_standard_library_keep_their_connection(service: Running, wanted: NDArray[np.float32]) -> None:
+    url = f"{service.url}/livez"
+    done = subprocess.run(
+        ["curl", "-sS", "-v", url, url, "-o", "/dev/null", "-o", "/dev/null"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "Re-using existing connection" in done.stderr
+    connection = http.client.HTTPConnection("127.0.0.1", service.port)
+    for _ in range(3):
+        connection.request("POST", "/v1/embed", GOOD, {"Content-Type": NPY})
+        assert connection.getresponse().read() == encode_npy(wanted)
+    connection.close()
+
+
+def test_heads_that_are_remembered_are_told_apart() -> None:
+    heads = Heads()
+    for number in range(2000):
+        data = f"POST /{number % 700} HTTP/1.1\r\nHost: a\r\nContent-Length: {number % 7}\r\n\r\n".encode()
+        for _ in range(2):
+            head = heads.parse(data)
+            assert (head.scope["path"], head.n_bytes) == (f"/{number % 700}", number % 7)
+    assert len(heads._remembered) <= 512
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "GET / HTTP/1.1\nHost: a\n\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
+        "GET / HTTP/1.1\r\nTransfer-Encoding: chunked, identity\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 5, 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nContent-Length: 0x5\r\n\r\n",
+        "GET / HTTP/1.1\r\n X: a\r\n\r\n",
+        "GET /\x00 HTTP/1.1\r\n\r\n",
+        "GET / HTTP/3.0\r\n\r\n",
+    ],
+)
+def test_heads_that_servers_read_in_different_ways_are_refused(head: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        Heads().parse(head.encode())
