@@ -14,7 +14,7 @@ from pipelines.config import DataConfig
 from vaefeat.data import Rows, load_rows
 from vaefeat.errors import InputError, MissingSplitError
 
-__all__ = ["Dataset", "load_dataset"]
+__all__ = ["Dataset", "load_dataset", "refuse_table"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,20 @@ def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
     )
 
 
+def refuse_table(rows: Rows) -> None:
+    """Refuse a table with categories or gaps, whose columns the jobs' baselines and chunks know nothing of.
+
+    Raises
+    ------
+    InputError
+    """
+    if rows.table is not None:
+        raise InputError(
+            f"got {rows.table} in {rows.source}, wanted rows of numbers without a gap, or images; train on tables with "
+            "vaefeat pretrain, and embed them with vaefeat embed"
+        )
+
+
 def _split(
     rows: NDArray[Any], raw_labels: Any, names: tuple[str, ...] | None, config: DataConfig, seed: int, source: str
 ) -> Dataset:
@@ -108,6 +122,7 @@ def _indices(labels: NDArray[Any], names: tuple[str, ...] | None) -> tuple[NDArr
 
 
 def _require_labels(rows: Rows) -> None:
+    refuse_table(rows)
     if rows.labels is None:
         raise InputError(
             f"got rows without labels from {rows.source}, wanted labels to judge the features by; "

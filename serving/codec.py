@@ -20,7 +20,7 @@ import orjson
 from numpy.typing import NDArray
 
 from serving.errors import CodecError, shown
-from serving.protocols.number_lists import count, innermost, read_numbers
+from serving.protocols.number_lists import count, innermost, read_numbers, with_gaps
 from vaefeat.input_spec import InputSpec
 
 __all__ = [
@@ -200,7 +200,8 @@ def decode_json(body: bytes, *, max_lists: int, max_values: int) -> EmbedBody:
     Raises
     ------
     CodecError
-        Not JSON (NaN and numbers beyond a double are not), other keys, or rows that are not numbers of one shape.
+        Not JSON (NaN and numbers beyond a double are not), other keys, or rows that are not numbers of one shape; null
+        is a number that is missing.
     """
     if count(body, b"[") > max_lists:
         raise CodecError(f"got more than {max_lists} lists, which is more than the allowed rows hold; send fewer rows")
@@ -233,9 +234,21 @@ def _numbers(rows: Any) -> NDArray[Any]:
     try:
         return read_numbers(lists, shape)
     except (TypeError, ValueError, OverflowError) as error:
-        raise CodecError(
-            "got rows that hold other things than numbers, wanted numbers only; null has no place either"
-        ) from error
+        if any(None in numbers for numbers in lists):
+            # A number that is missing, which InputSpec.prepare refuses but in tables.
+            return _numbers_with_gaps(lists, shape)
+        raise _no_numbers() from error
+
+
+def _numbers_with_gaps(lists: list[list[Any]], shape: tuple[int, ...]) -> NDArray[Any]:
+    try:
+        return read_numbers(with_gaps(lists), shape)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _no_numbers() from error
+
+
+def _no_numbers() -> CodecError:
+    return CodecError("got rows that hold other things than numbers, wanted numbers only; null is a missing one")
 
 
 def encode_json(array: NDArray[np.float32], **fields: Any) -> bytes:

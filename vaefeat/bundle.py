@@ -37,9 +37,10 @@ from vaefeat.input_spec import InputSpec
 
 __all__ = ["MAX_NAME_LENGTH", "SCHEMA_VERSION", "Bundle", "Manifest", "load_bundle"]
 
-SCHEMA_VERSION = 2
-#: What a bundle without classes still is: readers from before there were any understand it, and its digest stays.
-_WITHOUT_CLASSES = 1
+SCHEMA_VERSION = 3
+#: What bundles of less still are: readers from before there were tables, or classes, understand them, and their digests
+#: stay.
+_WITHOUT_TABLE, _WITHOUT_CLASSES = 2, 1
 MANIFEST_FILE = "bundle.json"
 MAX_NAME_LENGTH = 64
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
@@ -150,7 +151,9 @@ class Manifest:
     @property
     def schema_version(self) -> int:
         """Of the form that it is written in: the oldest that has all it says."""
-        return SCHEMA_VERSION if self.classes else _WITHOUT_CLASSES
+        if self.input.table is not None:
+            return SCHEMA_VERSION
+        return _WITHOUT_TABLE if self.classes else _WITHOUT_CLASSES
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -356,9 +359,9 @@ def _check_schema(version: object, folder: Path) -> None:
             f"got a bundle of schema {version} in {folder}, wanted at most {SCHEMA_VERSION}; "
             "it was written by a newer vaefeat: upgrade with pip install -U vaefeat"
         )
-    if version not in (_WITHOUT_CLASSES, SCHEMA_VERSION):
+    if version not in range(_WITHOUT_CLASSES, SCHEMA_VERSION + 1):
         raise BundleError(
-            f"got schema {version!r} in {folder / MANIFEST_FILE}, wanted {_WITHOUT_CLASSES} or {SCHEMA_VERSION}"
+            f"got schema {version!r} in {folder / MANIFEST_FILE}, wanted {_WITHOUT_CLASSES} to {SCHEMA_VERSION}"
         )
 
 

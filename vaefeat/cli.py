@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from vaefeat import cli_grid, cli_inference
-from vaefeat.cli_files import BUNDLE, DATA, IMAGE_SIZE, SEED, SPLIT, parts, require_suffix, write_array
+from vaefeat.cli_files import BUNDLE, DATA, IMAGE_SIZE, SEED, SPLIT, parts, require_suffix, rows_for, write_array
 from vaefeat.errors import InputError, TrainingInterrupted, VaefeatError, requiring
 from vaefeat.observers import shown_activity
 
@@ -60,6 +60,15 @@ def pretrain(
             "--stream/--in-memory", help="Read rows while training, or all of them before; by default by their size."
         ),
     ] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="Take text columns of Parquet for categories, and nulls for missing.")
+    ] = False,
+    categorical: Annotated[
+        list[str] | None, typer.Option(help="A column of a table that numbers categories; may be repeated.")
+    ] = None,
+    handle_unknown: Annotated[
+        Literal["error", "ignore"], typer.Option(help="Of categories that a table in training has not.")
+    ] = "error",
 ) -> None:
     """Train on rows without labels and write a bundle."""
     from vaefeat.presets import refuse_changes
@@ -72,7 +81,11 @@ def pretrain(
     if resume and stream is None:
         # Not by the memory that is free today: rows that are streamed come in another order.
         stream = _was_streamed(out)
-    rows = _rows(data, image_size=image_size, stream=stream)
+    rows: Rows | Blocks
+    if table or categorical or data.suffix.lower() == ".csv":
+        rows = _table(data, categorical=categorical, handle_unknown=handle_unknown, stream=stream)
+    else:
+        rows = _rows(data, image_size=image_size, stream=stream)
     with shown_activity("load torch and the rest"), requiring("train", what="Training"):
         from vaefeat.pretraining import pretrain as train_and_export
     bundle = train_and_export(rows, preset=preset, effort=effort, **settings, out=out, name=name, resume=resume)
@@ -128,11 +141,9 @@ def embed(
     """Turn rows into features, as an array file (n, d) of float32."""
     import numpy as np
 
-    from vaefeat.data import load_rows
-
     require_suffix(out, ".npy")
     opened = _encoder(encoder, device=device, model=model)
-    rows = load_rows(data, split=split, image_size=image_size).array
+    rows = rows_for(opened.input, data, split=split, image_size=image_size)
     features = np.concatenate([opened.embed(part, output=output) for part in parts(rows, "embed")])
     write_array(out, features)
     Console().print(f"{out}: {features.shape[0]:,} rows of {features.shape[1]} features", highlight=False)
@@ -167,6 +178,10 @@ def quantize(
     if out.resolve() == bundle.resolve():
         raise InputError(f"got {out} for the new bundle, which is the old one's folder; choose another")
     loaded = load_bundle(bundle)
+    if loaded.manifest.input.table is not None:
+        raise InputError(
+            f"got bundle {loaded.name!r} of {loaded.manifest.input.table}: only rows of numbers are quantized"
+        )
     rows = load_rows(data, image_size=image_size)
     gate = QuantizationGate(difference=difference, error=error, probability=probability)
     with shown_activity("quantize, and compare with float32"):
@@ -197,11 +212,10 @@ def reference(
 ) -> None:
     """Add rows with their features, by which a service proves that it computes the same, to a bundle without them."""
     from vaefeat.bundle import load_bundle
-    from vaefeat.data import load_rows
     from vaefeat.reference import load_reference, with_reference
 
     loaded = load_bundle(bundle)
-    rows = load_rows(data, split=split, image_size=image_size, max_rows=max_rows).array
+    rows = rows_for(loaded.manifest.input, data, split=split, image_size=image_size, max_rows=max_rows)
     with shown_activity(f"compute the features of {len(rows):,} rows"):
         made = with_reference(loaded, rows, seed=seed)
     found = load_reference(made.save(out))
@@ -238,6 +252,16 @@ def doctor(
     console.print("\nwhat to change")
     for line in found.advice:
         console.print(f"- {line}", highlight=False)
+
+
+def _table(
+    data: Path, *, categorical: list[str] | None, handle_unknown: Literal["error", "ignore"], stream: bool | None
+) -> Rows:
+    from vaefeat.data import load_rows
+
+    if stream:
+        raise InputError(f"got --stream for {data}, a table, whose columns are fitted to all of it; leave it out")
+    return load_rows(data, table=True, categorical=categorical, handle_unknown=handle_unknown)
 
 
 def _rows(data: Path, *, image_size: int | None, stream: bool | None) -> Rows | Blocks:

@@ -6,7 +6,7 @@ pickle works where torch is not installed, and gives the numbers that its bundle
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,15 +14,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 
 from vaefeat.bundle import Bundle
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import InputError, requiring
-from vaefeat.estimator_inputs import flat_images, plain_settings, training_rows
+from vaefeat.estimator_inputs import checked_rows, given_settings, plain_settings, taking_tables, training_data
 from vaefeat.model_card import renamed
 from vaefeat.remote import RemoteEncoder
+from vaefeat.table_columns import library_of
+from vaefeat.table_schema import HandleUnknown
 
 if TYPE_CHECKING:
     from sklearn.utils import Tags
@@ -53,14 +55,14 @@ class _Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, C, H, W)
+        X : array-like of shape (n, n_features) or (n, C, H, W), or data frame
 
         Returns
         -------
         ndarray of shape (n, n_features_out), float32
         """
         check_is_fitted(self)
-        rows = validate_data(self, flat_images(X, self.encoder_.input.shape), dtype="numeric", reset=False)
+        rows = checked_rows(self, X, self.encoder_.input, reset=False)
         return self.encoder_.embed(rows, output=self._output)
 
     @property
@@ -86,7 +88,12 @@ class VAETransformer(_Features):
         is None below is the preset's to set.
     image_shape : tuple of int, optional
         (C, H, W) of the images in the rows of `X`. Not needed when `X` is given as (n, C, H, W). Without either,
-        rows are vectors.
+        rows are vectors, or tables: data frames of text, categories, booleans and numbers, and missing values.
+    categorical_features : list of str or int, optional
+        Columns that are categories although they hold numbers. An array holds them numbered from 0, as
+        :class:`sklearn.preprocessing.OrdinalEncoder` does.
+    handle_unknown : {"error", "ignore"}
+        What ``transform`` does with a category that was not in ``fit``: refuse it, or take it for missing.
     network : {"auto", "mlp", "conv"}, optional
     hidden_dims, channels : tuple of int, optional
     posterior, prior, likelihood : str, optional
@@ -147,6 +154,8 @@ class VAETransformer(_Features):
         preset: str = "features",
         effort: str = "fast",
         image_shape: tuple[int, int, int] | None = None,
+        categorical_features: Sequence[str | int] | None = None,
+        handle_unknown: HandleUnknown = "error",
         network: str | None = None,
         hidden_dims: tuple[int, ...] | None = None,
         channels: tuple[int, ...] | None = None,
@@ -172,6 +181,8 @@ class VAETransformer(_Features):
         self.preset = preset
         self.effort = effort
         self.image_shape = image_shape
+        self.categorical_features = categorical_features
+        self.handle_unknown = handle_unknown
         self.network = network
         self.hidden_dims = hidden_dims
         self.channels = channels
@@ -198,8 +209,9 @@ class VAETransformer(_Features):
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, C, H, W)
-            uint8, or anything that becomes float32. At least two rows.
+        X : array-like of shape (n, n_features) or (n, C, H, W), or data frame
+            uint8, or anything that becomes float32; or a table of pandas or polars. NaN is a missing value. At least
+            two rows.
         y : None
             Ignored, for pipelines.
 
@@ -208,7 +220,10 @@ class VAETransformer(_Features):
         InputError
             Rows that cannot be trained on, or settings that do not fit them.
         """
-        rows = training_rows(self, X, self.image_shape)
+        rows = training_data(
+            self, X, self.image_shape, categorical=self.categorical_features, handle_unknown=self.handle_unknown
+        )
+        self._library = library_of(X)
         with requiring("train", what="Training"):
             from vaefeat.pretraining import pretrain
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
@@ -226,7 +241,7 @@ class VAETransformer(_Features):
         self.n_iter_: int = self.bundle_.manifest.metrics["epochs"]
         return self
 
-    def inverse_transform(self, X: ArrayLike) -> NDArray[np.float32]:
+    def inverse_transform(self, X: ArrayLike) -> Any:
         """Decode features to rows: the likelihood's mean.
 
         Parameters
@@ -236,7 +251,8 @@ class VAETransformer(_Features):
         Returns
         -------
         ndarray of shape (n, n_features_in_), float32
-            In the units of the training rows.
+            In the units of the training rows; of categories and booleans the likeliest. A data frame where the model
+            was fitted to one.
 
         Raises
         ------
@@ -249,8 +265,7 @@ class VAETransformer(_Features):
                 f"got features of posterior={posterior!r}, the mean before its flow, which are no latents; "
                 "take vaefeat.inference.denoise for reconstructions, or posterior='diagonal' or 'full'"
             )
-        rows = OnnxDecoder(self.bundle_, device=self.encoder_.device).decode(X)
-        return rows.reshape(len(rows), -1)
+        return self._as_given(OnnxDecoder(self.bundle_, device=self.encoder_.device).decode(X))
 
     def score_samples(self, X: ArrayLike) -> NDArray[np.float64]:
         """Bound the log-likelihood of each row from below, in nats of the scaled row; lower is more unusual.
@@ -263,7 +278,7 @@ class VAETransformer(_Features):
         ndarray of shape (n,), float64
         """
         check_is_fitted(self)
-        rows = validate_data(self, flat_images(X, self.encoder_.input.shape), dtype="numeric", reset=False)
+        rows = checked_rows(self, X, self.encoder_.input, reset=False)
         with requiring("train", what="score_samples"):
             from vaefeat.model.evaluation import importance_weighted_bound
             from vaefeat.weights import restore_vae
@@ -273,7 +288,7 @@ class VAETransformer(_Features):
         """Average :meth:`score_samples`, for model selection; `y` is ignored."""
         return float(self.score_samples(X).mean())
 
-    def sample(self, n_samples: int = 1) -> NDArray[np.float32]:
+    def sample(self, n_samples: int = 1) -> Any:
         """Generate rows: draw latents from the prior and decode them.
 
         Draws follow `random_state`. Needs torch.
@@ -281,7 +296,7 @@ class VAETransformer(_Features):
         Returns
         -------
         ndarray of shape (n_samples, n_features_in_), float32
-            The likelihood's mean for each draw, in the units of the training rows.
+            The likelihood's mean for each draw, as :meth:`inverse_transform` gives it.
         """
         check_is_fitted(self)
         if n_samples < 1:
@@ -289,8 +304,7 @@ class VAETransformer(_Features):
         with requiring("train", what="sample"):
             from vaefeat.generation import sample
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        rows = sample(self.bundle_, n_samples, seed=seed)
-        return rows.reshape(len(rows), -1)
+        return self._as_given(sample(self.bundle_, n_samples, seed=seed))
 
     def save_bundle(self, path: str | PathLike[str], *, name: str | None = None) -> Bundle:
         """Write the bundle to a folder, for :class:`VAEFeatures`, the service and the jobs.
@@ -309,18 +323,21 @@ class VAETransformer(_Features):
         check_is_fitted(self)
         return (self.bundle_ if name is None else renamed(self.bundle_, name)).save(path)
 
+    def _as_given(self, rows: NDArray[np.float32]) -> Any:
+        """Give rows as `fit` got them: flat, or with the names of categories."""
+        flat, table = rows.reshape(len(rows), -1), self.encoder_.input.table
+        return flat if table is None or self._library is None else table.frame(flat, library=self._library)
+
+    def __sklearn_tags__(self) -> Tags:
+        return taking_tables(super().__sklearn_tags__())
+
     def _model_changes(self) -> Mapping[str, Any]:
         own = {"latent_dim": self.n_components, **{name: getattr(self, name) for name in _MODEL_FIELDS}}
-        return _given(plain_settings(own, self.model_options, what="model_options"))
+        return given_settings(plain_settings(own, self.model_options, what="model_options"))
 
     def _train_changes(self, seed: int) -> Mapping[str, Any]:
         own = {"device": self.device, "seed": seed, **{name: getattr(self, name) for name in _TRAIN_FIELDS}}
-        return _given(plain_settings(own, self.train_options, what="train_options"))
-
-
-def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what the preset sets."""
-    return {key: value for key, value in settings.items() if value is not None}
+        return given_settings(plain_settings(own, self.train_options, what="train_options"))
 
 
 class VAEFeatures(_Features):
@@ -382,7 +399,7 @@ class VAEFeatures(_Features):
 
         Parameters
         ----------
-        X : array-like of shape (n, n_features) or (n, C, H, W)
+        X : array-like of shape (n, n_features) or (n, C, H, W), or data frame
         y : None
             Ignored, for pipelines.
 
@@ -399,7 +416,7 @@ class VAEFeatures(_Features):
                 f"got digest={self.digest!r} and an encoder with {encoder.digest}; pass the encoder that is meant, or "
                 "leave out digest= to take this one"
             )
-        rows = validate_data(self, flat_images(X, encoder.input.shape), dtype="numeric")
+        rows = checked_rows(self, X, encoder.input, reset=True)
         encoder.input.prepare(rows[:1])
         if self.output not in encoder.outputs:
             raise InputError(f"got output={self.output!r}, wanted one of {sorted(encoder.outputs)}")
@@ -407,6 +424,13 @@ class VAEFeatures(_Features):
         self.digest_: str = encoder.digest
         self._output = self.output
         return self
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        # Of a path or an address nothing is known before it is opened.
+        known = getattr(self, "encoder_", self.encoder)
+        spec = known.manifest.input if isinstance(known, Bundle) else getattr(known, "input", None)
+        return tags if spec is None or spec.table is None else taking_tables(tags)
 
     def _open(self) -> OnnxEncoder | RemoteEncoder:
         if isinstance(self.encoder, OnnxEncoder | RemoteEncoder):

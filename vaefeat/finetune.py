@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
+from sklearn.utils.validation import check_consistent_length, check_is_fitted
 
 from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import requiring
-from vaefeat.estimator_inputs import flat_images, named_augmentations
+from vaefeat.estimator_inputs import checked_rows, named_augmentations
 from vaefeat.finetune_config import FineTuneConfig
 from vaefeat.labels import class_names, class_shares, encode_labels, given_shares, labelled_accuracy
 from vaefeat.model_card import renamed
@@ -231,8 +231,7 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _rows(self, X: ArrayLike, bundle: Bundle, *, reset: bool) -> NDArray[Any]:
         spec = bundle.manifest.input
-        flat = validate_data(self, flat_images(X, spec.shape), dtype="numeric", reset=reset)
-        return spec.prepare(flat)
+        return spec.prepare(checked_rows(self, X, spec, reset=reset))
 
     def _shares(self, codes: NDArray[np.int64], n_classes: int) -> NDArray[np.float64]:
         if self.class_shares is None:

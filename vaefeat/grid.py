@@ -219,6 +219,11 @@ def pretrain_grid(
     names = _names(combinations)
     folder = Path(out) if out is not None else None
     loaded = data if isinstance(data, Rows) else load_rows(data)
+    if loaded.table is not None:
+        raise InputError(
+            f"got {loaded.table} from {loaded.source}, wanted rows of numbers without a gap: grids train no tables; "
+            "train its models one by one, with pretrain"
+        )
     rows = loaded.array
     refuse_untrainable(rows, loaded.source)
     described = {"fingerprint": fingerprint(rows), "n_rows": len(rows)}

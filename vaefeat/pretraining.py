@@ -22,7 +22,7 @@ from vaefeat.bundle import Bundle, Manifest, check_name, load_bundle
 from vaefeat.combinations import refuse_pair
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.data import Rows, fingerprint, load_rows
-from vaefeat.errors import BundleError, InputError, OutOfMemoryError, TrainingError
+from vaefeat.errors import BundleError, ConfigError, InputError, OutOfMemoryError, TrainingError
 from vaefeat.export import export_decoder, export_encoder, measure_parity
 from vaefeat.inference import denoise
 from vaefeat.input_spec import InputSpec
@@ -36,6 +36,7 @@ from vaefeat.observers import EventLog, Observer, ProgressBar, shown_activity
 from vaefeat.presets import choose_settings, plain_changes, refuse_changes
 from vaefeat.reference import REFERENCE_FILE, Reference
 from vaefeat.streams import RowStream
+from vaefeat.table_schema import TableSchema
 from vaefeat.training import Trainer, TrainingResult
 from vaefeat.weights import weights_of
 from vaefeat.world import World
@@ -85,8 +86,9 @@ def pretrain(
 
     Parameters
     ----------
-    data : path-like, array-like, Rows or Blocks
-        Anything that :func:`vaefeat.data.load_rows` reads. Labels in it are not looked at. What
+    data : path-like, array-like, data frame, Rows or Blocks
+        Anything that :func:`vaefeat.data.load_rows` reads, which also says what makes a table of it; what it gives can
+        be given here. Labels in it are not looked at. What
         :func:`vaefeat.blocks.open_blocks` opens is read while training, block by block, and never held in memory
         whole.
     preset : {"features", "textbook"}
@@ -154,6 +156,13 @@ def pretrain(
     model, train = choose_settings(
         source.sample, n_rows=source.n_rows, preset=preset, effort=effort, model=model, train=train
     )
+    if source.table is not None:
+        if model.columns not in ((), source.table.sizes):
+            raise ConfigError(
+                f"got columns={model.columns} for {source.table}, whose columns are {source.table.sizes}; leave them "
+                "out: they are read off the data"
+            )
+        model = replace(model, columns=source.table.sizes, optional_columns=source.table.optional_columns)
     refuse_pair(model, train)
     if resume and folder is None:
         raise InputError("got resume=True without out=, wanted the folder that holds the checkpoint")
@@ -193,6 +202,7 @@ def pretrain(
                 train=train,
                 name=name,
                 data={"fingerprint": source.identity["fingerprint"], "n_rows": source.n_rows},
+                table=source.table,
             )
     if folder is None:
         return bundle
@@ -242,6 +252,7 @@ class _Source:
     n_rows: int
     name: str
     identity: dict[str, Any]
+    table: TableSchema | None = None
 
     @classmethod
     def opened(cls, data: Any, train: TrainConfig) -> _Source:
@@ -250,11 +261,19 @@ class _Source:
             identity = {"fingerprint": stream.fingerprint(), "order": stream.layout()}
             return cls(stream, stream.sample, stream.n_rows, stream.source, identity)
         loaded = data if isinstance(data, Rows) else load_rows(data)
-        return cls(loaded.array, loaded.array, len(loaded), loaded.source, {"fingerprint": fingerprint(loaded.array)})
+        identity = {"fingerprint": fingerprint(loaded.array)}
+        return cls(loaded.array, loaded.array, len(loaded), loaded.source, identity, loaded.table)
 
 
 def make_bundle(
-    vae: VAE, rows: NDArray[Any], result: TrainingResult, *, train: TrainConfig, name: str, data: dict[str, Any]
+    vae: VAE,
+    rows: NDArray[Any],
+    result: TrainingResult,
+    *,
+    train: TrainConfig,
+    name: str,
+    data: dict[str, Any],
+    table: TableSchema | None = None,
 ) -> Bundle:
     """Export a trained model and describe it, in memory.
 
@@ -268,6 +287,8 @@ def make_bundle(
     name : str
     data : dict
         What the manifest says of the training rows: their fingerprint and number.
+    table : TableSchema, optional
+        What their columns are.
 
     The graphs are compared with torch on held-out rows first; see :func:`vaefeat.export.measure_parity`. Where the
     posterior has collapsed, the logger ``vaefeat`` warns, and says what to try.
@@ -295,7 +316,7 @@ def make_bundle(
         _LOG.warning("%s: %s", name, found.advice)
     manifest = Manifest(
         name=name,
-        input=InputSpec.of(rows),
+        input=InputSpec.of(rows, table=_scaled(table, vae)),
         outputs={"mean": model.latent_dim, "logvar": model.latent_dim, "hidden": vae.encoder.hidden_dim},
         latent_dim=model.latent_dim,
         active_units=evaluation.active,
@@ -357,11 +378,19 @@ def refuse_untrainable(rows: NDArray[Any], source: str) -> None:
             f"got {len(rows)} row from {source} to train on, wanted at least 2: one to train on and one to measure"
         )
     # all() stops at the first row that differs, which for nearly every data set is the second.
-    if all(bool((rows[start : start + 4096] == rows[0]).all()) for start in range(0, len(rows), 4096)):
+    chunks = (rows[start : start + 4096] for start in range(0, len(rows), 4096))
+    if all(bool(((chunk == rows[0]) | ((chunk != chunk) & (rows[0] != rows[0]))).all()) for chunk in chunks):
         raise InputError(
             f"got {len(rows)} rows from {source} that are all the same, wanted rows that differ: "
             "there is nothing to learn from constant columns alone"
         )
+
+
+def _scaled(table: TableSchema | None, vae: VAE) -> TableSchema | None:
+    if table is None:
+        return None
+    scaling = vae.preprocessing
+    return table.scaled(scaling.shift.tolist(), (1 / scaling.scale).tolist())
 
 
 def _version(library: str) -> str:

@@ -6,6 +6,7 @@ a tenth of the time of a loop, and a third of that of NumPy, which also makes te
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from itertools import chain
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from serving.errors import CodecError
 
-__all__ = ["count", "innermost", "pack", "read_numbers"]
+__all__ = ["count", "innermost", "pack", "read_numbers", "with_gaps"]
 
 
 _PIECE_BYTES = 2**20
@@ -76,6 +77,11 @@ def pack(lists: Sequence[Sequence[Any]], typecode: str) -> bytes:
         return b"".join([packer.pack(*numbers) for numbers in lists])
     except struct.error as error:
         raise ValueError(str(error)) from error
+
+
+def with_gaps(lists: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Take null for NaN, a missing value."""
+    return [[math.nan if value is None else value for value in values] for values in lists]
 
 
 def read_numbers(lists: Sequence[Sequence[Any]], shape: Sequence[int]) -> NDArray[np.uint8] | NDArray[np.float64]:

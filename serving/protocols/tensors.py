@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import CodecError, RequestError, shown
-from serving.protocols.number_lists import innermost, pack
+from serving.protocols.number_lists import innermost, pack, with_gaps
 from vaefeat.input_spec import InputSpec
 
 __all__ = [
@@ -187,6 +187,8 @@ def rows_from_values(data: object, *, datatype: str, shape: Sequence[int], spec:
     lists, nesting = innermost(data)
     if len(nesting) > 1 and nesting != tuple(shape):
         raise CodecError(f"got data nested as {shown(list(nesting))}, wanted {shown(list(shape))} or one flat list")
+    if spec.table is not None and datatype in {"FP32", "FP64"}:
+        lists = with_gaps(lists)
     return rows_from_numbers(lists, datatype=datatype, shape=shape, spec=spec)
 
 

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from serving.codec import decode_json, decode_npy, encode_json, encode_npy, is_plain, plain, view_npy
 from serving.errors import CodecError
+from vaefeat.errors import InputError
+from vaefeat.input_spec import InputSpec
 
 NUMBERS = (
     hnp.boolean_dtypes()
@@ -169,6 +171,14 @@ def test_decode_json_with_everything_gives_all_three() -> None:
     np.testing.assert_array_equal(body.rows, [[1, 2.5], [3, 4]])
 
 
+def test_decode_json_of_null_is_a_missing_number_which_only_tables_take() -> None:
+    body = decode_json(b'{"rows": [[null, 2], [1, 2]]}', max_lists=10, max_values=10)
+    np.testing.assert_array_equal(body.rows, [[np.nan, 2], [1, 2]])
+    for dtype in ("uint8", "float32"):
+        with pytest.raises(InputError, match="row 0"):
+            InputSpec(kind="vector", shape=(2,), dtype=dtype, low=0, high=9).prepare(body.rows)
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -184,7 +194,6 @@ def test_decode_json_with_everything_gives_all_three() -> None:
         b'{"rows": [[1, 2], [3]]}',
         b'{"rows": [[1, [2]]]}',
         b'{"rows": [["1", "2"]]}',
-        b'{"rows": [[null, 2]]}',
         b'{"rows": [[{}, 2]]}',
         b'{"rows": [[1]], "other": 1}',
         b'{"rows": [[1]], "model": 1}',

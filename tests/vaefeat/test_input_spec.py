@@ -123,7 +123,6 @@ def test_prepare_no_rows_is_refused(shape: tuple[int, ...]) -> None:
         np.array([[1, 2, 3, 4, 5, None]]),
         ROWS.astype(np.complex64),
         ROWS.astype("datetime64[s]"),
-        OneHotEncoder().fit_transform(ROWS),
         None,
     ],
     ids=lambda rows: type(rows).__name__ if not isinstance(rows, np.ndarray) else str(rows.dtype),
@@ -132,6 +131,12 @@ def test_prepare_no_rows_is_refused(shape: tuple[int, ...]) -> None:
 def test_prepare_what_is_not_real_numbers_is_refused_by_dtype(rows: Any, spec: InputSpec) -> None:
     with pytest.raises(InputError, match=r"got rows of dtype .*convert every column to numbers"):
         spec.prepare(rows)
+
+
+@pytest.mark.parametrize("spec", [PIXELS, TABLE], ids=["uint8", "float32"])
+def test_prepare_sparse_rows_are_refused_with_what_to_do(spec: InputSpec) -> None:
+    with pytest.raises(InputError, match=r"got a sparse csr_matrix, .*pass X\.toarray\(\)"):
+        spec.prepare(OneHotEncoder().fit_transform(ROWS.reshape(len(ROWS), -1)))
 
 
 @pytest.mark.parametrize(
