@@ -14,7 +14,7 @@ from vaefeat.errors import BundleError, InputError
 from vaefeat.input_spec import InputSpec
 from vaefeat.runtime import open_graph
 
-__all__ = ["OnnxEncoder"]
+__all__ = ["OnnxEncoder", "check_rows_input"]
 
 
 class OnnxEncoder:
@@ -85,6 +85,11 @@ class OnnxEncoder:
 
     def _open(self) -> None:
         manifest = self._bundle.manifest
+        if manifest.pipeline is not None:
+            raise BundleError(
+                f"got bundle {manifest.name!r}, a whole pipeline, which gives labels and no features; take "
+                "vaefeat.OnnxPredictor, or the bundle of the encoder that it was made with"
+            )
         self.name: str = manifest.name
         self.digest: str = self._bundle.digest
         self.input: InputSpec = manifest.input
@@ -95,11 +100,18 @@ class OnnxEncoder:
         self.precision: str = manifest.precision
         what = f"encoder.onnx of bundle {self.name!r}"
         graph = open_graph(self._bundle.read("encoder.onnx"), what=what, device=self._device, threads=self._threads)
-        _check_interface(graph.session, self.input, self.outputs, what)
+        # Everything after this relies on the graph's being what the manifest says.
+        check_rows_input(graph.session, self.input, what)
+        _check_outputs(graph.session, self.outputs, what)
         self.provider: str = graph.provider
         self.device: str = graph.device
         self.device_reason: str = graph.reason
         self._graph = graph
+
+    @property
+    def bundle(self) -> Bundle:
+        """What it was opened from."""
+        return self._bundle
 
     def embed(self, X: ArrayLike, *, output: str = "mean") -> NDArray[np.float32]:
         """Encode rows.
@@ -165,14 +177,22 @@ class OnnxEncoder:
         return f"OnnxEncoder({self.name!r}, {self.input}, latent_dim={self.latent_dim}, device={self.device!r})"
 
 
-def _check_interface(session: Any, spec: InputSpec, outputs: dict[str, int], what: str) -> None:
-    """Refuse a graph that does not take and give what the manifest says: everything after this relies on it."""
+def check_rows_input(session: Any, spec: InputSpec, what: str) -> None:
+    """Refuse a graph that does not take the rows that the manifest says, any number at a time.
+
+    Raises
+    ------
+    BundleError
+    """
     tensor = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}[spec.dtype]
     got = [(i.name, i.type, tuple(i.shape[1:])) for i in session.get_inputs()]
     if got != [("rows", tensor, spec.shape)]:
         raise BundleError(f"got {what} with the inputs {got}, wanted rows of {tensor}, each of shape {spec.shape}")
     if isinstance(n_rows := session.get_inputs()[0].shape[0], int):
         raise BundleError(f"got {what} that takes {n_rows} rows at a time, wanted any number")
+
+
+def _check_outputs(session: Any, outputs: dict[str, int], what: str) -> None:
     widths = {o.name: o.shape[1] for o in session.get_outputs() if len(o.shape) == 2 and o.type == "tensor(float)"}
     if widths != outputs:
         raise BundleError(f"got {what} with the outputs {widths}, wanted {outputs}")
