@@ -22,7 +22,8 @@ from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import BundleError, DeviceError
 from vaefeat.input_spec import InputSpec
-from vaefeat.reference import TOLERANCE, Reference, load_reference
+from vaefeat.predictor import LABEL, PROBABILITIES, OnnxPredictor
+from vaefeat.reference import TOLERANCE, PredictionReference, Reference, load_reference
 
 __all__ = ["Models", "Place", "ServedModel", "find_bundles"]
 
@@ -50,7 +51,7 @@ class Place:
 
 
 class ServedModel:
-    """One version of a model: an encoder with what is said of it.
+    """One version of a model: an encoder or a classifier, with what is said of it.
 
     Parameters
     ----------
@@ -63,35 +64,42 @@ class ServedModel:
         The version is the digest's hexadecimal part.
     input : InputSpec
     outputs : mapping of str to int
+        Widths of what it gives as numbers.
     classes : tuple
-    reference : Reference or None
+        Empty where it is no classifier.
+    names : tuple of str
+        All that it can be asked for: its outputs, and of a classifier ``label`` and ``probabilities``.
+    reference : Reference, PredictionReference or None
     provider, precision : str
         ONNX Runtime's execution provider, and what it computes in.
     """
 
     def __init__(self, bundle: Bundle, *, place: Place) -> None:
         # A batch is computed by one thread: lanes share out the processors, and wait for each other nowhere.
-        self._encoder = OnnxEncoder(bundle, device=place.device, threads=1)
+        opens = OnnxPredictor if bundle.manifest.classes else OnnxEncoder
+        self._opened = opens(bundle, device=place.device, threads=1)
         self.name, self.digest = bundle.name, bundle.digest
         self.version = bundle.digest.removeprefix("sha256:")
-        self.input: InputSpec = self._encoder.input
-        self.outputs: Mapping[str, int] = self._encoder.outputs
-        self.classes = self._encoder.classes
-        self.latent_dim, self.active_units = self._encoder.latent_dim, self._encoder.active_units
-        self.provider, self.device = self._encoder.provider, self._encoder.device
-        self.precision = self._encoder.precision
-        self.reference: Reference | None = load_reference(bundle)
+        self.input: InputSpec = self._opened.input
+        self.outputs: Mapping[str, int] = self._opened.outputs
+        self.classes = self._opened.classes
+        predicted = (LABEL, PROBABILITIES) if self.classes else ()
+        self.names = (*(name for name in self.outputs if name not in predicted), *predicted)
+        self.latent_dim, self.active_units = self._opened.latent_dim, self._opened.active_units
+        self.provider, self.device = self._opened.provider, self._opened.device
+        self.precision = self._opened.precision
+        self.reference: Reference | PredictionReference | None = load_reference(bundle)
         #: How far what is served has moved from what it was trained on.
         self.drift = None
-        if self.reference is not None:
+        if isinstance(self.reference, Reference):
             self.drift = Drift(mean=self.reference.mean, variance=self.reference.variance)
         self._max_batch_rows = place.max_batch_rows
 
-    def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
-        """Encode checked rows; see :meth:`vaefeat.encoder.OnnxEncoder.compute`."""
-        return self._encoder.compute(rows, outputs)
+    def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[Any]]:
+        """Compute some of `names` of checked rows; labels are places in `classes`."""
+        return self._opened.compute(rows, outputs)
 
-    def observe(self, outputs: Sequence[str], features: Sequence[NDArray[np.float32]]) -> None:
+    def observe(self, outputs: Sequence[str], features: Sequence[NDArray[Any]]) -> None:
         """Take note of what was served; in a lane's thread."""
         if self.drift is not None and "mean" in outputs:
             self.drift.update(features[outputs.index("mean")])
@@ -119,11 +127,13 @@ class ServedModel:
         """Compute the reference's rows and compare, as :meth:`warm_up` does in the end."""
         if self.reference is None:
             return
-        (features,) = self.compute(self.reference.rows, ["mean"])
-        if not (found := self.reference.difference(features)) <= TOLERANCE:
+        found = self.reference.difference(*self.compute(self.reference.rows, self.reference.outputs))
+        if not found <= TOLERANCE:
+            what = "means" if isinstance(self.reference, Reference) else "labels or probabilities"
+            unit = " standard deviations" if isinstance(self.reference, Reference) else ""
             raise ModelError(
-                f"model {self.name!r} computes means on {self.provider} that differ by {found:.3g} standard deviations "
-                f"from those in its bundle, wanted at most {TOLERANCE:g}; is the device sound? Try --device cpu"
+                f"model {self.name!r} computes {what} on {self.provider} that differ by {found:.3g}{unit} from those "
+                f"in its bundle, wanted at most {TOLERANCE:g}; is the device sound? Try --device cpu"
             )
 
     def __repr__(self) -> str:

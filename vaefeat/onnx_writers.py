@@ -221,8 +221,8 @@ def _boosted_scores(graph: GraphBuilder, step: HistGradientBoostingClassifier, x
             else:
                 branch = (int(node["feature_idx"]), "BRANCH_LEQ", int(node["left"]), int(node["right"]))
             thresholds.append(0.0 if node["is_leaf"] else float(node["num_threshold"]))
-            for name, value in zip(_BRANCHES, (number, place, *branch), strict=True):
-                nodes[name].append(value)
+            for name, given in zip(_BRANCHES, (number, place, *branch), strict=True):
+                nodes[name].append(given)
     baseline = np.ravel(step._baseline_prediction).astype(np.float64)
     summed = graph(
         "TreeEnsembleRegressor",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import binascii
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "rows_from_bytes",
     "rows_from_numbers",
     "rows_from_values",
+    "tensor_of",
 ]
 
 ROWS = "rows"
@@ -53,6 +54,11 @@ NUMPY: Mapping[str, np.dtype[Any]] = {
 _STORED = {**NUMPY, "BOOL": np.dtype("u1")}
 #: Of :mod:`array`, whose items refuse what they cannot hold.
 _TYPECODES = {datatype: "B" if datatype == "BOOL" else dtype.char for datatype, dtype in NUMPY.items()}
+
+
+def tensor_of(spec: InputSpec) -> tuple[str, tuple[int, ...]]:
+    """Give the datatype and shape of a row."""
+    return {"uint8": "UINT8", "float32": "FP32"}[spec.dtype], spec.shape
 
 
 def check_input(name: object, datatype: object, shape: Sequence[Any], *, spec: InputSpec, max_rows: int) -> int:
@@ -111,7 +117,7 @@ def _taken(spec: InputSpec) -> str:
     return f"{rows}; or {IMAGES!r}, BYTES of shape (n,), PNG, JPEG or WebP files" if spec.kind == "image" else rows
 
 
-def check_outputs(names: Sequence[object], *, outputs: Mapping[str, int]) -> None:
+def check_outputs(names: Sequence[object], *, outputs: Collection[str]) -> None:
     """Refuse outputs that the bundle has not, and those that are asked for twice.
 
     Raises
