@@ -12,7 +12,7 @@ What happens to a request, from the network inwards:
 ``app``                 routes, errors in each door's form; knows nothing of Ray
 ``exchange``            one request and its answer; ``asgi`` carries it where another server has the connection
 ``guard``               who may come in: lengths, keys, rates, room
-``native``              ``/v1/embed``; ``media``, ``codec``, ``multipart``: which form a body has, bytes <-> arrays
+``native``              ``/v1/embed``, ``/v1/predict``; ``media``, ``codec``, ``multipart``: bytes <-> arrays
 ``embeddings``          ``/v1/embeddings``, OpenAI's form
 ``inference``           ``/v2``, the Open Inference Protocol
 ``meta``                index, health, models, figures; ``openapi`` describes everything

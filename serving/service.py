@@ -199,8 +199,11 @@ class Service:
         """
         self.require_ready()
         if unknown := [output for output in outputs if output not in model.names]:
+            hint = "" if "mean" in model.names else "; it is a whole pipeline, without features: POST to /v1/predict"
             raise RequestError(
-                400, "invalid_parameter", f"got output={unknown[0][:80]!r}, wanted one of {sorted(model.names)}"
+                400,
+                "invalid_parameter",
+                f"got output={unknown[0][:80]!r} of {model.name!r}, wanted one of {sorted(model.names)}{hint}",
             )
         if LABEL in outputs and PROBABILITIES not in outputs:
             # Where these are no numbers, a label means nothing.

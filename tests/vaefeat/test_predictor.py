@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -88,7 +89,7 @@ def test_graph_that_gives_something_else_than_the_manifest_says_is_refused(bundl
 
 
 @pytest.mark.parametrize("change", [{"classes": ()}, {"outputs": {"probabilities": 10, "mean": 8}}, {"outputs": {}}])
-def test_manifest_of_a_pipeline_that_contradicts_itself_is_refused(bundle: Bundle, change: dict[str, object]) -> None:
+def test_manifest_of_a_pipeline_that_contradicts_itself_is_refused(bundle: Bundle, change: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match="classes"):
         replace(bundle.manifest, **change)
 
