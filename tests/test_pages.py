@@ -14,7 +14,9 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 @pytest.mark.parametrize("page", ["pipelines.md"])
 def test_python_blocks_of_a_page_run_in_order(page: str, tmp_path: Path) -> None:
-    program = "\n".join(re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), flags=re.DOTALL | re.MULTILINE))
+    program = "\n".join(
+        re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    )
     assert "export_pipeline(" in program
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -25,6 +25,7 @@ from serving.codec import decode_npy, encode_npy
 from serving.errors import ModelError
 from serving.media import JSON, NPY, RAW
 from serving.models import Models, Place, ServedModel
+from tests.serving.conftest import save_logarithm
 from tests.serving.running import within
 from vaefeat import FineTuneClassifier, VAEFeatures, export_pipeline, load_bundle
 from vaefeat.bundle import Bundle
@@ -254,6 +255,22 @@ def test_open_inference_protocol_has_no_label_for_an_image_that_cannot_be_read(m
     answer = ask(models, "/v2/models/numerals/infer", orjson.dumps({"inputs": [tensor]}), kind=JSON)
     assert answer.status_code == 400
     assert "item 0 cannot be read, so that it has no label" in answer.json()["error"]
+
+
+def test_label_of_probabilities_that_are_no_numbers_is_not_given(tmp_path: Path) -> None:
+    encoder = save_logarithm(tmp_path / "rest", of_rest=True)  # log(1 - x): no number where x is above 1
+    rows = np.random.default_rng(0).uniform(0, 0.9, (50, 2)).astype(np.float32)
+    pipe = make_pipeline(VAEFeatures(encoder, device="cpu"), LogisticRegression()).fit(
+        rows, (rows[:, 0] > 0.4).astype(int)
+    )
+    export_pipeline(pipe, tmp_path / "pipeline", X=rows)
+    models = Models.from_bundles([tmp_path / "pipeline"], place=CPU)
+    tensor = {"name": "rows", "datatype": "FP32", "shape": [1, 2], "data": [2.0, 2.0]}
+    body = orjson.dumps({"inputs": [tensor], "outputs": [{"name": "label"}]})
+    answer = ask(models, "/v2/models/rest-pipeline/infer", body, kind=JSON)
+    assert answer.status_code == 500
+    assert "NaN or infinity computed for row 0" in answer.json()["error"]
+    assert ask(models, "/v1/predict", encode_npy(rows * 3)).status_code == 500
 
 
 def test_rows_of_many_requests_at_once_get_the_bits_that_each_gets_alone(
