@@ -23,9 +23,10 @@ from serving.app import Application
 from serving.errors import ModelError
 from serving.guard.keys import KeyRing
 from serving.http_server import lanes_for
-from serving.models import Models, Place
+from serving.models import Models
 from serving.protocols.oip_grpc import HealthServicer, InferenceServicer
 from serving.protocols.serve_grpc import GrpcCalls
+from serving.served_model import Place
 from serving.service import Service
 from serving.settings import Limits
 from serving.watching.logs import start_logging

@@ -251,8 +251,8 @@ def _no_numbers() -> CodecError:
     return CodecError("got rows that hold other things than numbers, wanted numbers only; null is a missing one")
 
 
-def encode_json(array: NDArray[np.float32], **fields: Any) -> bytes:
-    """Write ``{**fields, "shape": [...], "embeddings": [[...], ...]}``.
+def encode_json(array: NDArray[np.float32], *, name: str = "embeddings", **fields: Any) -> bytes:
+    """Write ``{**fields, "shape": [...], name: [[...], ...]}``.
 
     Every float32 comes out as the shortest decimal that reads back as the same float32.
 
@@ -260,9 +260,11 @@ def encode_json(array: NDArray[np.float32], **fields: Any) -> bytes:
     ----------
     array : ndarray of float32
         Finite throughout: JSON would turn NaN into null.
+    name : str
+        What it is called.
     **fields : JSON values
         Come before the array.
     """
     assert np.isfinite(array).all()  # the caller answers with an error instead
-    body = {**fields, "shape": list(array.shape), "embeddings": np.ascontiguousarray(array)}
+    body = {**fields, "shape": list(array.shape), name: np.ascontiguousarray(array)}
     return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)

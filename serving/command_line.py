@@ -13,8 +13,9 @@ from serving.address import claim, require_loopback
 from serving.asked import Asked
 from serving.errors import EngineError, SetupError
 from serving.guard.keys import KeyRing
-from serving.models import Models, Place
+from serving.models import Models
 from serving.ray_environment import prepare_environment
+from serving.served_model import Place
 from serving.settings import Limits, ServiceSettings
 from vaefeat.errors import VaefeatError, requiring
 from vaefeat.runtime import choose_device

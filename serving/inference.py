@@ -11,17 +11,16 @@ from serving.codec import INLINE_VALUES
 from serving.errors import CodecError, RequestError, too_large
 from serving.exchange import Answer, Exchange, json_answer
 from serving.media import JSON
-from serving.models import ServedModel
 from serving.protocols.content_coding import asked_coding, compress, inflate
 from serving.protocols.oip import (
     EXTENSIONS,
-    InferEncoder,
     decode_infer,
-    describe_model,
     describe_server,
     encode_error,
     parse_json_length,
 )
+from serving.protocols.oip_outputs import InferEncoder, describe_model
+from serving.served_model import ServedModel
 from serving.service import Service
 from vaefeat.errors import InputError
 
@@ -106,12 +105,10 @@ class Inference:
         length = parse_json_length(exchange.headers.get(b"inference-header-content-length"), body_length=len(content))
         most = service.limits.max_rows
         if (len(content) if length is None else length) <= service.limits.inline_bytes:
-            asked = decode_infer(content, json_length=length, spec=model.input, outputs=model.outputs, max_rows=most)
+            asked = decode_infer(content, json_length=length, spec=model.input, outputs=model.names, max_rows=most)
         else:
             asked = await service.off_loop(
-                lambda: decode_infer(
-                    content, json_length=length, spec=model.input, outputs=model.outputs, max_rows=most
-                )
+                lambda: decode_infer(content, json_length=length, spec=model.input, outputs=model.names, max_rows=most)
             )
         batch = asked.rows if asked.rows is not None else asked.images
         assert batch is not None  # one of both is there

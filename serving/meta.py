@@ -10,8 +10,8 @@ import orjson
 
 from serving.exchange import Answer, Exchange, json_answer
 from serving.media import JSON
-from serving.models import ServedModel
 from serving.openapi import describe_api
+from serving.served_model import ServedModel
 from serving.service import Service
 from serving.watching.recorder import Recorder
 from vaefeat import __version__

@@ -9,158 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from serving.errors import ModelError, RequestError, SetupError
-from serving.watching.drift import Drift
+from serving.served_model import Place, ServedModel
 from vaefeat.bundle import Bundle, load_bundle
-from vaefeat.encoder import Mode, OnnxEncoder
 from vaefeat.errors import BundleError, DeviceError
-from vaefeat.input_spec import InputSpec
-from vaefeat.plan import buckets_up_to
-from vaefeat.reference import REFERENCE_FILE, TOLERANCES, Reference, load_reference
-from vaefeat.runtime import Interruption, choose_device
+from vaefeat.runtime import Interruption
 
-__all__ = ["Models", "Place", "ServedModel", "find_bundles"]
+__all__ = ["Models", "find_bundles"]
 
 _log = logging.getLogger("serving")
 #: Of one name, the newest first: the one that is served and the one before.
 _KEPT = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where models are computed.
-
-    Parameters
-    ----------
-    device : {"auto", "cpu", "cuda", "tensorrt"}
-    threads : int, optional
-        Processors to use; all that there are when None.
-    max_batch_rows : int
-        Most rows in a batch.
-    """
-
-    device: str = "auto"
-    threads: int | None = None
-    max_batch_rows: int = 256
-
-
-class ServedModel:
-    """One version of a model: an encoder with what is said of it.
-
-    Parameters
-    ----------
-    bundle : Bundle
-    place : Place
-
-    Attributes
-    ----------
-    name, version, digest : str
-        The version is the digest's hexadecimal part.
-    input : InputSpec
-    outputs : mapping of str to int
-    classes : tuple
-    reference : Reference or None
-    provider : str
-        ONNX Runtime's execution provider.
-    """
-
-    def __init__(self, bundle: Bundle, *, place: Place) -> None:
-        device, _ = choose_device(place.device)
-        # A GPU waits for its kernels to be launched, so batches get a few sizes that it is prepared for; a CPU would
-        # compute the padding. There a batch has one thread: lanes share out the processors, and wait nowhere.
-        buckets = None if device == "cpu" else buckets_up_to(place.max_batch_rows)
-        self._encoder = OnnxEncoder(bundle, device=place.device, threads=1, buckets=buckets)
-        self.name, self.digest = bundle.name, bundle.digest
-        self.version = bundle.digest.removeprefix("sha256:")
-        self.input: InputSpec = self._encoder.input
-        self.outputs: Mapping[str, int] = self._encoder.outputs
-        self.classes = self._encoder.classes
-        self.latent_dim, self.active_units = self._encoder.latent_dim, self._encoder.active_units
-        self.provider, self.device = self._encoder.provider, self._encoder.device
-        self.reference: Reference | None = load_reference(bundle)
-        #: How far what is served has moved from what it was trained on.
-        self.drift = None
-        if self.reference is not None:
-            self.drift = Drift(mean=self.reference.mean, variance=self.reference.variance)
-        self._max_batch_rows = place.max_batch_rows
-
-    @property
-    def mode(self) -> Mode:
-        """How it computes; known for good when it is warmed up."""
-        return self._encoder.mode
-
-    def padding(self, n_rows: int) -> int:
-        """Give the rows that are computed beside so many."""
-        return self._encoder.padding(n_rows)
-
-    def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
-        """Encode checked rows; see :meth:`vaefeat.encoder.OnnxEncoder.compute`."""
-        return self._encoder.compute(rows, outputs)
-
-    def observe(self, outputs: Sequence[str], features: Sequence[NDArray[np.float32]]) -> None:
-        """Take note of what was served; in a lane's thread."""
-        if self.drift is not None and "mean" in outputs:
-            self.drift.update(features[outputs.index("mean")])
-
-    def warm_up(self, interruption: Interruption | None = None) -> None:
-        """Compute batches of every usual size, with every output, and compare with the reference.
-
-        On a GPU the sizes are the buckets, and this captures their CUDA graphs.
-
-        Parameters
-        ----------
-        interruption : Interruption, optional
-            With which another thread may end this.
-
-        Raises
-        ------
-        ModelError
-            The device computes something else than where the bundle was exported, or nothing that is finite.
-        """
-        if not self.proved:
-            _log.warning(
-                "model %s in version %s is unproved: its bundle has no %s, which what is computed could be compared "
-                "with; add one with vaefeat reference",
-                self.name,
-                self.version[:12],
-                REFERENCE_FILE,
-            )
-        for n_rows in self._encoder.mode.buckets or _doubling(self._max_batch_rows):
-            rows = np.zeros((n_rows, *self.input.shape), self.input.dtype)
-            computed = self._encoder.compute(rows, list(self.outputs), interruption=interruption)
-            for output, features in zip(self.outputs, computed, strict=True):
-                if self.reference is None and not np.isfinite(features).all():
-                    raise ModelError(f"model {self.name!r} computed NaN or infinity for rows of zeros ({output})")
-        self.prove()
-
-    @property
-    def proved(self) -> bool:
-        """Whether there is anything to compare with."""
-        return self.reference is not None
-
-    def prove(self, *, most_rows: int | None = None) -> None:
-        """Compute the reference's rows, or the first of them, and compare, as :meth:`warm_up` does in the end."""
-        if self.reference is None:
-            return
-        rows, size = self.reference.rows[:most_rows], self._max_batch_rows
-        computed = [self.compute(rows[start : start + size], ["mean"])[0] for start in range(0, len(rows), size)]
-        tolerance = TOLERANCES[self.mode.precision]
-        if not (found := self.reference.difference(np.concatenate(computed))) <= tolerance:
-            raise ModelError(
-                f"model {self.name!r} computes means on {self.provider} that differ by {found:.3g} standard deviations "
-                f"from those in its bundle, wanted at most {tolerance:g}; is the device sound? Try --device cpu"
-            )
-
-    def __repr__(self) -> str:
-        return f"ServedModel({self.name!r}, {self.version[:12]})"
 
 
 class Models:
@@ -411,14 +273,6 @@ def _told(name: str) -> Iterator[None]:
         yield
     except (BundleError, DeviceError) as error:
         raise ModelError(f"model {name!r} was not loaded, and what was served still is: {error}") from error
-
-
-def _doubling(max_rows: int) -> Iterator[int]:
-    n_rows = 1
-    while n_rows < max_rows:
-        yield n_rows
-        n_rows *= 2
-    yield max_rows
 
 
 def find_bundles(folders: Iterable[Path]) -> dict[str, Path]:

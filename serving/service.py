@@ -23,9 +23,11 @@ from serving.batch import Batch, Job
 from serving.batcher import RowBatcher
 from serving.errors import ModelError, RequestError, overloaded, too_large
 from serving.images import ImageDecoder
-from serving.models import Models, ServedModel
+from serving.models import Models
+from serving.served_model import ServedModel
 from serving.settings import Limits
 from vaefeat.errors import DeviceError
+from vaefeat.predictor import LABEL, PROBABILITIES
 
 __all__ = ["Caller", "Embedded", "Service"]
 
@@ -46,7 +48,7 @@ class Embedded:
     Attributes
     ----------
     features : mapping of str to ndarray of shape (n, width), float32
-        By output; finite.
+        By output; finite. Labels are places among the classes, (n,) int64.
     errors : mapping of int to str
         Images that could not be read: position and why. Their features are zeros.
     job : Job or None
@@ -55,7 +57,7 @@ class Embedded:
         Seconds that images took.
     """
 
-    features: Mapping[str, NDArray[np.float32]]
+    features: Mapping[str, NDArray[Any]]
     job: Job | None
     errors: Mapping[int, str] = field(default_factory=dict)
     decode_s: float = 0.0
@@ -208,9 +210,16 @@ class Service:
             500 for features that are not finite.
         """
         self.require_ready()
-        if unknown := [output for output in outputs if output not in model.outputs]:
-            wanted = sorted(model.outputs)
-            raise RequestError(400, "invalid_parameter", f"got output={unknown[0][:80]!r}, wanted one of {wanted}")
+        if unknown := [output for output in outputs if output not in model.names]:
+            hint = "" if "mean" in model.names else "; it is a whole pipeline, without features: POST to /v1/predict"
+            raise RequestError(
+                400,
+                "invalid_parameter",
+                f"got output={unknown[0][:80]!r} of {model.name!r}, wanted one of {sorted(model.names)}{hint}",
+            )
+        if LABEL in outputs and PROBABILITIES not in outputs:
+            # Where these are no numbers, a label means nothing.
+            outputs = (*outputs, PROBABILITIES)
         limit = self.limits.compute_timeout_s
         timeout_s = limit if timeout_s is None else min(timeout_s, limit)
         if isinstance(batch, np.ndarray):
@@ -341,7 +350,7 @@ class Service:
         span = caller.span if caller is not None else None
         return self.batcher.submit(model, rows, outputs, bulk=_is_bulk(priority), timeout_s=timeout_s, span=span)
 
-    async def _result(self, job: Job) -> Mapping[str, NDArray[np.float32]]:
+    async def _result(self, job: Job) -> Mapping[str, NDArray[Any]]:
         try:
             features = await job.future
         except asyncio.CancelledError:
@@ -438,7 +447,7 @@ def _is_bulk(priority: int) -> bool:
     return priority > 1
 
 
-def _spread(features: NDArray[np.float32], good: NDArray[np.intp], n_rows: int) -> NDArray[np.float32]:
+def _spread(features: NDArray[Any], good: NDArray[np.intp], n_rows: int) -> NDArray[Any]:
     whole = np.zeros((n_rows, *features.shape[1:]), features.dtype)
     whole[good] = features
     return whole

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from serving.errors import SetupError
-from serving.models import Place
+from serving.served_model import Place
 
 __all__ = ["Limits", "ServiceSettings"]
 

@@ -20,6 +20,7 @@ from vaefeat.observers import shown_activity
 
 if TYPE_CHECKING:
     from vaefeat.blocks import Blocks
+    from vaefeat.bundle import Manifest
     from vaefeat.data import Rows
     from vaefeat.encoder import OnnxEncoder
     from vaefeat.remote import RemoteEncoder
@@ -116,6 +117,7 @@ def inspect(
         "digest": loaded.digest,
         "input": str(manifest.input),
         "outputs": ", ".join(f"{name} ({width})" for name, width in manifest.outputs.items()),
+        **_pipeline_facts(manifest),
         "arithmetic": manifest.precision,
         "active units": f"{len(manifest.active_units)} of {manifest.latent_dim}",
         "held-out ELBO": f"{manifest.metrics['elbo']:.2f} nats per row after {manifest.metrics['epochs']} epochs",
@@ -125,6 +127,19 @@ def inspect(
     }
     for fact, value in facts.items():
         typer.echo(f"{fact:<14} {value}")
+
+
+def _pipeline_facts(manifest: Manifest) -> dict[str, str]:
+    if manifest.pipeline is None:
+        return {}
+    encoder, parity = manifest.pipeline["encoder"], manifest.pipeline["parity"]
+    difference = parity["outputs"]["probabilities"]["max_abs_difference"]
+    return {
+        "classes": ", ".join(map(str, manifest.classes)),
+        "encoder": f"{encoder['output']} of {encoder['name']}, {encoder['digest']}",
+        "steps": ", ".join(step["class"] for step in manifest.pipeline["steps"]) or "none",
+        "parity": f"probabilities within {difference:.2g} of scikit-learn's on {parity['n_rows']:,} rows",
+    }
 
 
 @app.command()

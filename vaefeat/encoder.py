@@ -17,7 +17,7 @@ from vaefeat.input_spec import InputSpec
 from vaefeat.plan import ExecutionPlan, buckets_up_to
 from vaefeat.runtime import Interruption, OpenedGraph, choose_device, open_graph
 
-__all__ = ["Mode", "OnnxEncoder"]
+__all__ = ["Mode", "OnnxEncoder", "check_rows_input"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +128,11 @@ class OnnxEncoder:
 
     def _open(self) -> None:
         manifest = self._bundle.manifest
+        if manifest.pipeline is not None:
+            raise BundleError(
+                f"got bundle {manifest.name!r}, a whole pipeline, which gives labels and no features; take "
+                "vaefeat.OnnxPredictor, or the bundle of the encoder that it was made with"
+            )
         self.name: str = manifest.name
         self.digest: str = self._bundle.digest
         self.input: InputSpec = manifest.input
@@ -169,6 +174,11 @@ class OnnxEncoder:
     def padding(self, n_rows: int) -> int:
         """Give the rows that :meth:`compute` computes beside so many."""
         return 0 if self._plan is None else self._plan.padding(n_rows)
+
+    @property
+    def bundle(self) -> Bundle:
+        """What it was opened from."""
+        return self._bundle
 
     def embed(self, X: ArrayLike, *, output: str = "mean") -> NDArray[np.float32]:
         """Encode rows.
@@ -244,18 +254,28 @@ def _open(bundle: Bundle, *, device: str, threads: int | None, buckets: Sequence
     what = f"encoder.onnx of bundle {bundle.name!r}"
     content = bundle.read("encoder.onnx")
     graph = open_graph(content, what=what, device=device, threads=threads, buckets=buckets, captures=captures)
-    _check_interface(graph.session, bundle.manifest.input, bundle.manifest.outputs, what)
+    # Everything after this relies on the graph's being what the manifest says.
+    check_rows_input(graph.session, bundle.manifest.input, what)
+    _check_outputs(graph.session, bundle.manifest.outputs, what)
     return graph
 
 
-def _check_interface(session: Any, spec: InputSpec, outputs: dict[str, int], what: str) -> None:
-    """Refuse a graph that does not take and give what the manifest says: everything after this relies on it."""
+def check_rows_input(session: Any, spec: InputSpec, what: str) -> None:
+    """Refuse a graph that does not take the rows that the manifest says, any number at a time.
+
+    Raises
+    ------
+    BundleError
+    """
     tensor = {"uint8": "tensor(uint8)", "float32": "tensor(float)"}[spec.dtype]
     got = [(i.name, i.type, tuple(i.shape[1:])) for i in session.get_inputs()]
     if got != [("rows", tensor, spec.shape)]:
         raise BundleError(f"got {what} with the inputs {got}, wanted rows of {tensor}, each of shape {spec.shape}")
     if isinstance(n_rows := session.get_inputs()[0].shape[0], int):
         raise BundleError(f"got {what} that takes {n_rows} rows at a time, wanted any number")
+
+
+def _check_outputs(session: Any, outputs: dict[str, int], what: str) -> None:
     widths = {o.name: o.shape[1] for o in session.get_outputs() if len(o.shape) == 2 and o.type == "tensor(float)"}
     if widths != outputs:
         raise BundleError(f"got {what} with the outputs {widths}, wanted {outputs}")

@@ -32,6 +32,8 @@ _PROVIDERS = {
 _LIBRARIES = ("libcudart.so.{cuda}", "libcublas.so.{cuda}", "libcurand.so.10", "libcudnn.so.9")
 #: Operators of other domains run code that is not ONNX Runtime's own.
 _DOMAINS = {"", "ai.onnx"}
+#: Trees and support vectors; ONNX Runtime brings them, too.
+_ML_DOMAIN = "ai.onnx.ml"
 #: The mean must be a function of the row alone. Dropout is random in training mode, and left out by an export for use.
 _RANDOM = {
     "Bernoulli",
@@ -107,6 +109,7 @@ def open_graph(
     threads: int | None = None,
     buckets: Sequence[int] = (),
     captures: bool = False,
+    pipeline: bool = False,
 ) -> OpenedGraph:
     """Check an ONNX graph and open it from memory, never from a path.
 
@@ -126,15 +129,18 @@ def open_graph(
     captures : bool
         Whether runs are captured as CUDA graphs. A graph then belongs to the thread that captured it, and only
         :class:`vaefeat.plan.ExecutionPlan` keeps to that.
+    pipeline : bool
+        Whether it may have what a classifier needs, and an encoder does not.
 
     Raises
     ------
     BundleError
-        Not an ONNX graph, or one with external data, functions, custom operators, subgraphs or random nodes.
+        Not an ONNX graph, or one with external data, functions, custom operators or random nodes; without `pipeline`
+        also one with subgraphs, or operators of classical machine learning.
     DeviceError
         `device` is unknown, was asked for and is not there, or cannot do what was asked for.
     """
-    model = check_graph(content, what=what)
+    model = check_graph(content, what=what, pipeline=pipeline)
     if threads is not None and threads < 1:
         raise DeviceError(f"got threads={threads}, wanted at least 1, or None for all processors")
     options = ort.SessionOptions()
@@ -160,8 +166,8 @@ def open_graph(
     return OpenedGraph(session=session, device=chosen, reason=reason)
 
 
-def check_graph(content: bytes, *, what: str) -> onnx.ModelProto:
-    """Parse an ONNX graph and refuse whatever an encoder or decoder of ours never has.
+def check_graph(content: bytes, *, what: str, pipeline: bool = False) -> onnx.ModelProto:
+    """Parse an ONNX graph and refuse whatever an encoder or decoder of ours, or a `pipeline`, never has.
 
     Raises
     ------
@@ -174,21 +180,38 @@ def check_graph(content: bytes, *, what: str) -> onnx.ModelProto:
         raise BundleError(f"got {what} that is not an ONNX graph: {error}") from error
     if not model.graph.node:
         raise BundleError(f"got {what} that is not an ONNX graph: it has no nodes")
-    if foreign := sorted({entry.domain for entry in model.opset_import} - _DOMAINS):
+    domains = {*_DOMAINS, _ML_DOMAIN} if pipeline else _DOMAINS
+    if foreign := sorted({entry.domain for entry in model.opset_import} - domains):
         raise BundleError(f"got {what} with operators of the domains {foreign}, wanted ONNX's own only")
     if model.functions:
         raise BundleError(f"got {what} with local functions, wanted a flat graph")
-    for tensor in _tensors(model.graph):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-            raise BundleError(f"got {what} with external data ({tensor.name}), wanted every weight inside the file")
-    for node in model.graph.node:
-        if node.domain not in _DOMAINS:
-            raise BundleError(f"got {what} with the operator {node.domain}.{node.op_type}, wanted ONNX's own only")
-        if node.op_type in _RANDOM:
-            raise BundleError(f"got {what} with the random node {node.op_type}; features must not depend on chance")
-        if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
-            raise BundleError(f"got {what} with a subgraph in {node.op_type}, wanted a flat graph")
+    for graph in _graphs(model.graph):
+        for tensor in _tensors(graph):
+            if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+                raise BundleError(f"got {what} with external data ({tensor.name}), wanted every weight inside the file")
+        for node in graph.node:
+            if node.domain not in domains:
+                raise BundleError(f"got {what} with the operator {node.domain}.{node.op_type}, wanted ONNX's own only")
+            if node.op_type in _RANDOM:
+                raise BundleError(f"got {what} with the random node {node.op_type}; features must not depend on chance")
+            if not pipeline and any(_inner(node)):
+                raise BundleError(f"got {what} with a subgraph in {node.op_type}, wanted a flat graph")
     return model
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """Give a graph and all that are nested in it."""
+    yield graph
+    for node in graph.node:
+        for inner in _inner(node):
+            yield from _graphs(inner)
+
+
+def _inner(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -18,7 +18,7 @@ from serving.guard.rates import rate_limited
 if TYPE_CHECKING:
     from serving.guard.keys import Key
     from serving.guard.rates import RateLimiter
-    from serving.models import ServedModel
+    from serving.served_model import ServedModel
     from serving.service import Embedded
     from serving.watching.recorder import Recorder
 

@@ -11,7 +11,7 @@ See :mod:`serving.protocols.oip_messages`; https://grpc.io/docs/guides/health-ch
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +22,21 @@ from serving.errors import CodecError, RequestError, SetupError
 from serving.guard.calls import CallGuard, Reader, key_of
 from serving.protocols.oip import (
     InferRequest,
-    describe_model,
+    default_outputs,
     describe_server,
-    failures_text,
-    marked_failures,
     parse_priority,
     parse_timeout,
     refuse_parameters,
 )
 from serving.protocols.oip_call import InferCall, told_to
+from serving.protocols.oip_outputs import (
+    as_bytes,
+    describe_model,
+    failures_text,
+    labels_of,
+    marked_failures,
+    output_tensors,
+)
 from serving.protocols.tensors import (
     IMAGES,
     check_input,
@@ -39,11 +45,12 @@ from serving.protocols.tensors import (
     rows_from_bytes,
     rows_from_numbers,
 )
+from vaefeat.predictor import LABEL
 
 if TYPE_CHECKING:
     from serving.guard.keys import KeyRing
     from serving.guard.rates import RateLimiter
-    from serving.models import ServedModel
+    from serving.served_model import ServedModel
     from serving.service import Embedded, Service
     from serving.watching.recorder import Recorder
     from vaefeat.input_spec import InputSpec
@@ -82,7 +89,7 @@ _WATCH_EVERY_S = 0.5
 
 
 def decode_model_infer(
-    message: Any, *, spec: InputSpec, outputs: Mapping[str, int], max_rows: int
+    message: Any, *, spec: InputSpec, outputs: Collection[str], max_rows: int
 ) -> InferRequest:  # the message's class is made at run time
     """Read a ModelInferRequest; parameters as :func:`serving.protocols.oip.decode_infer`.
 
@@ -122,7 +129,7 @@ def decode_model_infer(
         message.id or None,
         rows,
         images,
-        tuple((name, True) for name in names) or (("mean", True),),
+        tuple((name, True) for name in names or default_outputs(outputs)),
         parse_priority(_parameter(message, "priority")),
         parse_timeout(_parameter(message, "timeout")),
     )
@@ -163,7 +170,8 @@ def _parameter(message: Any, name: str) -> Any:
 def encode_model_infer(model: ServedModel, request: InferRequest, embedded: Embedded) -> Any:
     """Write a ModelInferResponse with raw contents.
 
-    The features of images that could not be decoded are NaN, as :class:`serving.protocols.oip.InferEncoder` has it.
+    The features of images that could not be decoded are NaN, as :class:`serving.protocols.oip_outputs.InferEncoder` has
+    it; where labels are asked for, such images are an error.
     """
     response = messages.ModelInferResponse(
         model_name=model.name, model_version=model.version, id=request.id or "", parameters={}
@@ -171,10 +179,11 @@ def encode_model_infer(model: ServedModel, request: InferRequest, embedded: Embe
     response.parameters["digest"].string_param = model.digest
     if embedded.errors:
         response.parameters["errors"].string_param = failures_text(embedded)
+    tensors = output_tensors(model)
     for name, _ in request.outputs:
-        features = marked_failures(embedded, name)
-        response.outputs.add(name=name, datatype="FP32", shape=features.shape)
-        response.raw_output_contents.append(features.tobytes())
+        tensor = labels_of(embedded, model.classes) if name == LABEL else marked_failures(embedded, name)
+        response.outputs.add(name=name, datatype=tensors[name][0], shape=tensor.shape)
+        response.raw_output_contents.append(bytes(as_bytes(tensor)))
     return response
 
 
@@ -246,7 +255,7 @@ class InferenceServicer:
             call.model, call.version = model.name, model.version
             limits = self._service.limits
             decode = partial(
-                decode_model_infer, request, spec=model.input, outputs=model.outputs, max_rows=limits.max_rows
+                decode_model_infer, request, spec=model.input, outputs=model.names, max_rows=limits.max_rows
             )
             # Typed contents are read number by number; many would hold up everybody else.
             inline = request.raw_input_contents or call.announced_bytes <= limits.inline_bytes

@@ -7,7 +7,7 @@ images, ``images``, BYTES of shape [n], each of which is a PNG, JPEG or WebP fil
 from __future__ import annotations
 
 import binascii
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ __all__ = [
     "rows_from_bytes",
     "rows_from_numbers",
     "rows_from_values",
+    "tensor_of",
 ]
 
 ROWS = "rows"
@@ -51,6 +52,11 @@ NUMPY: Mapping[str, np.dtype[Any]] = {
 _STORED = {**NUMPY, "BOOL": np.dtype("u1")}
 #: Of :mod:`struct`, whose items refuse what they cannot hold; but what FP32 cannot hold is infinity, and told later.
 _TYPECODES = dict(zip(NUMPY, "BBHIQbhiqedd", strict=True))
+
+
+def tensor_of(spec: InputSpec) -> tuple[str, tuple[int, ...]]:
+    """Give the datatype and shape of a row."""
+    return {"uint8": "UINT8", "float32": "FP32"}[spec.dtype], spec.shape
 
 
 def check_input(name: object, datatype: object, shape: Sequence[Any], *, spec: InputSpec, max_rows: int) -> int:
@@ -109,7 +115,7 @@ def _taken(spec: InputSpec) -> str:
     return f"{rows}; or {IMAGES!r}, BYTES of shape (n,), PNG, JPEG or WebP files" if spec.kind == "image" else rows
 
 
-def check_outputs(names: Sequence[object], *, outputs: Mapping[str, int]) -> None:
+def check_outputs(names: Sequence[object], *, outputs: Collection[str]) -> None:
     """Refuse outputs that the bundle has not, and those that are asked for twice.
 
     Raises

@@ -6,7 +6,8 @@ import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Protocol
 
-from serving.models import Models, ServedModel
+from serving.models import Models
+from serving.served_model import ServedModel
 from serving.watching.logs import RequestLog, RequestRecord
 from serving.watching.metrics import Metrics, ModelMetrics
 from serving.watching.timing import server_timing

@@ -16,7 +16,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from serving.app import Application
-from serving.models import Models, Place
+from serving.models import Models
+from serving.served_model import Place
 from serving.service import Service
 from serving.settings import Limits
 from vaefeat.bundle import Bundle, Manifest

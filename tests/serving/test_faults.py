@@ -24,7 +24,8 @@ from serving.exchange import Exchange
 from serving.guard.admission import Admission
 from serving.guard.keys import Key, KeyRing
 from serving.guard.rates import RateLimiter
-from serving.models import Models, Place
+from serving.models import Models
+from serving.served_model import Place
 from serving.service import Service
 from serving.settings import Limits
 from tests.serving.conftest import save_slow

@@ -20,9 +20,10 @@ from serving.errors import RequestError
 from serving.guard import calls
 from serving.guard.calls import MessageRoom
 from serving.guard.keys import KeyRing
-from serving.models import Models, Place
+from serving.models import Models
 from serving.protocols import oip_messages as messages
 from serving.protocols.oip_grpc import start_grpc
+from serving.served_model import Place
 from serving.service import Service
 from serving.settings import Limits
 from serving.watching.recorder import Recorder

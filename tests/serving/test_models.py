@@ -14,12 +14,13 @@ import pytest
 from numpy.typing import NDArray
 
 from serving.errors import ModelError, RequestError, SetupError
-from serving.models import Models, Place, ServedModel, find_bundles
+from serving.models import Models, find_bundles
+from serving.served_model import Place, ServedModel
 from serving.service import Service
 from serving.settings import Limits
 from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.encoder import OnnxEncoder
-from vaefeat.reference import REFERENCE_FILE, load_reference
+from vaefeat.reference import REFERENCE_FILE, Reference, load_reference
 
 PLACE = Place(device="cpu", max_batch_rows=8)
 
@@ -180,7 +181,7 @@ def test_proof_of_many_rows_is_computed_in_batches_and_may_be_of_the_first_alone
 ) -> None:
     bundle = load_bundle(digits_bundle)
     found = load_reference(bundle)
-    assert found is not None
+    assert isinstance(found, Reference)
     features = OnnxEncoder(bundle, device="cpu").embed(digits_rows[:20])
     contents = {file: bundle.read(file) for file in bundle.files}
     features[19] += 1.0  # nobody computes that
@@ -214,7 +215,7 @@ def test_warm_up_without_a_reference_wants_finite_features_and_says_that_it_prov
 @pytest.fixture
 def padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have models padded to buckets as on a GPU, but computed on the CPU."""
-    monkeypatch.setattr("serving.models.choose_device", lambda device: ("cuda", "for a test"))
+    monkeypatch.setattr("serving.served_model.choose_device", lambda device: ("cuda", "for a test"))
 
 
 @pytest.mark.usefixtures("padding")

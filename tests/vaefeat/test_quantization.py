@@ -17,7 +17,7 @@ from vaefeat.bundle import Bundle
 from vaefeat.cli import app, run_command_line
 from vaefeat.errors import InputError, QuantizationError
 from vaefeat.quantization import QuantizationGate, quantize
-from vaefeat.reference import load_reference
+from vaefeat.reference import Reference, load_reference
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_quantized_bundle_is_a_bundle_of_its_own(coarse: Bundle, digits_bundle: 
     assert saved.manifest.parity["quantization"]["base"] == before.digest
     assert "int8" in saved.read("README.md").decode()
     reference = load_reference(saved)
-    assert reference is not None
+    assert isinstance(reference, Reference)
     assert reference.difference(OnnxEncoder(saved, device="cpu").embed(reference.rows)) < 1e-3
     with pytest.raises(InputError, match="int8 already"):
         quantize(saved, np.zeros((100, 1, 8, 8), np.uint8))

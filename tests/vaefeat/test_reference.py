@@ -22,7 +22,7 @@ from vaefeat.reference import REFERENCE_FILE, Reference, load_reference, with_re
 def of_rows(bundle: Bundle, k: int) -> Bundle:
     """Give a bundle a reference of k equal rows."""
     found = load_reference(bundle)
-    assert found is not None
+    assert isinstance(found, Reference)
     rows, features = (np.repeat(array[:1], k, axis=0) for array in (found.rows, found.features))
     contents = {file: bundle.read(file) for file in bundle.files}
     contents[REFERENCE_FILE] = replace(found, rows=rows, features=features).to_bytes()
@@ -57,7 +57,7 @@ def test_reference_of_large_rows_has_fewer(
 
 def test_difference_of_the_first_rows_is_from_their_own_features(digits_bundle: Path) -> None:
     found = load_reference(load_bundle(digits_bundle))
-    assert found is not None
+    assert isinstance(found, Reference)
     assert found.difference(found.features[:3]) == 0
     assert found.difference(found.features[1:4]) > 0.01
 
@@ -69,7 +69,7 @@ def test_with_reference_gives_a_bundle_what_another_service_computes(
     made = with_reference(bare, digits_rows[:200])
     assert made.digest not in (bare.digest, load_bundle(digits_bundle).digest)
     found = load_reference(made)
-    assert found is not None
+    assert isinstance(found, Reference)
     np.testing.assert_array_equal(found.features, OnnxEncoder(digits_bundle).embed(digits_rows[:8]))
     with pytest.raises(InputError, match="got 63 rows"):
         with_reference(bare, digits_rows[:63])
