@@ -27,6 +27,7 @@ from vaefeat.model.vae import VAE
 from vaefeat.observers import ProgressBar
 from vaefeat.pretraining import ONE_AT_A_TIME, refuse_untrainable
 from vaefeat.settings import unknown_name
+from vaefeat.targets import Targets
 from vaefeat.training import Trainer
 from vaefeat.weights import restore_vae
 
@@ -43,7 +44,7 @@ _DECODED_AT_A_TIME = 4096
 def train_classifier(
     kind: str,
     rows: NDArray[Any],
-    labels: NDArray[np.int64],
+    targets: Targets,
     *,
     model: ModelConfig,
     train: TrainConfig,
@@ -62,8 +63,7 @@ def train_classifier(
     kind : str
         A name in :data:`vaefeat.model.labelled.LABELLED_MODELS`.
     rows : ndarray of shape (n, ...)
-    labels : ndarray of shape (n,), int64
-        From 0; -1 for rows without one.
+    targets : Targets
     model, train : ModelConfig, TrainConfig
     auxiliary_dim : int
     encoder : Bundle or None
@@ -90,12 +90,13 @@ def train_classifier(
     """
     if kind not in LABELLED_MODELS:
         raise unknown_name("model", kind, LABELLED_MODELS)
+    rows, targets = targets.rows_to_use(rows)
     refuse_untrainable(rows, "X")
     if encoder:
         encoder.refuse_decoding()
     likelihood = encoder.manifest.model["likelihood"] if encoder else model.likelihood
     chosen = _augmentations(augmentations, rows.shape[1:], ids=likelihood == "tokens")
-    log_prior_K = _log_class_prior(labels)
+    log_prior_K = _log_class_prior(targets.class_counts())
     with ONE_AT_A_TIME, fixed_noise(train.seed, torch.device("cpu")):
         if kind == "m1m2":
             base = restore_vae(encoder) if encoder else _train_base(model, train, rows, progress=progress)
@@ -105,7 +106,7 @@ def train_classifier(
         LabelledTrainer(
             made,
             rows,
-            labels,
+            targets,
             train,
             labelled_batch_size=labelled_batch_size,
             classification_weight=classification_weight,
@@ -167,10 +168,10 @@ def _padded(rows: NDArray[Any]) -> Iterator[tuple[NDArray[Any], int]]:
         yield padded, len(chunk)
 
 
-def _log_class_prior(labels: NDArray[np.int64]) -> Tensor:
+def _log_class_prior(counts_K: NDArray[np.float64]) -> Tensor:
     """Estimate log p(y) from the labels, with one more of each: a class seen once is rare, not impossible."""
-    counts = np.bincount(labels[labels >= 0]) + 1.0
-    return torch.from_numpy(np.log(counts / counts.sum())).float()
+    counts_K = counts_K + 1
+    return torch.from_numpy(np.log(counts_K / counts_K.sum())).float()
 
 
 def _augmentations(asked: str | tuple[str, ...], row_shape: tuple[int, ...], *, ids: bool) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from vaefeat.model_card import model_card, reconstruction_picture
 from vaefeat.observers import shown_activity
 from vaefeat.pretraining import ONE_AT_A_TIME
 from vaefeat.reference import REFERENCE_FILE, Reference
+from vaefeat.targets import Targets
 from vaefeat.weights import restore_vae, weights_of
 
 __all__ = ["classifier_bundle", "fine_tune"]
@@ -34,7 +35,7 @@ _SUFFIX = "-classifier"
 def fine_tune(
     base: Bundle,
     rows: NDArray[Any],
-    labels: NDArray[np.int64],
+    targets: Targets,
     *,
     classes: tuple[str | int | float | bool, ...],
     shares: NDArray[np.float64],
@@ -48,8 +49,8 @@ def fine_tune(
     base : Bundle
     rows : ndarray of shape (n, ...)
         As the bundle takes them.
-    labels : ndarray of shape (n,), int64
-        Index into `classes`, -1 for unlabelled rows.
+    targets : Targets
+        Its codes are indices into `classes`.
     classes : tuple
     shares : ndarray of shape (K,)
         What the share of each class among the unlabelled rows is taken to be.
@@ -73,7 +74,7 @@ def fine_tune(
     objective = OBJECTIVES[base.manifest.objective](TrainConfig.from_dict(base.manifest.train))
     # Weights are drawn wherever a network is built, also those that are then loaded over.
     with ONE_AT_A_TIME, fixed_noise(config.seed, torch.device("cpu")):
-        tuner = FineTuner(restore_vae(base), rows, labels, shares=shares, objective=objective, config=config)
+        tuner = FineTuner(restore_vae(base), rows, targets, shares=shares, objective=objective, config=config)
         found = tuner.run(progress=progress)
         with shown_activity("export to ONNX, and compare with torch", shown=progress):
             bundle = classifier_bundle(base, found, tuner, classes=classes)

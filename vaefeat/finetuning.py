@@ -30,6 +30,7 @@ from vaefeat.model.objectives import Objective
 from vaefeat.model.vae import VAE
 from vaefeat.placement import resolve_device, threads_for, using_threads
 from vaefeat.propagation import spread_labels
+from vaefeat.targets import Targets
 from vaefeat.tuning import faster_precision, is_short
 
 __all__ = ["FineTuned", "FineTuner", "Schedule", "Settling", "endless", "layers_joined"]
@@ -77,9 +78,8 @@ class FineTuner:
         Trained in place; what it ends as is not what is served, which is the average over the run.
     rows : ndarray of shape (n, ...)
         As the model takes them, labelled or not.
-    labels : ndarray of shape (n,), int64
-        0 to K - 1, each of them somewhere; -1 for unlabelled rows. A labelled row is never in the stream of unlabelled
-        ones.
+    targets : Targets
+        Labels of 0 to K - 1, each of them somewhere. A labelled row is never in the stream of unlabelled ones.
     shares : ndarray of shape (K,)
         What the share of each class among the unlabelled rows is taken to be.
     objective : Objective
@@ -98,7 +98,7 @@ class FineTuner:
         self,
         vae: VAE,
         rows: NDArray[Any],
-        labels: NDArray[np.int64],
+        targets: Targets,
         *,
         shares: NDArray[np.float64],
         objective: Objective,
@@ -109,9 +109,9 @@ class FineTuner:
         suitable(vae.row_shape, config.augmentations, ids=vae.preprocessing.whole)
         # Where pretraining ended: bundles do not hold the temperature of categories.
         vae.posterior.anneal(1.0, objective.config)
-        self.rows, self.labels = rows, labels
-        self.labelled = np.flatnonzero(labels >= 0)
-        self.unlabelled = np.flatnonzero(labels < 0) if config.unlabelled_weight else self.labelled[:0]
+        self.rows, self.labels, self.weights = rows, targets.codes, targets.weights
+        self.labelled = targets.labelled
+        self.unlabelled = targets.unlabelled if config.unlabelled_weight else self.labelled[:0]
         self.student = Classifier(vae, len(shares)).to(self.device)
         self.alignment = Alignment(torch.tensor(shares, dtype=torch.float32, device=self.device))
         self.thresholds = AdaptiveThresholds()
@@ -166,10 +166,13 @@ class FineTuner:
         """Start from what the pretrained features say of the unlabelled rows, too, of which a sample is enough."""
         n_more = max(0, _SPREAD_ROWS - len(self.labelled))
         rows = np.concatenate([self.labelled, orders.permutation(self.unlabelled)[:n_more]])
-        h_NF, labels = self._hidden(rows), self.labels[rows]
+        h_NF, labels, weights = self._hidden(rows), self.labels[rows], self.weights[rows]
+        # A guessed label counts once, whatever its row does.
+        weights[labels < 0] = 1
         if (labels < 0).any():
             labels = spread_labels(h_NF, labels, self.shares)
-        self.student.start_head(h_NF[labels >= 0], labels[labels >= 0])
+        known = labels >= 0
+        self.student.start_head(h_NF[known], labels[known], weights[known])
 
     def _precision(self, n_rows: int, threads: int) -> str:
         """Settle ``auto``, on a step's rows without their changes: no noise is drawn, no row given."""
@@ -211,14 +214,14 @@ class FineTuner:
     def _take_step(self) -> tuple[float, float]:
         chosen = next(self._labelled_stream)
         x_labelled = self._scaled(chosen)
-        labels = torch.from_numpy(self.labels[chosen]).to(self.device)
+        labels, weights = (torch.from_numpy(values[chosen]).to(self.device) for values in (self.labels, self.weights))
         views = [self._strong(x_labelled)]
         if len(self.unlabelled):
             given = next(self._unlabelled_stream)
             x_unlabelled = self._scaled(given)
             views.append(self._strong(x_unlabelled))
         logits_BK = self.student(torch.cat(views))
-        loss = functional.cross_entropy(logits_BK[: len(chosen)], labels)
+        loss = (weights * functional.cross_entropy(logits_BK[: len(chosen)], labels, reduction="none")).mean()
         trusted = math.nan
         if len(self.unlabelled):
             with torch.no_grad():

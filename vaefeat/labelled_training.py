@@ -26,6 +26,7 @@ from vaefeat.observers import ProgressBar
 from vaefeat.optimizers import make_optimizers
 from vaefeat.placement import resolve_device, threads_for_step, using_threads
 from vaefeat.schedules import kl_warmup_factor, learning_rate_factor
+from vaefeat.targets import Targets
 from vaefeat.world import World
 
 __all__ = ["LabelledEpoch", "LabelledTrainer"]
@@ -85,8 +86,8 @@ class LabelledTrainer:
         Trained in place.
     rows : ndarray of shape (n, ...)
         uint8 or float32.
-    labels : ndarray of shape (n,), int64
-        Classes from 0, and -1 for rows without a label; at least one row has one.
+    targets : Targets
+        At least one row has a label.
     config : TrainConfig
         Optimizer, schedules, ``max_epochs``, ``batch_size`` (B), device, seed.
     labelled_batch_size : int
@@ -106,7 +107,7 @@ class LabelledTrainer:
         self,
         model: LabelledVAE,
         rows: NDArray[Any],
-        labels: NDArray[np.int64],
+        targets: Targets,
         config: TrainConfig,
         *,
         labelled_batch_size: int,
@@ -119,13 +120,15 @@ class LabelledTrainer:
         self.model = model.to(self.device)
         self.classification_weight, self.consistency = classification_weight, consistency
         self.augmentations, self.progress = augmentations, progress
-        known = labels >= 0
-        self.labels = torch.from_numpy(labels[known]).to(self.device)
+        known = targets.labelled
+        self.labels = torch.from_numpy(targets.codes[known]).to(self.device)
+        self.weights = torch.from_numpy(targets.weights[known]).to(self.device)
         self.labelled_rows = torch.from_numpy(rows[known]).to(self.device)
         # Places among the rows with labels, so that rows and labels stay together.
         places = np.arange(len(self.labels))
         self.labelled = self._feed(places, min(labelled_batch_size, len(places)), stream=1)
-        self.unlabelled = self._feed(rows[~known], config.batch_size, stream=0) if not known.all() else None
+        others = targets.unlabelled
+        self.unlabelled = self._feed(rows[others], config.batch_size, stream=0) if len(others) else None
         self.steps_per_epoch = (self.unlabelled or self.labelled).steps_per_epoch
         self.total_steps = config.max_epochs * self.steps_per_epoch
         self.optimizers = make_optimizers(model, config)
@@ -187,11 +190,11 @@ class LabelledTrainer:
             optimizer.zero_grad()
         n_unlabelled, n_labelled = 0 if rows is None else len(rows), len(places)
         n_rows = n_unlabelled + n_labelled
-        y_C = self.labels[places]
+        y_C, weight_C = self.labels[places], self.weights[places]
         x = self.model.observe(self.labelled_rows[places], self.augmentations)
         terms = self.model.labelled(x, y_C, kl_weight=kl_weight)
-        log_q = terms.log_q.gather(1, y_C[:, None]).mean()
-        labelled_bound = terms.bound.mean()
+        log_q = (weight_C * terms.log_q.gather(1, y_C[:, None]).squeeze(1)).mean()
+        labelled_bound = (weight_C * terms.bound).mean()
         objective = labelled_bound * (n_labelled / n_rows) + self.classification_weight * log_q
         (-objective).backward()
         figures = [objective.detach(), labelled_bound.new_zeros(()), labelled_bound.detach(), log_q.detach()]

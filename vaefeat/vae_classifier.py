@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
@@ -20,7 +19,8 @@ from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.errors import ConfigError, InputError, requiring
 from vaefeat.estimator_inputs import flat_images, plain_settings, training_rows
 from vaefeat.input_spec import InputSpec
-from vaefeat.labels import encode_labels
+from vaefeat.labels import UNLABELLED
+from vaefeat.partly_labelled import PartlyLabelledClassifier
 from vaefeat.settings import check_int, check_number, unknown_name
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _TRAIN_OPTIONS = (
 )
 
 
-class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class VAEClassifier(PartlyLabelledClassifier):
     """A generative semi-supervised classifier: a VAE of rows and classes, trained end to end.
 
     Of rows without a label every class is tried, and weighed with the classifier's own opinion; see
@@ -81,6 +81,12 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Where rows are changed at each look: weight of the classes that the classifier is certain of in unchanged rows,
         as labels of the changed ones, relative to the weight of the labels given (Sohn et al. 2020, arXiv:2001.07685).
         0 is the objective of the papers alone.
+    class_weight : mapping of labels to weights, "balanced" or None
+        Of each class's labels in the loss, times `sample_weight`. ``balanced`` makes all classes weigh alike. The prior
+        p(y) does not feel it.
+    unlabelled : int or None
+        The number that stands in `y` for a missing label, beside None and NaN. None where each number is a class: with
+        labels -1 and 1, say.
     augmentations : "auto" or tuple of str
         How rows are changed at each look, labelled ones and others: names of
         :mod:`vaefeat.model.augmentation`. ``auto`` is ``("affine", "erasing")`` for images (small rotations, shears,
@@ -158,6 +164,8 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         model_options: Mapping[str, Any] | None = None,
         classification_weight: float = 50.0,
         consistency: float = 1.0,
+        class_weight: Mapping[Any, float] | str | None = None,
+        unlabelled: int | None = UNLABELLED,
         augmentations: str | tuple[str, ...] = "auto",
         max_epochs: int = 20,
         batch_size: int = 100,
@@ -181,6 +189,8 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.model_options = model_options
         self.classification_weight = classification_weight
         self.consistency = consistency
+        self.class_weight = class_weight
+        self.unlabelled = unlabelled
         self.augmentations = augmentations
         self.max_epochs = max_epochs
         self.batch_size = batch_size
@@ -192,7 +202,7 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.random_state = random_state
         self.verbose = verbose
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+    def fit(self, X: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None) -> Self:
         """Train on all rows, and on the labels that there are.
 
         Parameters
@@ -201,6 +211,9 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             uint8, or anything that becomes float32. At least two rows.
         y : array-like of shape (n,)
             Labels of at least two classes, and -1 for rows without one.
+        sample_weight : array-like of shape (n,), optional
+            How many copies of it a labelled row stands for, which are the same to the last bit; it need not be whole.
+            A row without a label is left out where it is 0; what else it is does not matter.
 
         Raises
         ------
@@ -212,8 +225,7 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             The objective became NaN or infinite.
         """
         rows = training_rows(self, X, self.image_shape)
-        classes, codes = encode_labels(y, estimator=type(self).__name__)
-        check_consistent_length(rows, codes)
+        classes, targets = self._targets(rows, y, sample_weight)
         self._refuse_settings()
         encoder = None if self.encoder is None else _opened(self.encoder)
         if encoder is not None:
@@ -224,7 +236,7 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.model_: LabelledVAE = train_classifier(
             self.model,
             rows,
-            codes,
+            targets,
             model=self._model_config(),
             train=self._train_config(seed),
             auxiliary_dim=self.auxiliary_dim,
@@ -252,12 +264,6 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         from vaefeat.classification import class_probabilities
 
         return class_probabilities(self.model_, rows)
-
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Give each row's most probable class, (n,)."""
-        probabilities = self.predict_proba(X)
-        found: NDArray[Any] = self.classes_[probabilities.argmax(axis=1)]
-        return found
 
     def sample(self, y: Any = None, n_samples: int | None = None) -> NDArray[np.float32]:
         """Generate rows: draw a style from p(z), and decode it with a class.
