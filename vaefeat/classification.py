@@ -5,6 +5,7 @@ K classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,7 @@ from vaefeat.model.augmentation import suitable
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.labelled import LABELLED_MODELS, M1M2, LabelledVAE
 from vaefeat.model.vae import VAE
-from vaefeat.observers import ProgressBar
+from vaefeat.observers import ProgressBar, TaskObserver
 from vaefeat.pretraining import ONE_AT_A_TIME, refuse_untrainable
 from vaefeat.settings import unknown_name
 from vaefeat.targets import Targets
@@ -55,7 +56,9 @@ def train_classifier(
     consistency: float,
     augmentations: str | tuple[str, ...],
     progress: bool,
-) -> LabelledVAE:
+    observer: TaskObserver | None = None,
+    start: LabelledVAE | None = None,
+) -> tuple[LabelledVAE, int]:
     """Train a generative classifier, for M1+M2 its encoder first.
 
     Parameters
@@ -73,11 +76,16 @@ def train_classifier(
     consistency : float
     augmentations : "auto" or tuple of str
     progress : bool
+    observer : TaskObserver, optional
+        Told of each epoch, those of the encoder of M1+M2 left out.
+    start : LabelledVAE, optional
+        Weights and scaling to begin with, of a model of the same settings; p(y) is that of the new labels.
 
     Returns
     -------
-    LabelledVAE
+    model : LabelledVAE
         On the CPU, in evaluation mode.
+    n_epochs : int
 
     Raises
     ------
@@ -97,13 +105,17 @@ def train_classifier(
     likelihood = encoder.manifest.model["likelihood"] if encoder else model.likelihood
     chosen = _augmentations(augmentations, rows.shape[1:], ids=likelihood == "tokens")
     log_prior_K = _log_class_prior(targets.class_counts())
+    made: LabelledVAE
     with ONE_AT_A_TIME, fixed_noise(train.seed, torch.device("cpu")):
-        if kind == "m1m2":
+        if start is not None:
+            made = copy.deepcopy(start)
+            made.log_prior_K.copy_(log_prior_K)
+        elif kind == "m1m2":
             base = restore_vae(encoder) if encoder else _train_base(model, train, rows, progress=progress)
-            made: LabelledVAE = M1M2(model, base, log_prior_K=log_prior_K)
+            made = M1M2(model, base, log_prior_K=log_prior_K)
         else:
             made = LABELLED_MODELS[kind].for_rows(model, rows, log_prior_K=log_prior_K, auxiliary_dim=auxiliary_dim)
-        LabelledTrainer(
+        history = LabelledTrainer(
             made,
             rows,
             targets,
@@ -113,8 +125,9 @@ def train_classifier(
             consistency=consistency,
             augmentations=chosen,
             progress=ProgressBar() if progress else None,
+            observer=observer,
         ).run()
-    return made.cpu()
+    return made.cpu(), len(history)
 
 
 def class_probabilities(model: LabelledVAE, rows: NDArray[Any]) -> NDArray[np.float64]:

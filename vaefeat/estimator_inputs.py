@@ -18,7 +18,9 @@ from vaefeat.settings import plain_value
 __all__ = ["flat_images", "named_augmentations", "plain_settings", "training_rows"]
 
 
-def training_rows(estimator: BaseEstimator, X: Any, image_shape: tuple[int, int, int] | None) -> NDArray[Any]:
+def training_rows(
+    estimator: BaseEstimator, X: Any, image_shape: tuple[int, int, int] | None, *, reset: bool = True
+) -> NDArray[Any]:
     """Check the rows that an estimator is fitted to, in scikit-learn's way, and give them their shape.
 
     Parameters
@@ -28,6 +30,8 @@ def training_rows(estimator: BaseEstimator, X: Any, image_shape: tuple[int, int,
     X : array-like of shape (n, n_features) or (n, C, H, W)
     image_shape : tuple of int, optional
         (C, H, W) of the images in flat rows.
+    reset : bool
+        Whether these are the first rows, and not ones that must be like those before.
 
     Returns
     -------
@@ -40,7 +44,7 @@ def training_rows(estimator: BaseEstimator, X: Any, image_shape: tuple[int, int,
     """
     shape = _image_shape(X, image_shape)
     rows: NDArray[Any] = validate_data(
-        estimator, flat_images(X, shape), dtype=[np.float32, np.uint8], ensure_min_samples=2
+        estimator, flat_images(X, shape), dtype=[np.float32, np.uint8], ensure_min_samples=2, reset=reset
     )
     if shape is None:
         return rows

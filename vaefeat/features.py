@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.callback import CallbackSupportMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from vaefeat.bundle import Bundle
+from vaefeat.callbacks import EpochTasks, FitTasks, with_callbacks
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import InputError, requiring
@@ -73,7 +75,7 @@ class _Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator
         return tags
 
 
-class VAETransformer(_Features):
+class VAETransformer(CallbackSupportMixin, _Features):  # type: ignore[misc]  # sklearn has no types
     """Train a variational auto-encoder in ``fit``; transform to its posterior mean.
 
     Parameters
@@ -105,6 +107,9 @@ class VAETransformer(_Features):
         See :class:`vaefeat.config.TrainConfig`. A model trained on a GPU transforms on any machine.
     train_options : mapping, optional
         Any other fields of :class:`vaefeat.config.TrainConfig`, such as ``{"corruption": "masking"}``.
+    warm_start : bool
+        Go on from the fitted weights when fitted again, with the same networks. The scaling of the rows stays, the
+        optimizer and the schedules begin anew, and epochs add up.
     random_state : int, RandomState or None
         The same number, rows and machine give the same features.
     verbose : int
@@ -138,7 +143,9 @@ class VAETransformer(_Features):
     (1797,)
     """
 
+    bundle_: Bundle
     encoder_: OnnxEncoder
+    n_iter_: int
 
     def __init__(
         self,
@@ -165,6 +172,7 @@ class VAETransformer(_Features):
         patience: int | None = None,
         device: str = "auto",
         train_options: Mapping[str, Any] | None = None,
+        warm_start: bool = False,
         random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
     ) -> None:
@@ -190,9 +198,11 @@ class VAETransformer(_Features):
         self.patience = patience
         self.device = device
         self.train_options = train_options
+        self.warm_start = warm_start
         self.random_state = random_state
         self.verbose = verbose
 
+    @with_callbacks
     def fit(self, X: ArrayLike, y: object = None) -> Self:
         """Train on rows; labels are not looked at.
 
@@ -208,11 +218,20 @@ class VAETransformer(_Features):
         InputError
             Rows that cannot be trained on, or settings that do not fit them.
         """
-        rows = training_rows(self, X, self.image_shape)
+        start = self.bundle_ if self.warm_start and hasattr(self, "bundle_") else None
+        rows = training_rows(self, X, self.image_shape, reset=start is None)
         with requiring("train", what="Training"):
             from vaefeat.pretraining import pretrain
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        self.bundle_: Bundle = pretrain(
+        n_before = self.n_iter_ if start else 0
+
+        def fitted(bundle: Bundle, n_epochs: int) -> dict[str, Any]:
+            # Not the device of training, which another machine may lack; but who asks for the CPU means all of it.
+            encoder = OnnxEncoder(bundle, device="cpu" if self.device == "cpu" else "auto")
+            return {"bundle_": bundle, "encoder_": encoder, "n_iter_": n_before + n_epochs}
+
+        tasks = FitTasks(self, "epoch", X=X, y=y)
+        bundle = pretrain(
             rows,
             preset=self.preset,
             effort=self.effort,
@@ -220,10 +239,10 @@ class VAETransformer(_Features):
             train=self._train_changes(seed),
             name="encoder",
             progress=self.verbose != 0,
+            observers=[EpochTasks(tasks, fitted)],
+            start=start,
         )
-        # Not the device of training, which another machine may lack; but who asks for the CPU means all of it.
-        self.encoder_ = OnnxEncoder(self.bundle_, device="cpu" if self.device == "cpu" else "auto")
-        self.n_iter_: int = self.bundle_.manifest.metrics["epochs"]
+        tasks.finish(fitted(bundle, bundle.manifest.metrics["epochs"]))
         return self
 
     def inverse_transform(self, X: ArrayLike) -> NDArray[np.float32]:

@@ -16,6 +16,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from vaefeat.bundle import Bundle, load_bundle
+from vaefeat.callbacks import ClassifierTasks, FitTasks, with_callbacks
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import requiring
 from vaefeat.estimator_inputs import flat_images, named_augmentations
@@ -23,7 +24,7 @@ from vaefeat.finetune_config import FineTuneConfig
 from vaefeat.labels import UNLABELLED, class_names, class_shares, given_shares
 from vaefeat.model_card import renamed
 from vaefeat.partly_labelled import PartlyLabelledClassifier
-from vaefeat.settings import plain_value
+from vaefeat.settings import plain_value, refuse_other_model
 
 __all__ = ["FineTuneClassifier"]
 
@@ -81,6 +82,9 @@ class FineTuneClassifier(PartlyLabelledClassifier):
         Where it is trained; predictions run on the CPU when that is asked for, else on a GPU where there is one.
     threads : int, optional
         Processor threads, in training and in predictions; None takes what suits the work.
+    warm_start : bool
+        Go on from the fitted encoder and head when fitted again, with the same bundle and classes; schedules begin
+        anew, and steps add up.
     precision : {"auto", "float32", "bfloat16"}
         Of the networks that learn; ``auto`` takes bfloat16 in longer runs where it is measured to be faster. What is
         exported is float32.
@@ -113,7 +117,10 @@ class FineTuneClassifier(PartlyLabelledClassifier):
     >>> FineTuneClassifier("runs/digits").fit(X, y).predict(X_new)  # doctest: +SKIP
     """
 
+    bundle_: Bundle
     encoder_: OnnxEncoder
+    n_iter_: int
+    _origin: str
 
     def __init__(
         self,
@@ -139,6 +146,7 @@ class FineTuneClassifier(PartlyLabelledClassifier):
         device: str = "auto",
         threads: int | None = None,
         precision: str = "auto",
+        warm_start: bool = False,
         verbose: int = 0,
     ) -> None:
         self.bundle = bundle
@@ -162,8 +170,10 @@ class FineTuneClassifier(PartlyLabelledClassifier):
         self.device = device
         self.threads = threads
         self.precision = precision
+        self.warm_start = warm_start
         self.verbose = verbose
 
+    @with_callbacks
     def fit(self, X: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None) -> Self:
         """Train on labelled and unlabelled rows.
 
@@ -188,20 +198,39 @@ class FineTuneClassifier(PartlyLabelledClassifier):
             torch is not installed.
         """
         base = self.bundle if isinstance(self.bundle, Bundle) else load_bundle(self.bundle)
-        rows = self._rows(X, base, reset=True)
+        goes_on = self.warm_start and hasattr(self, "bundle_")
+        rows = self._rows(X, base, reset=not goes_on)
         classes, targets = self._targets(rows, y, sample_weight)
+        if goes_on:
+            has = {"bundle": self._origin, "classes": self.classes_.tolist()}
+            refuse_other_model(has, {"bundle": base.digest, "classes": classes.tolist()})
         names, shares = class_names(classes), self._shares(targets.class_counts())
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         config = self._config(base, seed)
         with requiring("train", what="FineTuneClassifier"):
             from vaefeat.finetuned import fine_tune
-        self.bundle_, self.n_iter_ = fine_tune(
-            base, rows, targets, classes=names, shares=shares, config=config, progress=self.verbose != 0
+        n_before = self.n_iter_ if goes_on else 0
+
+        def fitted(bundle: Bundle, n_steps: int) -> dict[str, Any]:
+            # Not the device of training, which another machine may lack; but who asks for the CPU means all of it.
+            device = "cpu" if self.device == "cpu" else "auto"
+            encoder = OnnxEncoder(bundle, device=device, threads=config.threads)
+            return {"bundle_": bundle, "encoder_": encoder, "classes_": classes, "n_iter_": n_before + n_steps}
+
+        tasks = FitTasks(self, "steps", X=X, y=y, sample_weight=sample_weight)
+        bundle, n_steps = fine_tune(
+            self.bundle_ if goes_on else base,
+            rows,
+            targets,
+            classes=names,
+            shares=shares,
+            config=config,
+            progress=self.verbose != 0,
+            goes_on=goes_on,
+            observer=ClassifierTasks(tasks, fitted),
         )
-        # Not the device of training, which another machine may lack; but who asks for the CPU means all of it.
-        device = "cpu" if self.device == "cpu" else "auto"
-        self.encoder_ = OnnxEncoder(self.bundle_, device=device, threads=config.threads)
-        self.classes_ = classes
+        self._origin = base.digest
+        tasks.finish(fitted(bundle, n_steps))
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float32]:

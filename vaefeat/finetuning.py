@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from vaefeat.consistency import AdaptiveThresholds, Alignment, Teacher, consistency_loss
@@ -28,6 +28,7 @@ from vaefeat.model.classifier import Classifier
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.objectives import Objective
 from vaefeat.model.vae import VAE
+from vaefeat.observers import TaskObserver
 from vaefeat.placement import resolve_device, threads_for, using_threads
 from vaefeat.propagation import spread_labels
 from vaefeat.targets import Targets
@@ -85,6 +86,8 @@ class FineTuner:
     objective : Objective
         What the encoder was pretrained with.
     config : FineTuneConfig
+    head : Module, optional
+        A linear layer to begin with, which knows these classes; without it, what the pretrained features say is one.
 
     Raises
     ------
@@ -103,6 +106,7 @@ class FineTuner:
         shares: NDArray[np.float64],
         objective: Objective,
         config: FineTuneConfig,
+        head: nn.Module | None = None,
     ) -> None:
         self.config, self.objective, self.shares = config, objective, shares
         self.device = resolve_device(config.device)
@@ -112,19 +116,25 @@ class FineTuner:
         self.rows, self.labels, self.weights = rows, targets.codes, targets.weights
         self.labelled = targets.labelled
         self.unlabelled = targets.unlabelled if config.unlabelled_weight else self.labelled[:0]
-        self.student = Classifier(vae, len(shares)).to(self.device)
+        self.student = Classifier(vae, len(shares))
+        if head is not None:
+            self.student.head.load_state_dict(head.state_dict())
+        self._has_head = head is not None
+        self.student.to(self.device)
         self.alignment = Alignment(torch.tensor(shares, dtype=torch.float32, device=self.device))
         self.thresholds = AdaptiveThresholds()
         self.schedule = Schedule(config.max_steps)
         self.settling = Settling(config.patience)
 
-    def run(self, *, progress: bool = False) -> FineTuned:
+    def run(self, *, progress: bool = False, observer: TaskObserver | None = None) -> FineTuned:
         """Train to the end.
 
         Parameters
         ----------
         progress : bool
             Show a bar on standard error: loss, and the share of unlabelled rows whose labels were trusted.
+        observer : TaskObserver, optional
+            Told of every 50 steps.
 
         Raises
         ------
@@ -137,14 +147,27 @@ class FineTuner:
         with seeded, using_threads(threads), _shown(self.config.max_steps, shown=progress) as show:
             self._start()
             self.student.vae.network_dtype = getattr(torch, self._precision(n_rows, threads))
-            while self.schedule.step < self.schedule.end:
+            self._run_steps(show, observer or TaskObserver())
+        return self._found(self.teacher.model.cpu())
+
+    def _run_steps(self, show: Callable[[int, float, float], None], observer: TaskObserver) -> None:
+        observer.on_start(n_tasks=math.ceil(self.config.max_steps / _STEPS_PER_CHECK))
+        stop: bool | None = False
+        while self.schedule.step < self.schedule.end and not stop:
+            observer.on_task_start()
+            for _ in range(min(_STEPS_PER_CHECK, self.schedule.end - self.schedule.step)):
                 self._join_layers()
                 show(self.schedule.step, *self._take_step())
                 self.schedule.step += 1
-                if self.schedule.step % _STEPS_PER_CHECK == 0:
-                    self._check()
-        assert isinstance(self.teacher.model, Classifier)
-        return FineTuned(self.teacher.model.cpu(), self.schedule.step, self.schedule.end < self.config.max_steps)
+            if self.schedule.step % _STEPS_PER_CHECK == 0:
+                self._check()
+            stop = observer.on_task(
+                lambda: self._found(copy.deepcopy(self.teacher.model).cpu()), n_done=self.schedule.step
+            )
+
+    def _found(self, model: nn.Module) -> FineTuned:
+        assert isinstance(model, Classifier)
+        return FineTuned(model, self.schedule.step, self.schedule.end < self.config.max_steps)
 
     @property
     def _n_unlabelled(self) -> int:
@@ -156,7 +179,8 @@ class FineTuner:
         self._labelled_stream = endless(self.labelled, self.config.batch_size, orders)
         self._unlabelled_stream = endless(self.unlabelled, self._n_unlabelled, orders)
         self._watched = orders.permutation(self.unlabelled if len(self.unlabelled) else self.labelled)[:_WATCHED_ROWS]
-        self._start_head(orders)
+        if not self._has_head:
+            self._start_head(orders)
         self.teacher = Teacher(self.student, copy.deepcopy(self.student), decay=self.config.teacher_decay)
         self.student.train()
         self._layers = self.student.layers()

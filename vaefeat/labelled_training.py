@@ -5,6 +5,7 @@ B rows without a label, C rows with one, in a minibatch.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from vaefeat.feeds import Feed, make_feed
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.labelled import LabelledVAE
 from vaefeat.model.networks import count_multiply_adds
-from vaefeat.observers import ProgressBar
+from vaefeat.observers import ProgressBar, TaskObserver
 from vaefeat.optimizers import make_optimizers
 from vaefeat.placement import resolve_device, threads_for_step, using_threads
 from vaefeat.schedules import kl_warmup_factor, learning_rate_factor
@@ -96,6 +97,8 @@ class LabelledTrainer:
     augmentations : tuple of str
         Names of :mod:`vaefeat.model.augmentation`: each look at a row is at a changed one.
     progress : ProgressBar, optional
+    observer : TaskObserver, optional
+        Told of each epoch.
 
     Raises
     ------
@@ -115,11 +118,13 @@ class LabelledTrainer:
         consistency: float = 0.0,
         augmentations: tuple[str, ...] = (),
         progress: ProgressBar | None = None,
+        observer: TaskObserver | None = None,
     ) -> None:
         self.config, self.device = config, resolve_device(config.device)
         self.model = model.to(self.device)
         self.classification_weight, self.consistency = classification_weight, consistency
         self.augmentations, self.progress = augmentations, progress
+        self.observer = observer or TaskObserver()
         known = targets.labelled
         self.labels = torch.from_numpy(targets.codes[known]).to(self.device)
         self.weights = torch.from_numpy(targets.weights[known]).to(self.device)
@@ -147,15 +152,22 @@ class LabelledTrainer:
             self.progress.on_start(epochs=self.config.max_epochs, steps_per_epoch=self.steps_per_epoch, epoch=0)
         try:
             with fixed_noise(self.config.seed, self.device), using_threads(self.threads):
-                self.model.train()
                 labelled = self._come_round()
+                self.observer.on_start(n_tasks=self.config.max_epochs)
                 for epoch in range(self.config.max_epochs):
+                    self.observer.on_task_start()
+                    self.model.train()
                     self._run_epoch(epoch, labelled)
+                    if self.observer.on_task(self._copy, n_done=epoch + 1):
+                        break
         finally:
             self.model.eval()
             if self.progress:
                 self.progress.on_end()
         return tuple(self.history)
+
+    def _copy(self) -> LabelledVAE:
+        return copy.deepcopy(self.model).cpu().eval()
 
     def _feed(self, rows: NDArray[Any], batch_size: int, *, stream: int) -> Feed:
         """Feed all rows: nothing is held out, and the two streams have orders of their own."""

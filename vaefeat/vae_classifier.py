@@ -15,13 +15,14 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
 from vaefeat.bundle import Bundle, load_bundle
+from vaefeat.callbacks import ClassifierTasks, FitTasks, with_callbacks
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.errors import ConfigError, InputError, requiring
 from vaefeat.estimator_inputs import flat_images, plain_settings, training_rows
 from vaefeat.input_spec import InputSpec
 from vaefeat.labels import UNLABELLED
 from vaefeat.partly_labelled import PartlyLabelledClassifier
-from vaefeat.settings import check_int, check_number, unknown_name
+from vaefeat.settings import check_int, check_number, refuse_other_model, unknown_name
 
 if TYPE_CHECKING:
     from vaefeat.model.labelled import LabelledVAE
@@ -106,6 +107,9 @@ class VAEClassifier(PartlyLabelledClassifier):
     train_options : mapping, optional
         Any of these fields of :class:`vaefeat.config.TrainConfig`: optimizer, momentum, weight_decay, lr_warmup,
         lr_schedule, gradient_clip, kl_weight, threads.
+    warm_start : bool
+        Go on from the fitted weights when fitted again, with the same networks and classes. The scaling of the rows
+        stays, the optimizer and the schedules begin anew, and epochs add up.
     random_state : int, RandomState or None
         The same number, rows, labels and machine give the same model.
     verbose : int
@@ -149,6 +153,11 @@ class VAEClassifier(PartlyLabelledClassifier):
     ((1797, 10), (5, 64))
     """
 
+    model_: LabelledVAE
+    input_: InputSpec
+    n_iter_: int
+    _built_with: dict[str, Any]
+
     def __init__(
         self,
         model: str = "m2",
@@ -174,6 +183,7 @@ class VAEClassifier(PartlyLabelledClassifier):
         kl_warmup: float = 0.0,
         device: str = "auto",
         train_options: Mapping[str, Any] | None = None,
+        warm_start: bool = False,
         random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
     ) -> None:
@@ -199,9 +209,11 @@ class VAEClassifier(PartlyLabelledClassifier):
         self.kl_warmup = kl_warmup
         self.device = device
         self.train_options = train_options
+        self.warm_start = warm_start
         self.random_state = random_state
         self.verbose = verbose
 
+    @with_callbacks
     def fit(self, X: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None) -> Self:
         """Train on all rows, and on the labels that there are.
 
@@ -224,16 +236,26 @@ class VAEClassifier(PartlyLabelledClassifier):
         TrainingError
             The objective became NaN or infinite.
         """
-        rows = training_rows(self, X, self.image_shape)
+        goes_on = self.warm_start and hasattr(self, "model_")
+        rows = training_rows(self, X, self.image_shape, reset=not goes_on)
         classes, targets = self._targets(rows, y, sample_weight)
         self._refuse_settings()
         encoder = None if self.encoder is None else _opened(self.encoder)
         if encoder is not None:
             rows = encoder.manifest.input.prepare(rows)
+        built = self._built(rows, classes, encoder)
+        if goes_on:
+            refuse_other_model(self._built_with, built)
         with requiring("train", what="Training"):
             from vaefeat.classification import train_classifier
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        self.model_: LabelledVAE = train_classifier(
+        n_before, spec = self.n_iter_ if goes_on else 0, encoder.manifest.input if encoder else InputSpec.of(rows)
+
+        def fitted(model: LabelledVAE, n_epochs: int) -> dict[str, Any]:
+            return {"model_": model, "input_": spec, "classes_": classes, "n_iter_": n_before + n_epochs}
+
+        tasks = FitTasks(self, "epoch", X=X, y=y, sample_weight=sample_weight)
+        model, n_epochs = train_classifier(
             self.model,
             rows,
             targets,
@@ -246,10 +268,11 @@ class VAEClassifier(PartlyLabelledClassifier):
             consistency=self.consistency,
             augmentations=self.augmentations,
             progress=self.verbose != 0,
+            observer=ClassifierTasks(tasks, fitted),
+            start=self.model_ if goes_on else None,
         )
-        self.input_ = encoder.manifest.input if encoder else InputSpec.of(rows)
-        self.classes_: NDArray[Any] = classes
-        self.n_iter_ = int(self.max_epochs)
+        self._built_with = built
+        tasks.finish(fitted(model, n_epochs))
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
@@ -364,6 +387,17 @@ class VAEClassifier(PartlyLabelledClassifier):
         for name in self.train_options or {}:
             if name not in _TRAIN_OPTIONS:
                 raise unknown_name("train_options key", name, _TRAIN_OPTIONS)
+
+    def _built(self, rows: NDArray[Any], classes: NDArray[Any], encoder: Bundle | None) -> dict[str, Any]:
+        """Name everything that the weights are made for."""
+        return {
+            "model": self.model,
+            "classes": classes.tolist(),
+            "dtype of rows": str(rows.dtype),
+            "encoder": encoder.digest if encoder else None,
+            "auxiliary_dim": self.auxiliary_dim,
+            **self._model_config().to_dict(),
+        }
 
     def _model_config(self) -> ModelConfig:
         names = ("network", "hidden_dims", "channels", "likelihood")
