@@ -30,7 +30,8 @@ class OnnxEncoder:
     device : {"auto", "cpu", "cuda"}
         ``cuda`` is an error where there is none; ``auto`` reports its choice in ``device`` and ``device_reason``.
     threads : int, optional
-        Threads within an operator; all processors given to this process when None.
+        Threads within an operator. When None, ``OMP_NUM_THREADS`` where it is set, as in joblib's workers, and else all
+        processors given to this process.
     batch_size : int
         Rows in a micro-batch. It bounds the memory and changes no result; 256 keeps activations in a CPU's cache.
 

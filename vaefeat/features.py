@@ -362,7 +362,7 @@ class VAEFeatures(_Features):
     device : {"auto", "cpu", "cuda"}
         Where a bundle runs.
     threads : int, optional
-        For a bundle on the CPU: threads within an operator; all processors when None.
+        For a bundle on the CPU: threads within an operator; see :class:`vaefeat.OnnxEncoder`.
 
     Attributes
     ----------

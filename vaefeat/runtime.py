@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from vaefeat.errors import BundleError, DeviceError
-from vaefeat.processors import available_cpus
+from vaefeat.processors import allowed_threads
 
 __all__ = ["Interruption", "OpenedGraph", "choose_device", "open_graph"]
 
@@ -100,7 +100,7 @@ def open_graph(content: bytes, *, what: str, device: str = "auto", threads: int 
     device : {"auto", "cpu", "cuda"}
         ``auto`` takes CUDA where a device is there and says so in ``reason``; ``cuda`` fails where there is none.
     threads : int, optional
-        Threads within an operator; all processors given to this process when None.
+        Threads within an operator; see :func:`vaefeat.processors.allowed_threads` when None.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def open_graph(content: bytes, *, what: str, device: str = "auto", threads: int 
     if threads is not None and threads < 1:
         raise DeviceError(f"got threads={threads}, wanted at least 1, or None for all processors")
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or available_cpus()
+    options.intra_op_num_threads = threads or allowed_threads()
     options.inter_op_num_threads = 1
     # Spinning threads would keep processors busy after every call, away from the rest of the process.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -115,7 +115,7 @@ def refuse_other_model(has: Mapping[str, Any], asked: Mapping[str, Any]) -> None
     ConfigError
         Names the first setting that differs.
     """
-    for name in sorted(asked):
+    for name in asked:
         if has.get(name) != asked[name]:
             raise ConfigError(
                 f"got {name}={asked[name]!r}, but the weights to go on from have {name}={has.get(name)!r}; set it "
