@@ -115,7 +115,11 @@ def test_head_of_a_classifier_is_kept_and_its_name_too(digits_bundle: Path, X: N
         ("transformer", {"n_components": 5}, "got latent_dim=5, but the weights to go on from have latent_dim=4"),
         ("transformer", {"hidden_dims": (8,)}, r"got hidden_dims=\[8\], but the weights to go on from have"),
         ("transformer", {"posterior": "full"}, "got posterior='full'"),
-        ("transformer", {"image_shape": (1, 8, 8)}, r"got shape of rows=\(1, 8, 8\), but the weights to go on from have shape of rows=\(64,\)"),
+        (
+            "transformer",
+            {"image_shape": (1, 8, 8)},
+            r"got shape of rows=\(1, 8, 8\), but the weights to go on from have shape of rows=\(64,\)",
+        ),
         ("generative", {"n_components": 5}, "got latent_dim=5"),
         ("generative", {"model": "adgm"}, "got model='adgm', but the weights to go on from have model='m2'"),
         ("generative", {"hidden_dims": (8,)}, "got hidden_dims"),
@@ -134,10 +138,10 @@ def test_settings_that_weights_depend_on_are_refused(
 
 def test_rows_and_labels_of_another_kind_are_refused(estimator: Any, X: NDArray[np.uint8]) -> None:
     estimator.set_params(**length(estimator, 1)).fit(X, Y)
-    with pytest.raises(ValueError, match="X has 63 features, but .* is expecting 64"):
+    with pytest.raises(ValueError, match=r"X has 63 features, but .* is expecting 64"):
         estimator.fit(X[:, 1:], Y)
     if isinstance(estimator, VAETransformer):
-        with pytest.raises(ConfigError, match="got dtype of rows='float32', but .* rows='uint8'"):
+        with pytest.raises(ConfigError, match=r"got dtype of rows='float32', but .* rows='uint8'"):
             estimator.fit(X + 0.5, Y)
         return
     for other in (np.where(Y == 3, 11, Y), np.where(Y == 3, 4, Y)):
