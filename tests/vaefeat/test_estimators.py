@@ -174,7 +174,10 @@ class TestProcesses:
         assert len({worker for worker, _ in found}) == 2
         assert {threads for _, threads in found} == {max(1, processors // 2)}
 
-    @pytest.mark.parametrize("kind", KINDS)
+    # Each of two workers imports torch and trains, twice.
+    @pytest.mark.parametrize(
+        "kind", ["features", "generative", *(pytest.param(k, marks=pytest.mark.slow) for k in TRAINED[:2])]
+    )
     def test_search_with_workers_finds_what_one_without_finds(
         self, estimators: dict[str, Any], X: NDArray[np.uint8], kind: str
     ) -> None:
@@ -292,6 +295,8 @@ class TestWeights:
         counts = []
         for class_weight in ({"one": 200.0}, None, {"two": 200.0}):
             classifier = clone(estimators[kind]).set_params(class_weight=class_weight, augmentations=())
+            if kind == "generative":
+                classifier.set_params(max_epochs=20)
             counts.append((classifier.fit(rows, y).predict(rows) == "two").sum())
         assert counts[0] <= counts[1] <= counts[2]
         assert counts[0] + 5 < counts[2]
