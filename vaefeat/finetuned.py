@@ -88,7 +88,7 @@ def fine_tune(
             restore_vae(base), rows, targets, shares=shares, objective=objective, config=config, head=head
         )
         export = partial(classifier_bundle, base, tuner=tuner, classes=classes, name=name)
-        found = tuner.run(progress=progress, observer=_Exporting(observer, export, tuner) if observer else None)
+        found = tuner.run(progress=progress, observer=_Exporting(observer, export) if observer else None)
         with shown_activity("export to ONNX, and compare with torch", shown=progress):
             bundle = export(found)
     return bundle, found.n_steps
@@ -178,8 +178,8 @@ def classifier_bundle(
 class _Exporting(TaskObserver):
     """Tells another, and makes bundles of what it is shown."""
 
-    def __init__(self, told: TaskObserver, export: Callable[[FineTuned], Bundle], tuner: FineTuner) -> None:
-        self._told, self._export, self._tuner = told, export, tuner
+    def __init__(self, told: TaskObserver, export: Callable[[FineTuned], Bundle]) -> None:
+        self._told, self._export = told, export
 
     def on_start(self, *, n_tasks: int) -> None:
         self._told.on_start(n_tasks=n_tasks)
@@ -188,12 +188,7 @@ class _Exporting(TaskObserver):
         self._told.on_task_start()
 
     def on_task(self, now: Callable[[], FineTuned], *, n_done: int) -> bool | None:
-        return self._told.on_task(lambda: self._exported(now()), n_done=n_done)
-
-    def _exported(self, found: FineTuned) -> Bundle:
-        # Training goes on with the noise that it would have had.
-        with fixed_noise(self._tuner.config.seed, self._tuner.device):
-            return self._export(found)
+        return self._told.on_task(lambda: self._export(now()), n_done=n_done)
 
 
 def _sample(tuner: FineTuner) -> NDArray[Any]:

@@ -161,9 +161,12 @@ class FineTuner:
                 self.schedule.step += 1
             if self.schedule.step % _STEPS_PER_CHECK == 0:
                 self._check()
-            stop = observer.on_task(
-                lambda: self._found(copy.deepcopy(self.teacher.model).cpu()), n_done=self.schedule.step
-            )
+            # Whoever looks does not draw from the noise of the run.
+            with fixed_noise(self.config.seed, self.device):
+                stop = observer.on_task(self._found_now, n_done=self.schedule.step)
+
+    def _found_now(self) -> FineTuned:
+        return self._found(copy.deepcopy(self.teacher.model).cpu())
 
     def _found(self, model: nn.Module) -> FineTuned:
         assert isinstance(model, Classifier)

@@ -158,7 +158,10 @@ class LabelledTrainer:
                     self.observer.on_task_start()
                     self.model.train()
                     self._run_epoch(epoch, labelled)
-                    if self.observer.on_task(self._copy, n_done=epoch + 1):
+                    # Whoever looks does not draw from the noise of the run.
+                    with fixed_noise(self.config.seed, self.device):
+                        stop = self.observer.on_task(self._copy, n_done=epoch + 1)
+                    if stop:
                         break
         finally:
             self.model.eval()

@@ -212,10 +212,8 @@ class Trainer:
         vae.load_state_dict(self.best_weights)
         vae.eval()
         self.objective.finish(vae, self.sample)
-        evaluation = self._evaluate(vae)
-        return TrainingResult(
-            tuple(self.history), evaluation, self.feed.heldout, self.feed.heldout_rows, self.engine or Engine()
-        )
+        feed, evaluation = self.feed, self._evaluate(vae)
+        return TrainingResult(tuple(self.history), evaluation, feed.heldout, feed.heldout_rows, self.engine or Engine())
 
     @contextmanager
     def _observed(self) -> Iterator[None]:
@@ -378,8 +376,9 @@ class Trainer:
         )
         self.history.append(record)
         self._judge(record, last_step)
-        # Every one of them is told, whatever the others answer; workers end together.
-        answers = [observer.on_epoch(record) for observer in self.observers]
+        # Every one of them is told, whatever the others answer, and none draws from the noise of the run.
+        with fixed_noise(self.config.seed, self.device):
+            answers = [observer.on_epoch(record) for observer in self.observers]
         self.stopped_early |= self.world.any(any(answers), self.device)
 
     def _judge(self, record: EpochRecord, last_step: int) -> None:

@@ -103,6 +103,15 @@ class TestSeeds:
         assert torch.equal(torch.get_rng_state(), states[0])
         assert (random.getstate(), str(np.random.get_state())) == states[1:]
 
+    def test_scores_and_samples_leave_the_generators_alone(self, fitted: dict[str, Any], X: NDArray[np.uint8]) -> None:
+        torch.manual_seed(1)
+        states = torch.get_rng_state(), str(np.random.get_state())
+        for kind in ("transformer", "generative"):
+            fitted[kind].score(X[:20], Y[:20])
+            fitted[kind].sample(n_samples=3)
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert str(np.random.get_state()) == states[1]
+
     @pytest.mark.parametrize("kind", TRAINED)
     def test_no_seed_gives_other_models(self, estimators: dict[str, Any], X: NDArray[np.uint8], kind: str) -> None:
         free = clone(estimators[kind]).set_params(random_state=None)

@@ -44,7 +44,7 @@ class AnyWidthFeatures(VAEFeatures):
         super().__init__(encoder, output=output)
 
     def fit(self, X: Any, y: Any = None) -> Self:
-        given, shape = self.encoder, np.shape(X)
+        given, shape = self.encoder, np.asarray(X).shape
         # What has no rows, or no columns, is refused whatever the bundle.
         self.encoder = tiny_bundle(shape[1] if len(shape) == 2 and shape[1] else 4)
         try:
