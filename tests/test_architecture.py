@@ -17,7 +17,7 @@ CHECKOUT = Path(__file__).parents[1]
     [
         "import vaefeat",
         "import vaefeat.encoder, vaefeat.decoder, vaefeat.bundle, vaefeat.remote, vaefeat.data",
-        "from vaefeat.features import VAEFeatures, VAETransformer",
+        "from vaefeat.features import VAEFeatures; from vaefeat.transformer import VAETransformer",
         "from vaefeat import FineTuneClassifier",
         "from vaefeat import VAEClassifier",
         "from vaefeat import OnnxPredictor, export_pipeline",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vaefeat.config import ModelConfig, TrainConfig
     from vaefeat.encoder import OnnxEncoder
     from vaefeat.errors import VaefeatError
-    from vaefeat.features import VAEFeatures, VAETransformer
+    from vaefeat.features import VAEFeatures
     from vaefeat.finetune import FineTuneClassifier
     from vaefeat.grid import GridRun, pretrain_grid
     from vaefeat.heads import FewLabelHead, few_label_head
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vaefeat.predictor import OnnxPredictor
     from vaefeat.pretraining import pretrain
     from vaefeat.remote import AsyncRemoteEncoder, RemoteEncoder
+    from vaefeat.transformer import VAETransformer
     from vaefeat.vae_classifier import VAEClassifier
 
 __all__ = [
@@ -69,7 +70,7 @@ _ROOMS = {
     "TrainConfig": "vaefeat.config",
     "VAEClassifier": "vaefeat.vae_classifier",
     "VAEFeatures": "vaefeat.features",
-    "VAETransformer": "vaefeat.features",
+    "VAETransformer": "vaefeat.transformer",
     "VaefeatError": "vaefeat.errors",
     "export_pipeline": "vaefeat.onnx_pipeline",
     "few_label_head": "vaefeat.heads",

@@ -66,7 +66,8 @@ class OnnxEncoder:
         ``cuda`` is an error where there is none; ``auto`` reports its choice in ``device`` and ``device_reason``.
         TensorRT is used where it is asked for; it builds an engine first, which may take minutes.
     threads : int, optional
-        Threads within an operator; all processors given to this process when None.
+        Threads within an operator. When None, ``OMP_NUM_THREADS`` where it is set, as in joblib's workers, and else all
+        processors given to this process.
     batch_size : int
         Rows in a micro-batch. It bounds the memory and changes no result; 256 keeps activations in a CPU's cache.
     buckets : sequence of int, optional

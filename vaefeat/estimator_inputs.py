@@ -39,6 +39,7 @@ def training_data(
     *,
     categorical: Any,
     handle_unknown: HandleUnknown,
+    like: InputSpec | None = None,
 ) -> Rows | NDArray[Any]:
     """Check the rows that an estimator is fitted to, and fit the columns of a table.
 
@@ -49,6 +50,8 @@ def training_data(
     categorical : list of str or int, or None
     handle_unknown : {"error", "ignore"}
         As of :func:`vaefeat.table_fitting.fit_table`.
+    like : InputSpec, optional
+        Of the rows before, which these must be like; their columns are not fitted again.
 
     Raises
     ------
@@ -59,8 +62,10 @@ def training_data(
         raise InputError(f"got categorical_features={categorical!r}, wanted a list of column names or numbers, or None")
     if handle_unknown not in get_args(HandleUnknown):
         raise InputError(f"got handle_unknown={handle_unknown!r}, wanted 'error' or 'ignore'")
+    if like is not None and like.table is not None:
+        return Rows(array=like.prepare(checked_rows(estimator, X, like, reset=False)), table=like.table)
     if image_shape is not None or not (categorical is not None or is_table(X)):
-        return training_rows(estimator, X, image_shape)
+        return training_rows(estimator, X, image_shape, reset=like is None)
     told = None if categorical is None else list(categorical)
     schema, rows = fit_table(X, categorical=told, handle_unknown=handle_unknown)
     validate_data(estimator, X, skip_check_array=True)
@@ -85,7 +90,9 @@ def taking_tables(tags: Tags) -> Tags:
     return tags
 
 
-def training_rows(estimator: BaseEstimator, X: Any, image_shape: tuple[int, int, int] | None) -> NDArray[Any]:
+def training_rows(
+    estimator: BaseEstimator, X: Any, image_shape: tuple[int, int, int] | None, *, reset: bool = True
+) -> NDArray[Any]:
     """Check the rows that an estimator is fitted to, in scikit-learn's way, and give them their shape.
 
     Parameters
@@ -95,6 +102,8 @@ def training_rows(estimator: BaseEstimator, X: Any, image_shape: tuple[int, int,
     X : array-like of shape (n, n_features) or (n, C, H, W)
     image_shape : tuple of int, optional
         (C, H, W) of the images in flat rows.
+    reset : bool
+        Whether these are the first rows, and not ones that must be like those before.
 
     Returns
     -------
@@ -107,7 +116,7 @@ def training_rows(estimator: BaseEstimator, X: Any, image_shape: tuple[int, int,
     """
     shape = _image_shape(X, image_shape)
     rows: NDArray[Any] = validate_data(
-        estimator, flat_images(X, shape), dtype=[np.float32, np.uint8], ensure_min_samples=2
+        estimator, flat_images(X, shape), dtype=[np.float32, np.uint8], ensure_min_samples=2, reset=reset
     )
     if shape is None:
         return rows

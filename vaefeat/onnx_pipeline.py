@@ -25,12 +25,13 @@ from vaefeat.atomic import replace_file
 from vaefeat.bundle import MAX_NAME_LENGTH, Bundle, Manifest, check_name
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import BundleError, ExportError, InputError, requiring
-from vaefeat.features import VAEFeatures, VAETransformer
+from vaefeat.features import VAEFeatures
 from vaefeat.finetune import FineTuneClassifier
 from vaefeat.labels import class_names
 from vaefeat.model_card import pipeline_card
 from vaefeat.predictor import LABEL, PROBABILITIES, OnnxPredictor
 from vaefeat.reference import REFERENCE_FILE, PredictionReference, Reference, load_reference
+from vaefeat.transformer import VAETransformer
 
 with requiring("export", what="export_pipeline"):
     from vaefeat.onnx_graph import GraphBuilder

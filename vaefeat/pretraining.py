@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -29,16 +30,18 @@ from vaefeat.input_spec import InputSpec
 from vaefeat.memory import ran_out_of_memory
 from vaefeat.model.diagnostics import diagnose
 from vaefeat.model.evaluation import fixed_noise
+from vaefeat.model.likelihoods import refuse_rows
 from vaefeat.model.networks import network_name
 from vaefeat.model.vae import VAE, likelihood_name
 from vaefeat.model_card import model_card, reconstruction_picture
 from vaefeat.observers import EventLog, Observer, ProgressBar, shown_activity
 from vaefeat.presets import choose_settings, plain_changes, refuse_changes
 from vaefeat.reference import REFERENCE_FILE, Reference
+from vaefeat.settings import refuse_other_model
 from vaefeat.streams import RowStream
 from vaefeat.table_schema import TableSchema
 from vaefeat.training import Trainer, TrainingResult
-from vaefeat.weights import weights_of
+from vaefeat.weights import restore_vae, weights_of
 from vaefeat.world import World
 
 __all__ = [
@@ -50,6 +53,7 @@ __all__ = [
     "make_folder",
     "pretrain",
     "refuse_untrainable",
+    "warn_of_collapse",
 ]
 
 #: Inside the output folder: what training leaves besides the bundle.
@@ -81,6 +85,7 @@ def pretrain(
     resume: bool = False,
     progress: bool = True,
     observers: Sequence[Observer] = (),
+    start: Bundle | None = None,
 ) -> Bundle:
     """Train a variational auto-encoder on unlabelled rows and export its encoder.
 
@@ -108,6 +113,9 @@ def pretrain(
         Show a progress bar on standard error.
     observers : sequence of Observer
         Told what happens.
+    start : Bundle, optional
+        Weights and scaling to begin with, from a model of the same settings and rows of the same kind. The optimizer
+        and all schedules begin anew.
 
     Returns
     -------
@@ -179,15 +187,23 @@ def pretrain(
         watching.append(EventLog(folder / TRAINING_FOLDER))
     with ONE_AT_A_TIME:
         with fixed_noise(train.seed, torch.device("cpu")):
-            vae = _built(model, source.sample)
+            vae = _built(model, source.sample) if start is None else _continued(start, model, source)
         trainer = Trainer(
             vae,
             source.rows,
             train,
             checkpoint=checkpoint,
-            identity={"model": model.to_dict(), "data": source.identity},
+            identity={"model": model.to_dict(), "data": source.identity, **({"start": start.digest} if start else {})},
             observers=watching,
         )
+        described: dict[str, Any] = {
+            "train": train,
+            "name": name,
+            "data": {"fingerprint": source.identity["fingerprint"], "n_rows": source.n_rows},
+            "table": source.table,
+        }
+        for observer in watching if world.size == 1 else ():
+            observer.on_model(partial(_bundle_of_now, trainer, source.sample, **described))
         result = trainer.run(resume=resume)
         if folder is not None and not world.leads:
             world.wait(trainer.device)
@@ -195,20 +211,19 @@ def pretrain(
         if folder is not None:
             _write_history(folder / TRAINING_FOLDER / HISTORY_FILE, result)
         with shown_activity("export to ONNX, and compare with torch", shown=progress and world.leads):
-            bundle = make_bundle(
-                vae,
-                source.sample,
-                result,
-                train=train,
-                name=name,
-                data={"fingerprint": source.identity["fingerprint"], "n_rows": source.n_rows},
-                table=source.table,
-            )
+            bundle = make_bundle(vae, source.sample, result, **described)
+    warn_of_collapse(bundle)
     if folder is None:
         return bundle
     saved = bundle.save(folder)
     world.wait(trainer.device)
     return saved
+
+
+def _bundle_of_now(trainer: Trainer, rows: NDArray[Any], **described: Any) -> Bundle:
+    with fixed_noise(trainer.config.seed, torch.device("cpu")):
+        vae, result = trainer.end_of_copy()
+        return make_bundle(vae, rows, result, **described)
 
 
 def _split_of(train: TrainConfig | Mapping[str, Any] | None) -> TrainConfig:
@@ -228,6 +243,24 @@ def _built(model: ModelConfig, rows: NDArray[Any]) -> VAE:
             f"a model of latent_dim={model.latent_dim}, hidden_dims={model.hidden_dims} and "
             f"channels={model.channels} does not fit into memory; make it smaller"
         ) from error
+
+
+def _continued(start: Bundle, model: ModelConfig, source: _Source) -> VAE:
+    """Take weights and scaling from a bundle, for a model of the same settings."""
+    given, taken = InputSpec.of(source.sample, table=source.table), start.manifest.input
+    has = {"shape of rows": taken.shape, "dtype of rows": taken.dtype, "table": _unscaled(taken.table)}
+    asked = {"shape of rows": given.shape, "dtype of rows": given.dtype, "table": _unscaled(given.table)}
+    refuse_other_model(has | start.manifest.model, asked | _resolved(model, given.shape).to_dict())
+    refuse_rows(model.likelihood, model, source.sample)
+    vae = restore_vae(start)
+    # The axes of the features are chosen anew when training ends.
+    vae.basis = None
+    return vae
+
+
+def _resolved(model: ModelConfig, row_shape: tuple[int, ...]) -> ModelConfig:
+    """Name what `auto` stands for."""
+    return replace(model, likelihood=likelihood_name(model, row_shape), network=network_name(model, row_shape))
 
 
 def _warn_of_checkpoint(folder: Path, *, resume: bool) -> None:
@@ -290,8 +323,7 @@ def make_bundle(
     table : TableSchema, optional
         What their columns are.
 
-    The graphs are compared with torch on held-out rows first; see :func:`vaefeat.export.measure_parity`. Where the
-    posterior has collapsed, the logger ``vaefeat`` warns, and says what to try.
+    The graphs are compared with torch on held-out rows first; see :func:`vaefeat.export.measure_parity`.
     """
     vae = vae.cpu().eval()
     shown = np.array(result.heldout_rows[:_PARITY_ROWS])
@@ -300,20 +332,13 @@ def make_bundle(
         "decoder.onnx": export_decoder(vae),
         "weights.safetensors": weights_of(vae),
     }
-    model = replace(
-        vae.config,
-        likelihood=likelihood_name(vae.config, vae.row_shape),
-        network=network_name(vae.config, vae.row_shape),
-    )
+    model = _resolved(vae.config, vae.row_shape)
     evaluation = result.evaluation
     # One held-out row, all that a handful leaves, does not tell what varies.
     looked_at = shown if len(shown) > 1 else rows
     # The variance of a flow's mean over the rows is only known through samples, and two would drown it in noise.
     n_samples = 16 if model.posterior in {"planar", "iaf"} else 2
     found = diagnose(vae, np.array(looked_at[:_DIAGNOSED_ROWS]), n_samples=n_samples, seed=train.seed)
-    # Latents that a good model leaves unused are no reason to worry; a code that says next to nothing is.
-    if found.severe:
-        _LOG.warning("%s: %s", name, found.advice)
     manifest = Manifest(
         name=name,
         input=InputSpec.of(rows, table=_scaled(table, vae)),
@@ -347,6 +372,13 @@ def make_bundle(
         contents[picture] = reconstruction_picture(shown[:_PICTURED], denoise(vae, shown[:_PICTURED]))
     contents["README.md"] = model_card(manifest, picture=picture).encode()
     return Bundle.of(manifest, contents)
+
+
+def warn_of_collapse(bundle: Bundle) -> None:
+    """Warn, by the logger ``vaefeat``, where the posterior has collapsed, and say what to try."""
+    # Latents that a good model leaves unused are no reason to worry; a code that says next to nothing is.
+    if advice := bundle.manifest.metrics["advice"]:
+        _LOG.warning("%s: %s", bundle.name, advice)
 
 
 def make_folder(folder: Path) -> None:
@@ -391,6 +423,13 @@ def _scaled(table: TableSchema | None, vae: VAE) -> TableSchema | None:
         return None
     scaling = vae.preprocessing
     return table.scaled(scaling.shift.tolist(), (1 / scaling.scale).tolist())
+
+
+def _unscaled(table: TableSchema | None) -> TableSchema | None:
+    """Leave out what is of rows and not of columns."""
+    if table is None:
+        return None
+    return replace(table, columns=tuple(replace(column, mean=None, std=None) for column in table.columns))
 
 
 def _version(library: str) -> str:

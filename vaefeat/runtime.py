@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from vaefeat.errors import BundleError, DeviceError
-from vaefeat.processors import available_cpus
+from vaefeat.processors import allowed_threads
 from vaefeat.tensorrt import engine_options, why_no_tensorrt
 
 __all__ = ["Interruption", "OpenedGraph", "choose_device", "open_graph"]
@@ -123,7 +123,7 @@ def open_graph(
         ``auto`` takes CUDA where a device is there and says so in ``reason``; ``cuda`` and ``tensorrt`` fail where
         there is none, and nothing but being asked for leads to TensorRT.
     threads : int, optional
-        Threads within an operator; all processors given to this process when None.
+        Threads within an operator; see :func:`vaefeat.processors.allowed_threads` when None.
     buckets : sequence of int
         Numbers of rows that it is going to be called with, rising; TensorRT builds its engine for them.
     captures : bool
@@ -144,7 +144,7 @@ def open_graph(
     if threads is not None and threads < 1:
         raise DeviceError(f"got threads={threads}, wanted at least 1, or None for all processors")
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or available_cpus()
+    options.intra_op_num_threads = threads or allowed_threads()
     options.inter_op_num_threads = 1
     # Spinning threads would keep processors busy after every call, away from the rest of the process.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -24,6 +24,7 @@ __all__ = [
     "check_text",
     "check_tuple",
     "plain_value",
+    "refuse_other_model",
     "unknown_name",
     "with_overrides",
 ]
@@ -105,6 +106,22 @@ def _toml_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def refuse_other_model(has: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuse to go on training with settings that weights depend on and that are not theirs.
+
+    Raises
+    ------
+    ConfigError
+        Names the first setting that differs.
+    """
+    for name in asked:
+        if has.get(name) != asked[name]:
+            raise ConfigError(
+                f"got {name}={asked[name]!r}, but the weights to go on from have {name}={has.get(name)!r}; set it "
+                "back, or begin anew (warm_start=False)"
+            )
 
 
 def check_text(name: str, value: object) -> None:
