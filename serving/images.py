@@ -21,7 +21,7 @@ from vaefeat.errors import InputError
 from vaefeat.image_decoding import decode_image
 from vaefeat.input_spec import InputSpec
 
-__all__ = ["ImageDecoder", "PixelRoom", "decode_into", "part_images"]
+__all__ = ["ImageDecoder", "PixelRoom", "decode_into", "part_images", "spread"]
 
 #: Images below this many pixels find room always: all threads together hold few of them.
 _SMALL_PIXELS = 2**20
@@ -221,3 +221,10 @@ class ImageDecoder:
             for worker in workers:
                 worker.cancel()
         return rows, errors
+
+
+def spread(features: NDArray[Any], good: NDArray[np.intp], n_rows: int) -> NDArray[Any]:
+    """Put features of the images that could be read, at places `good`, among zeros for the others."""
+    whole = np.zeros((n_rows, *features.shape[1:]), features.dtype)
+    whole[good] = features
+    return whole

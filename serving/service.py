@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from serving.batch import Batch, Job
 from serving.batcher import RowBatcher
 from serving.errors import ModelError, RequestError, overloaded, too_large
-from serving.images import ImageDecoder
+from serving.images import ImageDecoder, spread
 from serving.models import Models
 from serving.served_model import ServedModel
 from serving.settings import Limits
@@ -390,7 +390,7 @@ class Service:
         good = np.array([position for position in range(len(encoded)) if position not in errors], np.intp)
         job = self._submit(model, rows[good], outputs, priority, timeout_s - decode_s, caller)
         computed = await self._result(job)
-        spread = {output: _spread(features, good, len(encoded)) for output, features in computed.items()}
+        spread = {output: spread(features, good, len(encoded)) for output, features in computed.items()}
         return Embedded(spread, job, errors, decode_s)
 
     def _batch_done(self, batch: Batch) -> None:
@@ -445,9 +445,3 @@ class Service:
 
 def _is_bulk(priority: int) -> bool:
     return priority > 1
-
-
-def _spread(features: NDArray[Any], good: NDArray[np.intp], n_rows: int) -> NDArray[Any]:
-    whole = np.zeros((n_rows, *features.shape[1:]), features.dtype)
-    whole[good] = features
-    return whole
