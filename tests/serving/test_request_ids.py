@@ -9,15 +9,18 @@ from serving.models import Models
 from tests.serving.running import within
 
 
-def get(models: Models, path: str, *, headers: dict[str, str] | dict[str, bytes] | None = None) -> httpx.Response:
-    answer = within(models, lambda client: client.get(path, headers=headers))
+def get(models: Models, path: str, *, headers: dict[str, bytes] | None = None) -> httpx.Response:
+    answer = within(
+        models,
+        lambda client: client.get(path, headers=[(name.encode(), value) for name, value in (headers or {}).items()]),
+    )
     assert isinstance(answer, httpx.Response)
     return answer
 
 
 def test_a_sane_request_id_is_echoed_once(digits_models: Models) -> None:
     for path in ("/livez", "/nowhere"):
-        answer = get(digits_models, path, headers={"x-request-id": "run-7:row.3_a"})
+        answer = get(digits_models, path, headers={"x-request-id": b"run-7:row.3_a"})
         assert answer.headers.get_list("x-request-id") == ["run-7:row.3_a"]
 
 
