@@ -100,5 +100,31 @@ def suggest(
     suggest_job(options, console=Console())
 
 
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="A TOML file, such as pipelines/configs/digits.toml.")],
+    over: Annotated[
+        list[str],
+        typer.Option("--over", help="A setting and its values, such as model.latent_dim=8,16; may be repeated."),
+    ],
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="table.key=value, over the file's; may be repeated.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="So many combinations at random; all when not given.")] = None,
+    side_by_side: Annotated[int, typer.Option(min=1, help="Trials at a time, which share the processors.")] = 2,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep finished trials, continue others, try failed ones again.")
+    ] = False,
+) -> None:
+    """Train a model for each combination of settings with Ray Tune, and rank them by their error with few labels."""
+    from pipelines.config import load_config
+
+    loaded = load_config(config, override or ())
+    with shown_activity("load torch and the rest"), requiring("jobs", what="This job"):
+        from pipelines.sweep import sweep as sweep_job
+
+    sweep_job(loaded, over=over, trials=trials, side_by_side=side_by_side, resume=resume, console=Console())
+
+
 if __name__ == "__main__":
     run_command_line(app)
