@@ -21,8 +21,7 @@ from pipelines.ray_environment import prepare_environment
 from pipelines.sweep_space import choose_settings, read_space, with_settings
 from vaefeat.atomic import replace_file
 from vaefeat.errors import ConfigError, TrainingError
-from vaefeat.latent_plots import trade_off
-from vaefeat.plots import png
+from vaefeat.plots import png, trade_off
 
 if TYPE_CHECKING:
     from pipelines.sweep_trials import Trial
@@ -154,8 +153,10 @@ def _table(config: RunConfig, ranked: Sequence[Trial], *, n_validation: int) -> 
         f"rows, mean and standard deviation over {config.probe.n_draws} draws",
         title_justify="left",
     )
-    for name in (*ranked[0].settings, "error", "features", "ELBO", "KL", "active", "epochs", "seconds"):
-        table.add_column(name, justify="right")
+    # What is before the dot says little, and columns are many.
+    names = [key.rpartition(".")[2] for key in ranked[0].settings]
+    for name in (*names, "error", "ELBO", "KL", "active", "epochs", "s"):
+        table.add_column(name, justify="right", no_wrap=name == "error")
     for place, trial in enumerate(ranked):
         shown = [str(value) for value in trial.settings.values()]
         if trial.failed is not None:
@@ -165,7 +166,6 @@ def _table(config: RunConfig, ranked: Sequence[Trial], *, n_validation: int) -> 
         table.add_row(
             *shown,
             f"{figures['few_label_error']:.1f} ± {figures['spread']:.1f}",
-            figures["head"],
             f"{figures['elbo']:.2f}",
             f"{figures['kl']:.2f}",
             str(figures["active_units"]),

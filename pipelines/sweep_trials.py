@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -35,6 +36,8 @@ from vaefeat.pretraining import pretrain
 __all__ = ["Trial", "name_of", "run_trials"]
 
 _TRIALS_FOLDER, _RAY_FOLDER, _RESULT_FILE = "trials", "ray", "result.json"
+#: What Ray Tune prints of its own; standard output is for the result.
+_LOG_FILE = "ray.log"
 _FEATURES = "vaefeat, posterior mean"
 
 
@@ -116,12 +119,14 @@ def run_trials(
     trainable = tune.with_resources(
         tune.with_parameters(_try_out, data=data, threads=int(max(1, resources["cpu"]))), resources
     )
+    # Tracebacks of trials that failed; the result says why they did.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     storage = out / _RAY_FOLDER
     try:
         tuner = tune.Tuner(
             trainable,
             param_space={"task": tune.grid_search(tasks)},
-            tune_config=tune.TuneConfig(max_concurrent_trials=side_by_side),
+            tune_config=tune.TuneConfig(max_concurrent_trials=side_by_side, reuse_actors=True),
             run_config=tune.RunConfig(
                 name=storage.name,
                 storage_path=str(out.resolve()),
@@ -129,8 +134,7 @@ def run_trials(
                 verbose=0,
             ),
         )
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        with _sigterm_as_sigint():
+        with (out / _LOG_FILE).open("w", buffering=1) as log, redirect_stdout(log), _sigterm_as_sigint():
             results = tuner.fit()
     finally:
         shutil.rmtree(storage, ignore_errors=True)
@@ -203,7 +207,7 @@ def _collected(tasks: Sequence[dict[str, Any]], results: tune.ResultGrid) -> lis
         given = result.config["task"]
         name, settings = given["name"], given["settings"]
         if result.error is not None:
-            by_name[name] = Trial(name=name, settings=settings, failed=last_line(str(result.error)))
+            by_name[name] = Trial(name=name, settings=settings, failed=_reason(result.error))
         elif "few_label_error" in (result.metrics or {}):
             wanted = ("few_label_error", "spread", "head", "errors", "elbo", "log_likelihood", "kl")
             counts = ("active_units", "epochs", "seconds")
@@ -215,6 +219,11 @@ def _collected(tasks: Sequence[dict[str, Any]], results: tune.ResultGrid) -> lis
             f"stopped with {len(by_name)} of {len(tasks)} trials finished; continue with resume=True"
         )
     return [by_name[task["name"]] for task in tasks]
+
+
+def _reason(error: Exception) -> str:
+    """Give what a trial raised, without its traceback and the path of its class."""
+    return re.sub(r"^[\w.]+: ", "", last_line(str(error)))
 
 
 class _Ending(tune.Callback):
