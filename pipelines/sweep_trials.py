@@ -203,7 +203,7 @@ def _share(config: RunConfig, side_by_side: int) -> dict[str, float]:
 
 def _collected(tasks: Sequence[dict[str, Any]], results: tune.ResultGrid) -> list[Trial]:
     by_name: dict[str, Trial] = {}
-    for result in results:
+    for result in (results[place] for place in range(len(results))):
         given = result.config["task"]
         name, settings = given["name"], given["settings"]
         if result.error is not None:

@@ -47,7 +47,7 @@ def test_impossible_space_is_refused(over: list[str], message: str) -> None:
 
 
 def test_trials_are_all_combinations_or_some_at_random() -> None:
-    space = {"model.latent_dim": [2, 4, 8], "effort": ["fast", "best"]}
+    space: dict[str, list[Any]] = {"model.latent_dim": [2, 4, 8], "effort": ["fast", "best"]}
     every = choose_settings(space, trials=None, seed=0)
     assert len(every) == 6
     assert every[1] == {"model.latent_dim": 2, "effort": "best"}
