@@ -15,7 +15,15 @@ from sklearn.utils.validation import check_consistent_length, column_or_1d
 
 from vaefeat.errors import InputError
 
-__all__ = ["UNLABELLED", "class_names", "class_shares", "encode_labels", "given_shares", "labelled_accuracy"]
+__all__ = [
+    "UNLABELLED",
+    "class_names",
+    "class_shares",
+    "encode_labels",
+    "given_shares",
+    "labelled_accuracy",
+    "labelled_rows",
+]
 
 #: scikit-learn's mark for a row without a label.
 UNLABELLED = -1
@@ -116,6 +124,11 @@ def labelled_accuracy(
         raise InputError(f"got no label among {len(values)} rows to score, wanted at least one")
     weights = None if sample_weight is None else np.asarray(sample_weight)[known]
     return float(accuracy_score(_natural(values[known]), predicted[known], sample_weight=weights))
+
+
+def labelled_rows(y: ArrayLike) -> NDArray[np.bool_]:
+    """Tell which rows (n,) have a label: all but those with -1, None or NaN."""
+    return ~_unlabelled(column_or_1d(np.asarray(y, dtype=object)))
 
 
 def class_names(classes: NDArray[Any]) -> tuple[str | int | float | bool, ...]:
