@@ -72,7 +72,9 @@ def test_quick_run_ends_with_a_line_of_ratios_and_contenders(digits_bundle: Path
         "kernel_pca",
         "pythae",
         "vaetransformer",
-        pytest.param("umap", marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]),
+        pytest.param(
+            "umap", marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning", "ignore::ImportWarning")]
+        ),
     ],
 )
 def test_contender_gives_features_that_tell_digits_apart(name: str, tmp_path: Path) -> None:
