@@ -72,13 +72,15 @@ def training_data(
     return Rows(array=rows, table=schema)
 
 
-def checked_rows(estimator: BaseEstimator, X: Any, spec: InputSpec, *, reset: bool) -> Any:
+def checked_rows(estimator: BaseEstimator, X: Any, spec: InputSpec, *, reset: bool, finite: bool = True) -> Any:
     """Check rows in scikit-learn's way, as far as it knows them, for :meth:`InputSpec.prepare` to take.
 
-    Of tables it is given the columns' names and number: what stands in them is the schema's to judge.
+    Of tables it is given the columns' names and number: what stands in them is the schema's to judge. With ``finite``
+    false NaN and infinity are left to :meth:`InputSpec.prepare`, too.
     """
     if spec.table is None:
-        return validate_data(estimator, flat_images(X, spec.shape), dtype="numeric", reset=reset)
+        flat = flat_images(X, spec.shape)
+        return validate_data(estimator, flat, dtype="numeric", ensure_all_finite=finite, reset=reset)
     validate_data(estimator, X, skip_check_array=True, reset=reset)
     return X
 

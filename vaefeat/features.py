@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils import assert_all_finite
 from sklearn.utils.validation import check_is_fitted
 
 from vaefeat.bundle import Bundle
@@ -40,8 +41,17 @@ class Features(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator)
         ndarray of shape (n, n_features_out), float32
         """
         check_is_fitted(self)
-        rows = checked_rows(self, X, self.encoder_.input, reset=False)
-        return self.encoder_.embed(rows, output=self._output)
+        spec = self.encoder_.input
+        # The encoder finds NaN and infinity while it converts: looking for them here, too, is one more pass over X.
+        rows = checked_rows(self, X, spec, reset=False, finite=False)
+        try:
+            return self.encoder_.embed(rows, output=self._output)
+        except InputError as error:
+            refusal = error
+        if spec.table is None:
+            # Scikit-learn has words of its own for these.
+            assert_all_finite(rows, estimator_name=type(self).__name__, input_name="X")
+        raise refusal
 
     @property
     def _n_features_out(self) -> int:

@@ -22,6 +22,8 @@ __all__ = ["InputSpec"]
 
 #: A resampled picture may overshoot its range a little; one that was not scaled is far off.
 _FAR_BEYOND_ONE = 2.0
+#: Values; a part and what it becomes stay in the processor's cache until they are compared.
+_CONVERTED_AT_A_TIME = 50_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,22 +172,31 @@ class InputSpec:
     def _as_uint8(self, rows: NDArray[Any]) -> NDArray[Any]:
         if rows.dtype == np.uint8:
             return rows
-        if rows.dtype.kind == "f" and self.kind == "image" and 0 < rows.max() <= 1 < self.high:
+        converted = np.empty(rows.shape, dtype=np.uint8)
+        step = -(-_CONVERTED_AT_A_TIME // self.n_features)
+        for start in range(0, len(rows), step):
+            part, into = rows[start : start + step], converted[start : start + step]
+            with np.errstate(invalid="ignore"):
+                into[...] = part
+                # The comparison is also false for NaN, infinity, fractions, negatives and overflow.
+                same = into == part
+            if not same.all():
+                self._refuse_scaled_images(rows, rows.max())
+                row = start + int(np.argwhere(~same)[0][0])
+                raise InputError(
+                    f"got {rows.dtype} rows that are not whole numbers from 0 to 255 (first in row {row}), wanted "
+                    f"{self}; the bundle scales inside its graph, so pass the values as they were in training"
+                )
+        self._refuse_scaled_images(rows, converted.max())
+        return converted
+
+    def _refuse_scaled_images(self, rows: NDArray[Any], highest: np.number[Any]) -> None:
+        """Catch floats up to 1 on their way into a bundle of pixels up to 255: they may be whole, black and white."""
+        if rows.dtype.kind == "f" and self.kind == "image" and 0 < highest <= 1 < self.high:
             raise InputError(
-                f"got {rows.dtype} rows with values up to {rows.max():g}, wanted {self} with values as in training, "
+                f"got {rows.dtype} rows with values up to {highest:g}, wanted {self} with values as in training, "
                 f"up to {self.high:g}; the bundle scales inside its graph: leave out the division by 255"
             )
-        with np.errstate(invalid="ignore"):
-            converted = rows.astype(np.uint8)
-            # The comparison is also false for NaN, infinity, fractions, negatives and overflow.
-            same = converted == rows
-        if not same.all():
-            row = int(np.argwhere(~same)[0][0])
-            raise InputError(
-                f"got {rows.dtype} rows that are not whole numbers from 0 to 255 (first in row {row}), wanted {self}; "
-                "the bundle scales inside its graph, so pass the values as they were in training"
-            )
-        return converted
 
     def _as_float32(self, rows: NDArray[Any]) -> NDArray[Any]:
         if rows.dtype == np.uint8 and self.low >= 0 and self.high <= 1 < rows.max():
@@ -195,21 +206,22 @@ class InputSpec:
             )
         with np.errstate(over="ignore"):
             converted = rows.astype(np.float32, copy=False)
-        # One reduction finds out: a sum is finite only if no term is NaN or infinite (and rarely overflows by itself).
-        with np.errstate(over="ignore", invalid="ignore"):
-            suspicious = not np.isfinite(converted.sum(dtype=np.float64))
-        if suspicious and not (finite := np.isfinite(converted)).all():
-            bad = np.argwhere(~finite)
+        # Either is NaN where a value is, and infinite where one is. A sum would overflow, or has to be in float64,
+        # which takes twice as long as both.
+        with np.errstate(invalid="ignore"):
+            lowest, highest = converted.min(), converted.max()
+        if not (np.isfinite(lowest) and np.isfinite(highest)):
+            bad = np.argwhere(~np.isfinite(converted))
             raise InputError(
                 f"got {len(bad)} NaN or infinite values (first in row {bad[0][0]}), wanted finite float32; "
                 "impute or drop these rows first, for instance with sklearn.impute.SimpleImputer"
             )
-        self._refuse_unscaled_images(converted)
+        self._refuse_unscaled_images(highest)
         return converted
 
-    def _refuse_unscaled_images(self, rows: NDArray[np.float32]) -> None:
+    def _refuse_unscaled_images(self, highest: np.float32) -> None:
         """Catch pixels up to 255 on their way into a bundle of pixels up to 1, which would embed without a word."""
-        if self.kind == "image" and 0 <= self.low <= self.high <= 1 and (highest := rows.max()) > _FAR_BEYOND_ONE:
+        if self.kind == "image" and 0 <= self.low <= self.high <= 1 and highest > _FAR_BEYOND_ONE:
             raise InputError(
                 f"got values up to {highest:g}, wanted {self} with values as in training, from {self.low:g} to "
                 f"{self.high:g}; divide by 255 if that is what was done there"

@@ -59,6 +59,23 @@ def test_prepare_floats_that_are_no_pixels_names_the_row(bad: float, dtype: str)
         PIXELS.prepare(rows)
 
 
+def test_prepare_one_wrong_value_far_down_is_found_in_its_row() -> None:
+    # Many parts are converted one after another, and the last one is short.
+    rows = np.tile(ROWS, (10_000, 1)).astype(np.float64)
+    np.testing.assert_array_equal(PIXELS.prepare(rows).reshape(rows.shape), rows)
+    rows[19_999, 5] += 0.5
+    with pytest.raises(InputError, match=r"\(first in row 19999\)"):
+        PIXELS.prepare(rows)
+
+
+@pytest.mark.parametrize("first", [1.0, 0.5], ids=["black and white", "grey"])
+def test_prepare_floats_up_to_one_into_pixels_up_to_255_are_refused(first: float) -> None:
+    rows = np.zeros((2, 6))
+    rows[0, 0], rows[1, 5] = first, 1.0
+    with pytest.raises(InputError, match=r"values up to 1, .*leave out the division by 255"):
+        PIXELS.prepare(rows)
+
+
 @pytest.mark.parametrize(("bad", "dtype"), [(256, "int64"), (-1, "int8"), (-1, "int64"), (2**32, "uint64")])
 def test_prepare_integers_that_are_no_pixels_are_refused(bad: int, dtype: str) -> None:
     rows = np.minimum(ROWS, 100).astype(dtype)
