@@ -52,9 +52,9 @@ RUN if [ "${ACCELERATOR}" = cpu ]; then \
     fi \
  && uv pip install --constraints constraints.txt --overrides overrides.txt \
       --requirements accelerator.txt --requirements pyproject.toml --extra serve --extra jobs
-# 350 MB that nothing here reads: tests, headers for a compiler that is not there, Ray for Java.
-RUN find /opt/vaefeat/lib -type d \
-      \( -name tests -o -path '*/torch/test' -o -path '*/torch/include' -o -path '*/ray/jars' \) -prune -exec rm -rf {} +
+# 400 MB that nothing here reads: tests, headers for a compiler that is not there, Ray for Java.
+RUN find /opt/vaefeat/lib \( -type d -name tests -o -path '*/torch/test' -o -path '*/torch/bin/test_*' \
+      -o -path '*/torch/include' -o -path '*/ray/jars' \) -prune -exec rm -rf {} +
 COPY README.md LICENSE ./
 COPY vaefeat vaefeat
 COPY serving /app/serving
@@ -67,8 +67,9 @@ LABEL org.opencontainers.image.title=vaefeat \
       org.opencontainers.image.description="Features from variational auto-encoders, over HTTP" \
       org.opencontainers.image.licenses=Apache-2.0 \
       org.opencontainers.image.revision=${REVISION}
-# Ray and matplotlib write to the home; with a read-only root /tmp is the one place for that.
-RUN useradd --uid 10001 --home-dir /tmp --no-create-home vaefeat
+# Ray and matplotlib write to the home; with a read-only root /tmp is the one place for that. Jobs write to /runs: a volume
+# that is made new there takes on its owner.
+RUN useradd --uid 10001 --home-dir /tmp --no-create-home vaefeat && install --directory --owner=10001 --group=10001 /runs
 # On a cluster, Ray's processes look for serving.cluster from folders of their own. ONNX Runtime's builds report to their
 # makers, and so does Ray; neither happens here.
 ENV PATH=/opt/vaefeat/bin:$PATH PYTHONPATH=/app PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \

@@ -126,7 +126,12 @@ def test_image_says_who_runs_it_and_what_it_is(engine: ImageEngine, serve: str) 
 
 def test_nothing_of_the_machine_that_built_an_image_is_in_it(engine: ImageEngine, serve: str) -> None:
     root = engine.root(serve)
-    for place in ("src", "opt/uv", "etc/uv/uv.toml", "etc/pip.conf", "root/.cache"):
+    certificates = "etc/ssl/certs/ca-certificates.crt"
+    assert (root / certificates).read_bytes() == (engine.root("base") / certificates).read_bytes()
+    # Of what was mounted while it was built, buildah leaves the places, empty.
+    assert not (root / "etc/pip.conf").exists() or (root / "etc/pip.conf").stat().st_size == 0
+    assert not list(root.glob("etc/uv/*"))
+    for place in ("src", "opt/uv", "root/.cache"):
         assert not (root / place).exists(), place
 
 
