@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import too_late
@@ -86,8 +85,6 @@ def decode_into(
         504.
     """
     n_channels, height, width = spec.shape
-    # Pixels are 0 to 255 in a file; a model of pixels up to 1 was trained on them divided.
-    scale = np.float32(1 / 255) if spec.dtype == "float32" and spec.high <= 1 else None
     errors: dict[int, str] = {}
     for position, content in enumerate(encoded, start):
         if time.perf_counter() > deadline:
@@ -103,5 +100,5 @@ def decode_into(
         except InputError as error:
             errors[position] = str(error)
             continue
-        rows[position] = pixels * scale if scale is not None else pixels
+        rows[position] = spec.of_pixels(pixels)
     return errors
