@@ -66,7 +66,7 @@ def pretrain(config: RunConfig, *, console: Console, resume: bool = False) -> Bu
     elif config.workers.count:
         from pipelines.ray_environment import prepare_environment
 
-        prepare_environment(config.workers)
+        prepare_environment(config.workers.address, timeout_s=config.workers.timeout_s)
         from pipelines.workers import pretrain_on_workers
 
         bundle = pretrain_on_workers(config, resume=resume)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipelines.config import WorkersConfig
-
 __all__ = ["CHECKOUT", "prepare_environment"]
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
-def prepare_environment(config: WorkersConfig) -> None:
-    """Set this process's environment for Ray; must run before Ray is imported."""
+def prepare_environment(address: str, *, timeout_s: float = 120.0) -> None:
+    """Set this process's environment for Ray; must run before Ray is imported.
+
+    Parameters
+    ----------
+    address : str
+        ``local`` for a Ray of the job's own, else a cluster's.
+    timeout_s : float
+        For Ray Train's workers to start, four times over.
+    """
     os.environ.update(
         {
             # Workers must find this package, from wherever the job was started.
@@ -24,12 +30,12 @@ def prepare_environment(config: WorkersConfig) -> None:
             "RAY_TRAIN_V2_ENABLED": "1",
             "RAY_TRAIN_METRICS_ENABLED": "0",
             # After which Ray Train counts anew what there is: it learns late of machines that are gone.
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{config.timeout_s / 4:g}",
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{timeout_s / 4:g}",
             # How soon a lost worker is noticed.
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         }
     )
-    if config.address != "local":
+    if address != "local":
         return
     # A Ray of the job's own, on one machine, whatever cluster the person works with otherwise.
     for variable in ("RAY_ADDRESS", "RAY_NAMESPACE", "RAY_REDIS_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import platform
 import shutil
 import signal
-import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
@@ -28,12 +26,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines.config import RunConfig, WorkersConfig
 from pipelines.desk import Desk, Display, Report, Teller
 from pipelines.pretrain import open_rows, train_worker
-from pipelines.ray_environment import CHECKOUT
+from pipelines.ray_session import last_line, ray_errors_told_plainly, running_ray
 from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.data import Rows
 from vaefeat.errors import ConfigError, DeviceError, TrainingError, TrainingInterrupted, VaefeatError, WorkerLostError
 from vaefeat.interruption import StopRequest, request_stop, stop_on_signals
-from vaefeat.observers import shown_activity
 from vaefeat.pretraining import TRAINING_FOLDER
 from vaefeat.processors import available_cpus
 from vaefeat.world import World
@@ -47,10 +44,6 @@ _LISTEN_S = 1.0
 #: For all workers to end by themselves, once one has told why it did.
 _GRACE_S = 2.0
 _LOG_FILE = "ray.log"
-#: Ray wants this much for its object store, whatever is put into it.
-_LEAST_STORE_BYTES = 128 * 2**20
-# A Unix socket's path holds 107 bytes, and our folder's and Ray's own names take 82 of them.
-_MAX_PARENT_BYTES = 25
 
 
 def pretrain_on_workers(config: RunConfig, *, resume: bool = False) -> Bundle:
@@ -90,7 +83,7 @@ def pretrain_on_workers(config: RunConfig, *, resume: bool = False) -> Bundle:
         assert isinstance(opened, Rows)
         rows = opened.array
     store_bytes = 0 if rows is None else rows.nbytes
-    with _ray_errors_told_plainly(), _log(out), _running_ray(workers, store_bytes=store_bytes):
+    with ray_errors_told_plainly(), _log(out), running_ray(workers.address, store_bytes=store_bytes):
         resources = ray.cluster_resources()
         use_gpu = _uses_gpu(config, resources)
         _refuse_without_room(workers, resources, "the cluster", use_gpu=use_gpu)
@@ -163,7 +156,7 @@ class _Fit:
         """Raise what ended it, in one line."""
         if self._error is not None:
             raise TrainingError(
-                f"the workers failed, and were not replaced any more: {_last_line(str(self._error))}. What was reached "
+                f"the workers failed, and were not replaced any more: {last_line(str(self._error))}. What was reached "
                 f"is in the checkpoint: continue with resume=True; see also {TRAINING_FOLDER}/{_LOG_FILE}"
             ) from self._error
 
@@ -281,57 +274,3 @@ def _log(out: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / _LOG_FILE).open("w", buffering=1) as file, contextlib.redirect_stdout(file):
         yield
-
-
-@contextlib.contextmanager
-def _running_ray(workers: WorkersConfig, *, store_bytes: int) -> Iterator[None]:
-    """Start a Ray on the loopback address, or join a cluster; end every process that is ours."""
-    quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False}
-    with _scratch_folder() as folder:
-        try:
-            with shown_activity("start Ray"):
-                if workers.address == "local":
-                    ray.init(
-                        address="local",  # never one that happens to run on this machine
-                        num_cpus=available_cpus(),
-                        object_store_memory=_LEAST_STORE_BYTES + int(1.1 * store_bytes),
-                        _temp_dir=str(folder),
-                        **quiet,
-                    )
-                else:
-                    found = {"env_vars": {"PYTHONPATH": str(CHECKOUT)}}
-                    ray.init(
-                        address=workers.address, runtime_env=found, logging_level=logging.ERROR, log_to_driver=False
-                    )
-            yield
-        finally:
-            ray.shutdown(wait_for_processes=True)
-
-
-@contextlib.contextmanager
-def _scratch_folder() -> Iterator[Path]:
-    """Make a private folder for Ray's sockets and logs, which Ray itself would leave readable for everyone."""
-    parent = tempfile.gettempdir()
-    if len(os.fsencode(parent)) > _MAX_PARENT_BYTES:
-        parent = "/tmp"  # noqa: S108  # the folder in it is private
-    folder = Path(tempfile.mkdtemp(prefix="vaefeat-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _ray_errors_told_plainly() -> Iterator[None]:
-    """Turn what Ray raises, whole tracebacks of other processes among it, into one line."""
-    try:
-        yield
-    except VaefeatError:
-        raise
-    except (RayError, RuntimeError, ConnectionError) as error:
-        raise TrainingError(f"Ray failed: {_last_line(str(error))}") from error
-
-
-def _last_line(text: str) -> str:
-    """Ray reports a traceback; its last line is the error."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "Ray gave no reason")

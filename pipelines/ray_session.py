@@ -1,0 +1,90 @@
+"""Ray for the length of a job: one of its own on the loopback address, or a cluster that is there.
+
+Importing this module imports Ray, which reads its environment then: :mod:`pipelines.ray_environment` comes first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from pipelines.ray_environment import CHECKOUT
+from vaefeat.errors import TrainingError, VaefeatError
+from vaefeat.observers import shown_activity
+from vaefeat.processors import available_cpus
+
+__all__ = ["last_line", "ray_errors_told_plainly", "running_ray"]
+
+#: Ray wants this much for its object store, whatever is put into it.
+_LEAST_STORE_BYTES = 128 * 2**20
+# A Unix socket's path holds 107 bytes, and our folder's and Ray's own names take 82 of them.
+_MAX_PARENT_BYTES = 25
+
+
+@contextlib.contextmanager
+def running_ray(address: str, *, store_bytes: int = 0) -> Iterator[None]:
+    """Start a Ray on the loopback address, or join a cluster; end every process that is ours.
+
+    Parameters
+    ----------
+    address : str
+        ``local`` for a Ray of the job's own, else a cluster's.
+    store_bytes : int
+        What the job puts into the object store of a Ray of its own.
+    """
+    quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False}
+    with _scratch_folder() as folder:
+        try:
+            with shown_activity("start Ray"):
+                if address == "local":
+                    ray.init(
+                        address="local",  # never one that happens to run on this machine
+                        num_cpus=available_cpus(),
+                        object_store_memory=_LEAST_STORE_BYTES + int(1.1 * store_bytes),
+                        _temp_dir=str(folder),
+                        **quiet,
+                    )
+                else:
+                    found = {"env_vars": {"PYTHONPATH": str(CHECKOUT)}}
+                    ray.init(address=address, runtime_env=found, logging_level=logging.ERROR, log_to_driver=False)
+            yield
+        finally:
+            ray.shutdown(wait_for_processes=True)
+
+
+@contextlib.contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """Make a private folder for Ray's sockets and logs, which Ray itself would leave readable for everyone."""
+    parent = tempfile.gettempdir()
+    if len(os.fsencode(parent)) > _MAX_PARENT_BYTES:
+        parent = "/tmp"  # noqa: S108  # the folder in it is private
+    folder = Path(tempfile.mkdtemp(prefix="vaefeat-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def ray_errors_told_plainly() -> Iterator[None]:
+    """Turn what Ray raises, whole tracebacks of other processes among it, into one line."""
+    try:
+        yield
+    except VaefeatError:
+        raise
+    except (RayError, RuntimeError, ConnectionError) as error:
+        raise TrainingError(f"Ray failed: {last_line(str(error))}") from error
+
+
+def last_line(text: str) -> str:
+    """Give the error that is the last line of a traceback, which is what Ray reports."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "Ray gave no reason")
