@@ -71,7 +71,8 @@ class PartEncoder:
         threads: int = 1,
     ) -> None:
         self._encoder, self._source, self._headers, self._output = encoder, source, headers, output
-        self._schema = output_schema(source, encoder.outputs[output], metadata)
+        self._width = encoder.outputs[output]
+        self._schema = output_schema(source, self._width, metadata)
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="vaefeat-decode")
         self._threads = threads
 
@@ -89,9 +90,12 @@ class PartEncoder:
         quarantine = _Quarantine(self._source, part)
         for batch in ahead(read_part(self._source, self._headers, part, self._encoder.input)):
             rows, kept, bad = self._rows(batch)
-            features = self._encoder.embed(rows, output=self._output) if len(rows) else np.empty(0, np.float32)
-            if len(rows) and not np.isfinite(features.sum(dtype=np.float64)):
-                finite = np.isfinite(features).all(axis=1)
+            features = (
+                self._encoder.embed(rows, output=self._output)
+                if len(rows)
+                else np.empty((0, self._width), np.float32)
+            )
+            if not (finite := np.isfinite(features).all(axis=1)).all():
                 bad |= dict.fromkeys(kept[~finite].tolist(), "its features are not finite")
                 features, kept = features[finite], kept[finite]
             tables.append(self._table(batch.columns, kept, features))
