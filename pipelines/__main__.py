@@ -112,8 +112,7 @@ def embed(
             device=device,
             address=address,
             part_rows=part_rows,
-        ),
-        console=Console(stderr=True),
+        )
     )
     typer.echo(json.dumps(done) if as_json else summary(done))
 

@@ -27,8 +27,6 @@ def prepare_environment(address: str, *, timeout_s: float = 120.0) -> None:
             "RAY_USAGE_STATS_ENABLED": "0",
             # It prints a stack trace for the SIGTERM that is an ordinary way to stop.
             "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
-            # Its core writes warnings of its own to standard error, which is for people.
-            "RAY_BACKEND_LOG_LEVEL": os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal"),
             "RAY_TRAIN_V2_ENABLED": "1",
             "RAY_TRAIN_METRICS_ENABLED": "0",
             # After which Ray Train counts anew what there is: it learns late of machines that are gone.

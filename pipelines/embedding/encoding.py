@@ -91,9 +91,7 @@ class PartEncoder:
         for batch in ahead(read_part(self._source, self._headers, part, self._encoder.input)):
             rows, kept, bad = self._rows(batch)
             features = (
-                self._encoder.embed(rows, output=self._output)
-                if len(rows)
-                else np.empty((0, self._width), np.float32)
+                self._encoder.embed(rows, output=self._output) if len(rows) else np.empty((0, self._width), np.float32)
             )
             if not (finite := np.isfinite(features).all(axis=1)).all():
                 bad |= dict.fromkeys(kept[~finite].tolist(), "its features are not finite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from pipelines.embedding.encoding import PartEncoder
 from pipelines.embedding.ids import refuse_doubtful_ids
-from pipelines.embedding.output import Output, Receipt
+from pipelines.embedding.output import LOG_FILE, Output, Receipt
 from pipelines.embedding.parts import Part, Plan, plan_parts
 from pipelines.embedding.sources import Request, Source, open_source
 from pipelines.embedding.storage import Place
@@ -63,14 +64,12 @@ class EmbedOptions:
     part_rows: int | None = None
 
 
-def embed(options: EmbedOptions, *, console: Console) -> dict[str, Any]:
-    """Embed a data set.
+def embed(options: EmbedOptions) -> dict[str, Any]:
+    """Embed a data set; progress is shown on standard error.
 
     Parameters
     ----------
     options : EmbedOptions
-    console : Console
-        Where progress is told; standard output is for the result.
 
     Returns
     -------
@@ -102,7 +101,7 @@ def embed(options: EmbedOptions, *, console: Console) -> dict[str, Any]:
     receipts, embedding_s = list(done), 0.0
     if left:
         what = (bundle, source, plan, output)
-        embedding_s = _embed(left, what, options, receipts=receipts, console=console)
+        embedding_s = _embed(left, what, options, receipts=receipts)
     manifest = output.finish(receipts, n_parts=len(plan.parts), n_rows=plan.n_rows)
     return {
         "out": str(output.place),
@@ -157,15 +156,17 @@ def _embed(
     options: EmbedOptions,
     *,
     receipts: list[Receipt],
-    console: Console,
 ) -> float:
     """Embed what is left on Ray, add what becomes of it to the receipts, and give the seconds that encoders took."""
     bundle, source, plan, output = what
     prepare_environment(options.address)
     from pipelines.embedding.workers import Job, embed_parts, find_room
-    from pipelines.ray_session import ray_errors_told_plainly, running_ray
+    from pipelines.ray_session import aside, ray_errors_told_plainly, running_ray
 
-    with ray_errors_told_plainly(), running_ray(options.address):
+    # Beside an output that is not on this machine there is no place for a log, and Ray's own folder has one.
+    log = Path(os.devnull) if output.place.local is None else output.place.local / LOG_FILE
+    with ray_errors_told_plainly(), aside(log) as people, running_ray(options.address):
+        console = Console(file=people)
         encoders = find_room(encoders=options.encoders, gpus=options.gpus, device=options.device)
         # Encoders are told of their part alone what is in it.
         slim = replace(source, files=(), groups=())

@@ -21,12 +21,13 @@ from pipelines.embedding.encoding import METADATA_KEY, Encoded
 from pipelines.embedding.storage import Found, Place
 from vaefeat.errors import InputError, JobError
 
-__all__ = ["JOB_FILE", "MANIFEST_FILE", "QUARANTINE", "Output", "Receipt", "part_name"]
+__all__ = ["JOB_FILE", "LOG_FILE", "MANIFEST_FILE", "QUARANTINE", "Output", "Receipt", "part_name"]
 
 # Readers of Parquet folders, pyarrow's and Spark's among them, pass over names that begin with an underscore.
 JOB_FILE = "_job.json"
 MANIFEST_FILE = "_manifest.json"
 QUARANTINE = "_quarantine"
+LOG_FILE = "_ray.log"
 _FORMAT = 1
 _PART = re.compile(r"part-(\d{8})\.parquet")
 _THREADS = 16
@@ -59,8 +60,9 @@ class Output:
 
     def __init__(self, place: Place, job: dict[str, Any]) -> None:
         self.place = place
-        self.job = {"format": _FORMAT, **job}
-        canonical = json.dumps(self.job, sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps({"format": _FORMAT, **job}, sort_keys=True, separators=(",", ":"))
+        # As it will be read again: JSON knows no tuples.
+        self.job: dict[str, Any] = json.loads(canonical)
         self.digest = f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
         self._began = time.time()
 

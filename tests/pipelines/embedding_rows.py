@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ class Here:
         encoder = OnnxEncoder(bundle, device="cpu", threads=1)
         source = open_source(Place(str(data)), encoder.input, Request(**request))
         self.plan = plan_parts(source, encoder.input, width=encoder.latent_dim, part_rows=part_rows)
-        identity = {"bundle": encoder.digest, "name": encoder.name, "output": "mean", "input": source.fingerprint()}
+        identity: dict[str, Any] = {"bundle": encoder.digest, "name": encoder.name, "output": "mean"}
+        identity |= {"input": source.fingerprint(), "columns": source.columns and asdict(source.columns)}
         self.output = Output(Place(str(out)), identity)
         self.encoder = PartEncoder(
             encoder,

@@ -365,9 +365,7 @@ def test_an_address_with_keys_is_told_without_them() -> None:
 
 
 @pytest.mark.parametrize("pass_ids", [50, 1 << 20])
-def test_an_id_that_comes_twice_names_files_and_rows(
-    pass_ids: int, rows: NDArray[np.uint8], tmp_path: Path
-) -> None:
+def test_an_id_that_comes_twice_names_files_and_rows(pass_ids: int, rows: NDArray[np.uint8], tmp_path: Path) -> None:
     table = table_of(rows)
     pq.write_table(table[:200], tmp_path / "a.parquet")
     spoilt = table[200:].set_column(0, "key", pa.array([f"row {i}" for i in range(200, 299)] + ["row 17"]))
@@ -376,7 +374,9 @@ def test_an_id_that_comes_twice_names_files_and_rows(
     with pytest.raises(InputError, match=r"'row 17' twice: in row 17 of a.parquet and in row 99 of b.parquet"):
         ids_module.refuse_doubtful_ids(source, pass_ids=pass_ids)
     (tmp_path / "b.parquet").unlink()
-    ids_module.refuse_doubtful_ids(open_source(Place(tmp_path), open_spec(), Request(id_column="key")), pass_ids=pass_ids)
+    ids_module.refuse_doubtful_ids(
+        open_source(Place(tmp_path), open_spec(), Request(id_column="key")), pass_ids=pass_ids
+    )
 
 
 def misfits(folder: Path, rows: NDArray[np.uint8]) -> Iterator[tuple[str, Path, dict[str, Any], str]]:

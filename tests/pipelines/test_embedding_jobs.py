@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from tests.pipelines.embedding_rows import Here, embedding_of
 
 CHECKOUT = Path(__file__).parents[2]
-N = 200_000
-PART_ROWS = 1000
+N = 100_000
+PART_ROWS = 500
 N_PARTS = N // PART_ROWS
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
@@ -40,7 +40,7 @@ def data(digits_rows: NDArray[np.uint8], tmp_path_factory: pytest.TempPathFactor
             pa.array(part.reshape(-1)), 64, mask=pa.array(np.arange(len(part)) % 9973 == 5000)
         )
         keys = pa.array([f"key {start + i}" for i in range(len(part))])
-        pq.write_table(pa.table({"key": keys, "pixels": vectors}), folder / f"{number}.parquet", row_group_size=1000)
+        pq.write_table(pa.table({"key": keys, "pixels": vectors}), folder / f"{number}.parquet", row_group_size=900)
     return folder
 
 
@@ -91,7 +91,7 @@ def assert_same(out: Path, wanted: Path) -> None:
     np.testing.assert_array_equal(got[1].view(np.uint32), expected[1].view(np.uint32))
     aside = [pq.read_table(folder / "_quarantine").sort_by("row").to_pylist() for folder in (out, wanted)]
     assert aside[0] == aside[1]
-    assert len(aside[0]) > 10
+    assert len(aside[0]) == 10
     assert not list(out.rglob(".*"))
 
 
@@ -100,7 +100,7 @@ def test_a_job_that_is_killed_again_and_again_ends_with_the_rows_of_a_plain_loop
 ) -> None:
     out = tmp_path / "out.parquet"
     killed_at = []
-    for share in (0.05, 0.35, 0.7):
+    for share in (0.05, 0.4):
         process = start(digits_bundle, data, out)
         wait_for_parts(process, out, int(share * N_PARTS))
         process.send_signal(signal.SIGKILL)
