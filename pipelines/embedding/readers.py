@@ -30,6 +30,9 @@ _BUFFER_BYTES = 1 << 20
 _OF_ONE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError)
 
 
+_NULL = "no row: the cell is null"
+
+
 class Batch(NamedTuple):
     """Consecutive rows."""
 
@@ -71,7 +74,7 @@ def read_part(source: Source, headers: Mapping[str, ArrayHeader], part: Part, sp
         return _read_images(source.place, part)
     rows = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // spec.row_bytes))
     if source.kind == "parquet":
-        return _read_parquet(source, part, _IMAGES if source.encoded else rows, spec.n_features)
+        return _read_parquet(source, part, _IMAGES if source.encoded else rows, spec)
     return _read_arrays(source, headers, part, rows)
 
 
@@ -143,7 +146,7 @@ def _numbered(first: int, n_rows: int) -> Any:
     return pa.record_batch([pa.array(np.arange(first, first + n_rows))], ["id"])
 
 
-def _read_parquet(source: Source, part: Part, rows: int, width: int) -> Iterator[Batch]:
+def _read_parquet(source: Source, part: Part, rows: int, spec: InputSpec) -> Iterator[Batch]:
     assert source.columns is not None
     (name,) = part.names
     columns, position, given = source.columns, 0, 0
@@ -160,7 +163,7 @@ def _read_parquet(source: Source, part: Part, rows: int, width: int) -> Iterator
             position += table.num_rows
             if n_rows <= 0:
                 continue
-            batch = _batch(table.slice(first, n_rows), source, part, given, width)
+            batch = _batch(table.slice(first, n_rows), source, part, given, spec)
             given += n_rows
             yield batch
             if given == part.n_rows:
@@ -170,7 +173,7 @@ def _read_parquet(source: Source, part: Part, rows: int, width: int) -> Iterator
     )
 
 
-def _batch(table: Any, source: Source, part: Part, offset: int, width: int) -> Batch:
+def _batch(table: Any, source: Source, part: Part, offset: int, spec: InputSpec) -> Batch:
     assert source.columns is not None
     columns, where = source.columns, f"{source.place}/{part.names[0]}"
     table.validate(full=True)
@@ -184,8 +187,10 @@ def _batch(table: Any, source: Source, part: Part, offset: int, width: int) -> B
     carried = pa.record_batch([ids, *(table.column(name) for name in columns.keep)], schema=source.schema)
     if columns.form == "encoded":
         return Batch(offset, _encoded(table.column(columns.rows[0])), {}, carried)
+    if columns.form == "raw":
+        return Batch(offset, *_raw(table.column(columns.rows[0]), spec), carried)
     if columns.form == "tensor":
-        return Batch(offset, *_tensor(table.column(columns.rows[0]), width), carried)
+        return Batch(offset, *_tensor(table.column(columns.rows[0]), spec.n_features), carried)
     return Batch(offset, *_numbers([table.column(name) for name in columns.rows], columns.rows), carried)
 
 
@@ -195,10 +200,18 @@ def _encoded(column: Any) -> list[bytes | None]:
     return found
 
 
+def _raw(column: Any, spec: InputSpec) -> tuple[NDArray[Any], dict[int, str]]:
+    """Give rows of bytes as they lie in memory, in the dtype of the encoder and little-endian."""
+    _, content = column.buffers()
+    begin, dtype = column.offset * spec.row_bytes, np.dtype(spec.dtype).newbyteorder("<")
+    values = np.frombuffer(content, dtype, count=len(column) * spec.n_features, offset=begin)
+    return values.reshape(len(column), -1), dict.fromkeys(_missing(column), _NULL)
+
+
 def _tensor(column: Any, width: int) -> tuple[NDArray[Any], dict[int, str]]:
     """Give lists of numbers as one array, without a copy where none is missing and all are of one length."""
     storage = column.storage if isinstance(column, pa.ExtensionArray) else column
-    bad = dict.fromkeys(_missing(storage), "no row: the cell is null")
+    bad = dict.fromkeys(_missing(storage), _NULL)
     values = storage.flatten()
     if not bad and not values.null_count and len(values) == len(storage) * width and _even(storage):
         return values.to_numpy(zero_copy_only=False).reshape(len(storage), -1), bad

@@ -24,7 +24,7 @@ from vaefeat.settings import unknown_name
 __all__ = ["Columns", "Request", "Source", "open_source"]
 
 Kind = Literal["parquet", "npy", "idx", "images"]
-Form = Literal["encoded", "tensor", "numbers"]
+Form = Literal["encoded", "raw", "tensor", "numbers"]
 
 #: Footers that are fetched at a time.
 _THREADS = 16
@@ -41,7 +41,8 @@ class Request:
     split : {"train", "test"}, optional
         Only the files of that name; all when None.
     columns : tuple of str
-        Of Parquet: one column of encoded images or of lists of numbers, or several of numbers. Found out when empty.
+        Of Parquet: one column of encoded images, of lists of numbers, or of rows as bytes (``fixed_size_binary``, in the
+        encoder's dtype; by far the fastest to read), or several columns of numbers. Found out when empty.
     id_column : str, optional
     keep : tuple of str
         Columns that are carried along.
@@ -236,7 +237,12 @@ def _choose(schema: Any, spec: InputSpec, request: Request, where: str) -> Colum
     form = _form(schema, names, where)
     if form == "encoded" and spec.kind != "image":
         raise InputError(f"got encoded images in column {names[0]!r} of {where} for an encoder of {spec}")
-    width = spec.n_features if form == "encoded" else _width(schema, names, form)
+    if form == "raw" and not _is_raw(schema.field(names[0]).type, spec):
+        raise InputError(
+            f"got rows of {schema.field(names[0]).type.byte_width} bytes in column {names[0]!r} of {where}, wanted "
+            f"{spec.row_bytes} for {spec}; take a bundle that was trained on such rows"
+        )
+    width = spec.n_features if form in ("encoded", "raw") else _width(schema, names, form)
     if width not in (None, spec.n_features):
         raise InputError(
             f"got {width} numbers a row in {where} ({_shortly(names)}), wanted {spec.n_features} for {spec}; take a "
@@ -260,7 +266,7 @@ def _refuse_id_type(column: Any, where: str) -> None:
 def _guess(schema: Any, spec: InputSpec, request: Request) -> tuple[str, ...]:
     if spec.kind == "image" and DEFAULT_IMAGE_COLUMN in schema.names and _is_encoded(schema.field("image").type):
         return (DEFAULT_IMAGE_COLUMN,)
-    lists = [one.name for one in schema if _list_width(one.type) in (spec.n_features, 0)]
+    lists = [one.name for one in schema if _list_width(one.type) in (spec.n_features, 0) or _is_raw(one.type, spec)]
     if len(lists) == 1:
         return (lists[0],)
     others = {DEFAULT_LABEL_COLUMN, "id", request.id_column, *request.keep}
@@ -271,6 +277,8 @@ def _form(schema: Any, names: Sequence[str], where: str) -> Form:
     types = [schema.field(name).type for name in names]
     if len(names) == 1 and _is_encoded(types[0]):
         return "encoded"
+    if len(names) == 1 and pa.types.is_fixed_size_binary(types[0]):
+        return "raw"
     if len(names) == 1 and _list_width(types[0]) is not None:
         return "tensor"
     for name, one in zip(names, types, strict=True):
@@ -295,6 +303,10 @@ def _list_width(arrow_type: Any) -> int | None:
         return int(arrow_type.list_size)
     variable = pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type)
     return 0 if variable and _is_number(arrow_type.value_type) else None
+
+
+def _is_raw(arrow_type: Any, spec: InputSpec) -> bool:
+    return bool(pa.types.is_fixed_size_binary(arrow_type) and arrow_type.byte_width == spec.row_bytes)
 
 
 def _is_number(arrow_type: Any) -> bool:

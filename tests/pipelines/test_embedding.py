@@ -91,6 +91,12 @@ def fixed_lists(folder: Path, rows: NDArray[np.uint8]) -> Path:
     return folder / "rows.parquet"
 
 
+def raw(folder: Path, rows: NDArray[np.uint8]) -> Path:
+    pixels = pa.array([row.tobytes() for row in rows], pa.binary(64))
+    pq.write_table(pa.table({"pixels": pixels}), folder / "rows.parquet", row_group_size=70)
+    return folder
+
+
 def lists(folder: Path, rows: NDArray[np.uint8]) -> Path:
     pq.write_table(pa.table({"pixels": pa.array(flat(rows).tolist(), pa.list_(pa.uint8()))}), folder / "rows.parquet")
     return folder
@@ -108,7 +114,9 @@ def numbers(folder: Path, rows: NDArray[np.uint8]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("write", [npy, several_npy, floats, idx, packed_idx, fixed_lists, lists, tensors, numbers])
+@pytest.mark.parametrize(
+    "write", [npy, several_npy, floats, idx, packed_idx, fixed_lists, raw, lists, tensors, numbers]
+)
 @pytest.mark.parametrize("part_rows", [None, 41])
 def test_rows_in_any_form_get_the_bits_of_the_encoder_in_order(
     write: Write, part_rows: int | None, digits_bundle: Path, rows: NDArray[np.uint8], wanted: Any, tmp_path: Path
@@ -386,6 +394,9 @@ def misfits(folder: Path, rows: NDArray[np.uint8]) -> Iterator[tuple[str, Path, 
     yield "reserved", folder / "rows.parquet", {"keep": ("embedding",)}, "a name that the output has for itself"
     yield "text as rows", folder / "rows.parquet", {"columns": ("key",)}, "wanted numbers"
     yield "one number", folder / "rows.parquet", {"columns": ("label",)}, "wanted 64"
+    (folder / "bytes").mkdir()
+    pq.write_table(pa.table({"pixels": pa.array([b"four"], pa.binary(4))}), folder / "bytes" / "a.parquet")
+    yield "other bytes", folder / "bytes", {"columns": ("pixels",)}, "rows of 4 bytes"
     yield "no split", folder / "rows.parquet", {"split": "test"}, "begin with test"
     yield "lists as ids", folder / "rows.parquet", {"id_column": "pixels"}, "wanted integers or text"
     (folder / "narrow").mkdir()
