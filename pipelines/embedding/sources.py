@@ -41,7 +41,7 @@ class Request:
     split : {"train", "test"}, optional
         Only the files of that name; all when None.
     columns : tuple of str
-        Of Parquet: one column of encoded images, of lists of numbers, or of rows as bytes (``fixed_size_binary``, in the
+        Of Parquet: one column of encoded images, of lists of numbers, or of rows as bytes (``fixed_size_binary`` in the
         encoder's dtype; by far the fastest to read), or several columns of numbers. Found out when empty.
     id_column : str, optional
     keep : tuple of str
