@@ -195,9 +195,9 @@ def _resume_overhead_s(folder: Path, sizes: Sizes, undisturbed: list[dict[str, A
         process.send_signal(signal.SIGKILL)
         process.communicate()
     again, _ = _run(words)
-    left = sizes.rows * (1 - again["parts_done_before"] / n_parts)
-    rate: float = max(one["rows_per_s"] for one in undisturbed)
-    return round(again["seconds"] - left / rate, 2)
+    left = sizes.rows * (1 - int(again["parts_done_before"]) / int(n_parts))
+    rate = max(float(one["rows_per_s"]) for one in undisturbed)
+    return round(float(again["seconds"]) - left / rate, 2)
 
 
 def _run(words: list[str]) -> tuple[dict[str, Any], float]:
