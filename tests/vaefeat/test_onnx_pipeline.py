@@ -321,12 +321,14 @@ def test_features_of_a_service_are_refused_with_what_to_do(
         ([GradientBoostingClassifier(n_estimators=2)], "got GradientBoostingClassifier as step 'gradientboosting"),
         ([FunctionTransformer(), LINE], "got FunctionTransformer as step 'functiontransformer'"),
         ([SVC()], "CalibratedClassifierCV"),
+        ([SVC(probability=True, break_ties=True)], "break_ties=True"),
         ([KNeighborsClassifier(weights="distance")], "weights='distance'"),
         ([few_label_head("prototype")], r"got FewLabelHead\('prototype'\)"),
         ([CalibratedClassifierCV(GradientBoostingClassifier(n_estimators=2), cv=2)], "got GradientBoostingClassifier"),
     ],
-    ids=["boosting", "function", "svc", "distance", "prototype", "calibrated"],
+    ids=["boosting", "function", "svc", "ties", "distance", "prototype", "calibrated"],
 )
+@pytest.mark.filterwarnings("ignore:The `probability` parameter was deprecated:FutureWarning")
 def test_step_that_cannot_be_written_is_refused_by_name(
     steps: list[Any], told: str, digits_bundle: Path, rows: NDArray[np.uint8], tmp_path: Path
 ) -> None:
