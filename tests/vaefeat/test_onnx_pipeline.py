@@ -263,7 +263,7 @@ def test_bundle_holds_the_file_its_parity_and_reference_rows(
     assert loaded.digest == bundle.digest
     assert sorted(loaded.files) == ["README.md", "pipeline.onnx", "reference.safetensors"]
     manifest = loaded.manifest
-    assert (manifest.name, manifest.schema_version, manifest.outputs) == ("numerals", 3, {"probabilities": 10})
+    assert (manifest.name, manifest.schema_version, manifest.outputs) == ("numerals", 4, {"probabilities": 10})
     assert manifest.classes == tuple(range(10))
     assert manifest.pipeline is not None
     told = {prop.key: prop.value for prop in onnx.load_model_from_string(loaded.read("pipeline.onnx")).metadata_props}
