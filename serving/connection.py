@@ -41,6 +41,8 @@ _MOST_PENDING = 2**18
 _ONE_PIECE = 2**16
 #: Of a body that nobody wants: less is read and dropped, and the connection goes on.
 _MOST_DROPPED = 2**20
+#: Of an answer, what a client has to take within :attr:`Connection.write_timeout_s` to be waited for any longer.
+_LEAST_TAKEN = 2**20
 #: For a client to read a last answer while its own bytes are dropped; to close at once would reset the connection, and
 #: the answer with it.
 _LINGER_S = 2.0
@@ -71,7 +73,7 @@ class Connection(asyncio.BufferedProtocol):
     max_head_bytes: ClassVar[int] = 65_536
     #: From a head's first byte to its last; 408 after that.
     head_timeout_s: ClassVar[float] = 20.0
-    #: For which a client may leave an answer standing.
+    #: In which a client that leaves an answer standing has to take some more of it.
     write_timeout_s: ClassVar[float] = 60.0
     #: Between two requests. Longer than clients keep connections: one that the server closes in the moment of the next
     #: request costs a retry.
@@ -95,7 +97,9 @@ class Connection(asyncio.BufferedProtocol):
         #: Bytes of the body that are still to come.
         self._left = 0
         self._is_stopping = self._is_paused = False
+        #: Since when answers stand, as far as they are not taken bit by bit, and how many bytes did then.
         self._stuck_since = math.inf
+        self._standing = 0
         self.deadline = math.inf
 
     # What the event loop calls.
@@ -157,28 +161,33 @@ class Connection(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         """Note that the client does not take its answer."""
-        self._stuck_since = self._loop.time()
+        if self._transport is None:
+            return
+        self._stuck_since, self._standing = self._loop.time(), self._transport.get_write_buffer_size()
+        if self._state is _State.IDLE:
+            self._pause()
 
     def resume_writing(self) -> None:
         """Go on."""
         self._stuck_since = math.inf
         if self._state is _State.IDLE:
             self._next()
+        elif self._state is _State.LINGERING:
+            self.deadline = self._loop.time() + self.write_timeout_s
 
     # What the server calls.
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a request is being answered."""
-        return self._exchange is not None
 
     def expire(self, now: float) -> None:
         """End what has taken too long, if anything has."""
         transport = self._transport
         if transport is None:
             return
-        if now > self._stuck_since + self.write_timeout_s:
-            transport.abort()
+        if self._stuck_since != math.inf:
+            if now > self._stuck_since + self.write_timeout_s:
+                standing = transport.get_write_buffer_size()
+                if self._standing - standing < _LEAST_TAKEN:
+                    transport.abort()
+                self._stuck_since, self._standing = now, standing
         elif now > self.deadline:
             if self._state is _State.HEAD:
                 self._refuse(
@@ -190,15 +199,15 @@ class Connection(asyncio.BufferedProtocol):
                     )
                 )
             elif self._state is _State.IDLE:
-                transport.close()
+                self._linger(wait=False)
             else:
                 transport.abort()
 
     def stop(self) -> None:
         """Close, after the answer to the request that is under way."""
         self._is_stopping = True
-        if self._exchange is None and self._transport is not None:
-            self._transport.close()
+        if self._exchange is None and self._transport is not None and self._state is not _State.LINGERING:
+            self._linger(wait=self._state is _State.DROPPING)
 
     def abort(self) -> None:
         """Close at once."""
@@ -269,7 +278,8 @@ class Connection(asyncio.BufferedProtocol):
         self._exchange = self._task = self._head = None
         self._first = b""
         if closes:
-            self._linger(wait=self._left > 0 or not head.is_measured)
+            # To close with bytes unread would reset the connection.
+            self._linger(wait=self._left > 0 or not head.is_measured or self._is_paused or bool(self._pending))
         elif self._left:
             self._state = _State.DROPPING
             self.deadline = self._loop.time() + self.head_timeout_s
@@ -364,7 +374,11 @@ class Connection(asyncio.BufferedProtocol):
             self._pending += _SCRATCH[taken:n_bytes]
         else:
             self._pending += _SCRATCH[:n_bytes]
-        if len(self._first) + len(self._pending) >= _MOST_PENDING and self._transport is not None:
+        if len(self._first) + len(self._pending) >= _MOST_PENDING:
+            self._pause()
+
+    def _pause(self) -> None:
+        if self._transport is not None:
             self._is_paused = True
             self._transport.pause_reading()
 
@@ -387,9 +401,15 @@ class Connection(asyncio.BufferedProtocol):
         self.deadline = self._loop.time() + self.idle_timeout_s
 
     def _next(self) -> None:
-        """Begin with what has come already, once the last answer is on its way."""
+        """Begin with what has come already, once the last answer is on its way.
+
+        While answers stand nothing more is read: of who takes no answers, they would heap up here.
+        """
+        if self._stuck_since != math.inf:
+            self._pause()
+            return
         self._read_on()
-        if self._pending and self._stuck_since == math.inf:
+        if self._pending:
             data = bytes(self._pending)
             self._read_head(data, len(data))
 
@@ -410,8 +430,10 @@ class Connection(asyncio.BufferedProtocol):
         assert self._transport is not None
         self._pending.clear()
         self._parser = None
-        self._state, self.deadline = _State.LINGERING, math.inf
+        self._state = _State.LINGERING
         if not wait:
+            # What the client has not taken keeps the connection open after this, too.
+            self.deadline = self._loop.time() + self.write_timeout_s
             self._transport.close()
             return
         self.deadline = self._loop.time() + _LINGER_S
@@ -421,4 +443,4 @@ class Connection(asyncio.BufferedProtocol):
 
 
 def _no_http() -> RequestError:
-    return RequestError(400, "malformed_request", "got bytes that are no HTTP request, wanted HTTP/1.1")
+    return RequestError(400, "malformed_request", "got bytes that are no HTTP request, wanted HTTP/1.1 with one Host")

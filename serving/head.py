@@ -49,7 +49,9 @@ class Head:
         length = self.headers.get(b"content-length", b"0")
         self.n_bytes = int(length) if len(length) <= _LONGEST_NUMBER else 10**_LONGEST_NUMBER
         self.keeps_alive = keeps_alive and self.is_measured
-        self.expects = self.headers.get(b"expect", b"").lower() == b"100-continue"
+        # Of HTTP/1.0, which knows no such answer, it is not heeded (RFC 9110, section 10.1.1).
+        expects = self.headers.get(b"expect", b"").lower() == b"100-continue"
+        self.expects = expects and scope["http_version"] != "1.0"
 
 
 class HeadParser:
@@ -89,7 +91,7 @@ class HeadParser:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Take one header."""
-        self._headers.append((name.lower(), value))
+        self._headers.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
         """Put it together."""
@@ -97,9 +99,15 @@ class HeadParser:
         if not url.path:
             raise ValueError("no path")
         parser = self._parser
+        version = parser.get_http_version()
+        if version not in ("1.0", "1.1"):
+            raise ValueError("another HTTP")
+        hosts = sum(name == b"host" for name, _ in self._headers)
+        if hosts > 1 or (not hosts and version == "1.1"):
+            raise ValueError("not one Host")  # RFC 9112, section 3.2
         scope = {
             "type": "http",
-            "http_version": parser.get_http_version(),
+            "http_version": version,
             "method": parser.get_method().decode("ascii"),
             "path": unquote(url.path.decode("ascii")) if b"%" in url.path else url.path.decode("ascii"),
             "raw_path": url.path,

@@ -84,14 +84,14 @@ class HttpServer:
             await self.app.stop()
 
     async def _finish(self) -> None:
-        """Answer what is in flight."""
-        for connection in list(self._connections):
-            connection.stop()
+        """Answer what is in flight, and wait until the answers are taken."""
         until = time.monotonic() + self._grace_s
-        while any(connection.is_busy for connection in self._connections) and time.monotonic() < until:
+        while self._connections and time.monotonic() < until:
+            for connection in list(self._connections):  # also one that was accepted in the last moment
+                connection.stop()
             await self._tick()
         for connection in list(self._connections):
-            connection.stop() if not connection.is_busy else connection.abort()
+            connection.abort()
 
     async def _tick(self) -> None:
         await asyncio.sleep(_TICK_S)

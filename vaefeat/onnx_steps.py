@@ -130,6 +130,10 @@ def _refuse_settings(step: Any, *, calibrated: bool) -> None:
         raise InputError(
             "got an SVC without probabilities, wanted them; take CalibratedClassifierCV(SVC(), ensemble=False)"
         )
+    if type(step) is SVC and step.break_ties and len(step.classes_) > 2 and not calibrated:
+        raise InputError(
+            "got an SVC with break_ties=True, wanted it without, or calibrated; ONNX's classifier decides by votes"
+        )
     if type(step) is KNeighborsClassifier and (step.weights != "uniform" or step.effective_metric_ != "euclidean"):
         raise InputError(
             f"got KNeighborsClassifier with weights={step.weights!r} and the metric {step.effective_metric_!r}, wanted "

@@ -12,6 +12,7 @@ https://onnx.ai/sklearn-onnx (version 1.20); the modules of scikit-learn 1.9 tha
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -22,11 +23,12 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from skl2onnx.common.data_types import DoubleTensorType, FloatTensorType
 from sklearn.calibration import CalibratedClassifierCV
-from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.ensemble import ExtraTreesClassifier, HistGradientBoostingClassifier, RandomForestClassifier
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import MaxAbsScaler, MinMaxScaler, PowerTransformer, RobustScaler, StandardScaler
 from sklearn.svm import SVC
+from sklearn.tree import DecisionTreeClassifier
 
 from vaefeat.errors import ExportError
 from vaefeat.onnx_graph import DOUBLE, ML_OPSET, SINGLE, GraphBuilder
@@ -36,6 +38,10 @@ __all__ = ["write_best", "write_classifier", "write_transformer"]
 
 #: skl2onnx writes graphs that do not fit together for these from float64.
 _SINGLE_ONLY = (PowerTransformer,)
+#: Of these two classes are often as probable as each other, half of the trees being for either.
+_TREES = (DecisionTreeClassifier, ExtraTreesClassifier, RandomForestClassifier)
+#: Probabilities of trees are told apart in so many steps: sums of float32 differ in the last bits.
+_STEPS = 2.0**20
 #: What temperature scaling adds before it takes a logarithm (sklearn/calibration.py).
 _TINY = 1e-12
 _BRANCHES = ("treeids", "nodeids", "featureids", "modes", "truenodeids", "falsenodeids")
@@ -75,8 +81,12 @@ def write_classifier(graph: GraphBuilder, step: Any, x: str) -> tuple[str, str]:
         probabilities = _probabilities(graph, step, x)
         label = write_best(graph, probabilities, step.classes_)
     else:
-        label, probabilities = _translated(graph, step, x)
+        label, probabilities = _translated(graph, _with_wide_classes(step), x)
         label = graph("Reshape", label, np.array([-1]))
+        if type(step) in _TREES:
+            # ONNX Runtime takes the second of two equals, scikit-learn the first.
+            steps = graph("Mul", graph("Cast", probabilities, to=SINGLE), np.array(_STEPS, np.float32))
+            label = write_best(graph, graph("Round", steps), step.classes_)
     return label, graph("Cast", probabilities, to=SINGLE)
 
 
@@ -84,6 +94,14 @@ def write_best(graph: GraphBuilder, probabilities: str, classes: NDArray[Any]) -
     """Write the label (n,) of the largest probability, the first of equals."""
     values = classes.astype(object if classes.dtype.kind in "OU" else np.int64)
     return graph("Gather", values, graph("ArgMax", probabilities, axis=1, keepdims=0))
+
+
+def _with_wide_classes(step: Any) -> Any:
+    """Give labels of uint8, as images often have, the type that ONNX has for whole numbers."""
+    wide = copy.copy(step)
+    if step.classes_.dtype.kind in "iu":
+        wide.classes_ = step.classes_.astype(np.int64)
+    return wide
 
 
 def _in_place(step: Any) -> list[tuple[str, NDArray[Any]]]:
@@ -141,7 +159,9 @@ def _scores(graph: GraphBuilder, step: Any, x: str) -> str:
     if type(step) is HistGradientBoostingClassifier:
         return _boosted_scores(graph, step, x)
     if type(step) is SVC:
-        _, wide = _translated(graph, step, x, raw_scores=True)
+        bare = copy.copy(step)  # with probabilities, skl2onnx gives those
+        bare.probability, bare._probA, bare._probB = False, np.empty(0), np.empty(0)
+        _, wide = _translated(graph, bare, x, raw_scores=True)
         wide = graph("Cast", wide, to=DOUBLE)
     else:
         wide = _probabilities(graph, step, x)
@@ -166,9 +186,10 @@ def _calibrated(graph: GraphBuilder, part: Any, x: str) -> str:
     ]
     if n_classes == 2:
         return _two_sided(graph, columns[0])
-    # A fold may have had fewer classes; the others' probability is 0 there.
+    # A fold may have had fewer classes; the others' probability is 0 there. Of two there is one column, which
+    # scikit-learn takes for the first's.
     placed = np.zeros((len(columns), n_classes))
-    placed[np.arange(len(columns)), np.searchsorted(part.classes, last.classes_)] = 1.0
+    placed[np.arange(len(columns)), np.searchsorted(part.classes, last.classes_[: len(columns)])] = 1.0
     wide = graph("MatMul", graph("Concat", *columns, axis=1), placed)
     total = graph("ReduceSum", wide, np.array([1]), keepdims=1)
     nothing = graph("Equal", total, np.array(0.0))

@@ -30,7 +30,8 @@ def read_frame(
     Parameters
     ----------
     path : Path
-        Ends in one of :data:`SUFFIXES`. Empty fields of CSV are missing values; types are read off the values.
+        Ends in one of :data:`SUFFIXES`. Empty fields of CSV are missing values, and so are ``NA``, ``NaN``, ``nan`` and
+        ``null``, in columns of text, too; types are read off the values.
     columns : sequence of str, optional
         Which to read, in this order; all but the label when None.
     label_column : str or None
@@ -54,7 +55,7 @@ def read_frame(
         from pyarrow import csv, parquet
     try:
         if path.suffix.lower() == ".csv":
-            # Text is missing only where nothing stands at all.
+            # Of text as of numbers, as pandas has it; pyarrow cannot tell them apart before it knows the types.
             options = csv.ConvertOptions(strings_can_be_null=True, null_values=["", "NA", "NaN", "nan", "null"])
             whole = csv.read_csv(path, convert_options=options)
         else:

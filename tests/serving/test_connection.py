@@ -196,14 +196,36 @@ def test_heads_that_are_remembered_are_told_apart() -> None:
     [
         "GET / HTTP/1.1\nHost: a\n\n",
         "GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n",
-        "GET / HTTP/1.1\r\nTransfer-Encoding: chunked, identity\r\n\r\n",
-        "GET / HTTP/1.1\r\nContent-Length: 5, 5\r\n\r\n",
-        "GET / HTTP/1.1\r\nContent-Length: 0x5\r\n\r\n",
-        "GET / HTTP/1.1\r\n X: a\r\n\r\n",
-        "GET /\x00 HTTP/1.1\r\n\r\n",
-        "GET / HTTP/3.0\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, identity\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 5, 5\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 0x5\r\n\r\n",
+        "GET / HTTP/1.1\r\n X: a\r\nHost: a\r\n\r\n",
+        "GET /\x00 HTTP/1.1\r\nHost: a\r\n\r\n",
+        "GET / HTTP/3.0\r\nHost: a\r\n\r\n",
+        "GET / HTTP/2.0\r\nHost: a\r\n\r\n",
+        "GET /\r\nHost: a\r\n\r\n",
+        "GET / HTTP/1.1\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+        "GET / HTTP/1.0\r\nHost: a\r\nhost: a\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\nX: b\r\n\r\n",
+        "GET / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n",
     ],
 )
 def test_heads_that_servers_read_in_different_ways_are_refused(head: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         Heads().parse(head.encode())
+
+
+@pytest.mark.parametrize("value", ["close", "Close", "keep-alive, CLOSE", "close\r\nConnection: keep-alive"])
+def test_head_that_says_close_in_any_way_ends_the_connection(value: str) -> None:
+    assert not Heads().parse(f"GET / HTTP/1.1\r\nHost: a\r\nConnection: {value}\r\n\r\n".encode()).keeps_alive
+
+
+def test_head_with_white_space_behind_its_values_says_the_same() -> None:
+    head = Heads().parse(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5 \t\r\nExpect: 100-continue \r\n\r\n")
+    assert head.headers == {b"host": b"a", b"content-length": b"5", b"expect": b"100-continue"}
+    assert head.expects
+
+
+def test_head_of_http_1_0_expects_nothing() -> None:
+    assert not Heads().parse(b"POST / HTTP/1.0\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n").expects

@@ -263,7 +263,7 @@ def test_bundle_holds_the_file_its_parity_and_reference_rows(
     assert loaded.digest == bundle.digest
     assert sorted(loaded.files) == ["README.md", "pipeline.onnx", "reference.safetensors"]
     manifest = loaded.manifest
-    assert (manifest.name, manifest.schema_version, manifest.outputs) == ("numerals", 3, {"probabilities": 10})
+    assert (manifest.name, manifest.schema_version, manifest.outputs) == ("numerals", 4, {"probabilities": 10})
     assert manifest.classes == tuple(range(10))
     assert manifest.pipeline is not None
     told = {prop.key: prop.value for prop in onnx.load_model_from_string(loaded.read("pipeline.onnx")).metadata_props}
@@ -321,12 +321,14 @@ def test_features_of_a_service_are_refused_with_what_to_do(
         ([GradientBoostingClassifier(n_estimators=2)], "got GradientBoostingClassifier as step 'gradientboosting"),
         ([FunctionTransformer(), LINE], "got FunctionTransformer as step 'functiontransformer'"),
         ([SVC()], "CalibratedClassifierCV"),
+        ([SVC(probability=True, break_ties=True)], "break_ties=True"),
         ([KNeighborsClassifier(weights="distance")], "weights='distance'"),
         ([few_label_head("prototype")], r"got FewLabelHead\('prototype'\)"),
         ([CalibratedClassifierCV(GradientBoostingClassifier(n_estimators=2), cv=2)], "got GradientBoostingClassifier"),
     ],
-    ids=["boosting", "function", "svc", "distance", "prototype", "calibrated"],
+    ids=["boosting", "function", "svc", "ties", "distance", "prototype", "calibrated"],
 )
+@pytest.mark.filterwarnings("ignore:The `probability` parameter was deprecated:FutureWarning")
 def test_step_that_cannot_be_written_is_refused_by_name(
     steps: list[Any], told: str, digits_bundle: Path, rows: NDArray[np.uint8], tmp_path: Path
 ) -> None:

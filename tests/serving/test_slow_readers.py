@@ -1,0 +1,116 @@
+"""Clients that take their answers slowly, or not at all."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from serving.app import Route
+from serving.connection import Connection
+from serving.exchange import Answer, Exchange
+from serving.models import Models
+from tests.serving.running import Running, running
+
+#: More than both sides' kernels hold.
+LARGE = 24 * 2**20
+GET = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.fixture
+def service(digits_models: Models) -> Iterator[Running]:
+    with running(digits_models) as service:
+        yield service
+
+
+def answer_with(service: Running, n_bytes: int) -> None:
+    """Have an address of the service answer with so many bytes."""
+
+    async def large(exchange: Exchange) -> Answer:
+        return Answer(200, [], bytes(n_bytes))
+
+    service.application._exact["/livez"]["GET"] = Route("/livez", large)
+
+
+def slow_client(service: Running) -> socket.socket:
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+    client.settimeout(20)
+    client.connect(("127.0.0.1", service.port))
+    return client
+
+
+def standing(service: Running) -> int:
+    """Count the bytes of answers that this process holds for its clients."""
+    transports = [connection._transport for connection in list(service.server._connections)]
+    return sum(transport.get_write_buffer_size() for transport in transports if transport is not None)
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float) -> bool:
+    until = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_requests_of_a_client_that_takes_no_answers_are_not_answered_until_it_does(service: Running) -> None:
+    n_bytes, n_requests = 2**20, 60
+    answer_with(service, n_bytes)
+    with slow_client(service) as client:
+        for _ in range(n_requests):
+            client.sendall(GET)
+            time.sleep(0.005)
+        assert standing(service) < 2 * n_bytes
+        received = b""
+        with client.makefile("rb") as reader:
+            for _ in range(n_requests):
+                assert reader.readline() == b"HTTP/1.1 200 OK\r\n"
+                while reader.readline() != b"\r\n":
+                    pass
+                received = reader.read(n_bytes)
+        assert received == bytes(n_bytes)
+
+
+def test_connection_whose_client_takes_its_answer_slowly_stays(
+    service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Connection, "write_timeout_s", 0.3)
+    answer_with(service, LARGE)
+    with slow_client(service) as client:
+        client.sendall(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        received = 0
+        while data := client.recv(2**18):
+            received += len(data)
+            time.sleep(0.01)  # in all, three times the timeout
+    assert received > LARGE
+
+
+@pytest.mark.parametrize("n_bytes", [30_000, LARGE])
+@pytest.mark.parametrize("more", [b"", b"Connection: close\r\n"])
+def test_connection_whose_client_takes_nothing_ends(
+    service: Running, monkeypatch: pytest.MonkeyPatch, n_bytes: int, more: bytes
+) -> None:
+    answer_with(service, n_bytes)
+    monkeypatch.setattr(Connection, "write_timeout_s", 0.3)
+    monkeypatch.setattr(Connection, "idle_timeout_s", 0.3)
+    with slow_client(service) as client:
+        while not standing(service):  # few bytes or many: those that the kernel's buffer has no room for
+            client.sendall(GET)
+            time.sleep(0.001)
+        client.sendall(GET.replace(b"\r\n\r\n", b"\r\n" + more + b"\r\n"))
+        assert wait_until(lambda: not service.server.n_connections, timeout_s=5)
+
+
+def test_stop_waits_for_clients_to_take_their_answers(service: Running) -> None:
+    answer_with(service, LARGE)
+    with slow_client(service) as client:
+        client.sendall(GET)
+        assert wait_until(lambda: standing(service) > 0, timeout_s=5)
+        service.server.should_exit = True
+        time.sleep(0.3)
+        received = 0
+        while data := client.recv(2**20):
+            received += len(data)
+    assert received > LARGE
