@@ -1,6 +1,6 @@
 # A fresh machine needs Python 3.11 or newer and make; `make demo` and `make test` install the rest.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format lock image clean
+.PHONY: help demo test test-all test-image lint format lock image clean
 
 DATA ?= ../shared/data
 VENV := .venv
@@ -52,16 +52,20 @@ demo: $(READY) ## the main job on scikit-learn's digits: pretrain, serve, embed,
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest --numprocesses=2 --dist=loadfile --data-dir=$(DATA)
 
 test: $(READY) $(CLIENTS) ## the tests, without those marked slow, gpu or serve
-	$(PYTEST) -m "not slow and not gpu and not serve"
+	$(PYTEST) -m "not slow and not gpu and not serve and not image"
 
-test-all: $(READY) $(CLIENTS) ## all tests; those marked gpu need a CUDA device
-	$(PYTEST)
+test-all: $(READY) $(CLIENTS) ## all tests but the image's; those marked gpu need a CUDA device
+	$(PYTEST) -m "not image"
+
+test-image: $(READY) ## build and run the container images; as root, with buildah, mmdebstrap and runc, or it is skipped
+	$(PYTHON) -m pytest tests/e2e/test_image.py
 
 lint: $(READY) ## ruff, mypy --strict, import-linter
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(PYTHON) -m mypy
 	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/hadolint Dockerfile
 
 format: $(READY) ## let ruff mend what it can
 	$(VENV)/bin/ruff check --fix
@@ -79,8 +83,9 @@ lock: ## renew the requirements.lock files
 	for name in requirements mlserver; do UV_CUSTOM_COMPILE_COMMAND="make lock" $(UV) $(COMPILE) \
 		$(PEERS)/$$name.in --output-file $(PEERS)/$$name.lock; done
 
-image: ## the service's container image (needs a container engine); CUDA with ACCELERATOR=cuda
-	docker build --build-arg ACCELERATOR=$(or $(ACCELERATOR),cpu) --tag vaefeat .
+image: ## the service's container image (needs a container engine); CUDA with ACCELERATOR=cuda, training with TARGET=full
+	docker build --build-arg ACCELERATOR=$(or $(ACCELERATOR),cpu) --build-arg REVISION=$(shell git rev-parse HEAD) \
+		--target $(or $(TARGET),serve) --tag vaefeat .
 
 clean: ## remove what is generated, but not runs/
 	rm -rf $(VENV) .venv-clients .venv-peers build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

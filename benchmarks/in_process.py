@@ -18,15 +18,19 @@ import onnxruntime as ort
 import typer
 from numpy.typing import NDArray
 
-from vaefeat.images import decode_image
+from vaefeat.image_decoding import decode_image
+from vaefeat.runtime import open_graph
 
 __all__ = ["decoder_rate", "encoder_rates"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 _WARM_UP_CALLS = 3
+_GPU_SESSIONS = 2
 
 
-def encoder_rates(model: bytes, rows: NDArray[Any], *, threads: int, seconds: float) -> dict[str, float]:
+def encoder_rates(
+    model: bytes, rows: NDArray[Any], *, threads: int, seconds: float, device: str = "cpu"
+) -> dict[str, float]:
     """Measure calls with these rows.
 
     Parameters
@@ -37,14 +41,16 @@ def encoder_rates(model: bytes, rows: NDArray[Any], *, threads: int, seconds: fl
     threads : int
     seconds : float
         For each way.
+    device : {"cpu", "cuda"}
 
     Returns
     -------
     dict of str to float
         Rows per second: ``operators`` are cut into threads, or ``sessions`` run side by side.
     """
-    (whole,) = _sessions(model, 1, threads=threads)
-    side_by_side = _sessions(model, threads, threads=1)
+    (whole,) = _sessions(model, 1, threads=threads, device=device)
+    # A GPU computes for few callers at a time, and each session takes some of its memory.
+    side_by_side = _sessions(model, threads if device == "cpu" else _GPU_SESSIONS, threads=1, device=device)
     return {
         "operators": len(rows) * _calls_per_s([_call(whole, rows)], seconds=seconds),
         "sessions": len(rows) * _calls_per_s([_call(one, rows) for one in side_by_side], seconds=seconds),
@@ -61,7 +67,9 @@ def decoder_rate(images: Sequence[bytes], *, shape: tuple[int, int, int], thread
     return len(images) * _calls_per_s([decode] * threads, seconds=seconds)
 
 
-def _sessions(model: bytes, n: int, *, threads: int) -> list[ort.InferenceSession]:
+def _sessions(model: bytes, n: int, *, threads: int, device: str) -> list[ort.InferenceSession]:
+    if device != "cpu":
+        return [open_graph(model, what="encoder", device=device, threads=threads).session for _ in range(n)]
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -103,12 +111,15 @@ def main(
     batch: Annotated[list[int], typer.Option(help="Rows in a call; may be repeated.")],
     threads: Annotated[int, typer.Option(min=1)],
     seconds: Annotated[float, typer.Option(help="For each figure.")] = 1.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     images: Annotated[list[Path] | None, typer.Option(help="Folders of images to decode; may be repeated.")] = None,
 ) -> None:
     """Measure, and print one line of JSON."""
     content, all_rows = model.read_bytes(), np.load(rows)
     found: dict[str, Any] = {
-        "encoder": {n: encoder_rates(content, all_rows[:n], threads=threads, seconds=seconds) for n in batch},
+        "encoder": {
+            n: encoder_rates(content, all_rows[:n], threads=threads, seconds=seconds, device=device) for n in batch
+        },
         "decoder": {
             folder.name: decoder_rate(
                 [path.read_bytes() for path in sorted(folder.iterdir())],

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.small_images import SMALL_SIDE, TABLE, shrink, tabulated
 from benchmarks.surroundings import surroundings
 from pipelines.probes import draw_labels, probe
 from vaefeat import ModelConfig, OnnxEncoder, TrainConfig, pretrain
@@ -48,15 +49,13 @@ from vaefeat.placement import using_threads
 from vaefeat.settings import unknown_name
 from vaefeat.weights import restore_vae
 
-__all__ = ["METHODS", "USES", "Method", "main", "measure", "quoting", "shrink"]
+__all__ = ["METHODS", "USES", "Method", "main", "measure", "quoting"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 #: What every method starts from: a variational auto-encoder with one hidden layer. Short runs need no more.
 BASE_MODEL: Mapping[str, Any] = {"network": "mlp", "hidden_dims": (256,), "latent_dim": 16, "likelihood": "bernoulli"}
 BASE_TRAIN: Mapping[str, Any] = {"learning_rate": 2e-3, "device": "cpu", "threads": 1}
-#: Likelihoods with hundreds of parameters a pixel get 7 by 7 pixels, each the mean of 4 by 4.
-SMALL_SIDE = 7
 N_LABELS, N_DRAWS = 100, 10
 #: The last rows of the training set judge the features; no method trains on them, and the test rows stay untouched.
 N_VALIDATION = 5_000
@@ -74,11 +73,20 @@ class Method:
         Fields of ModelConfig and of TrainConfig.
     small : bool
         On images of 7 by 7 pixels.
+    table : bool
+        On these as a table: see :func:`tabulated`.
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     small: bool = False
+    table: bool = False
+
+    def rows(self, images: NDArray[np.uint8]) -> Rows:
+        """Give images (n, 1, 28, 28) as the method has them."""
+        if self.table:
+            return Rows(array=tabulated(images), table=TABLE)
+        return Rows(array=shrink(images) if self.small else images)
 
     def model_config(self, **others: Any) -> ModelConfig:
         """Build the model's settings; `others` come between the base and the method."""
@@ -106,6 +114,7 @@ METHODS: Mapping[str, Method] = {
     "continuous_bernoulli": Method({"likelihood": "continuous_bernoulli"}),
     "categorical": Method({"likelihood": "categorical", "hidden_dims": (64,)}, small=True),
     "tokens": Method({"likelihood": "tokens", "hidden_dims": (64,)}, small=True),
+    "table": Method({"likelihood": "table", "columns": TABLE.sizes}, small=True, table=True),
     "full_covariance": Method({"posterior": "full"}),
     "planar_flow": Method({"posterior": "planar"}),
     "inverse_autoregressive_flow": Method({"posterior": "iaf"}),
@@ -175,14 +184,6 @@ class _Clock(Observer):
         self.seconds += time.process_time()
 
 
-def shrink(rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Average blocks of pixels of (n, 1, 28, 28), so that (n, 1, 7, 7) are left, still of 256 levels."""
-    n, _, height, width = rows.shape
-    blocks = rows.reshape(n, 1, SMALL_SIDE, height // SMALL_SIDE, SMALL_SIDE, width // SMALL_SIDE)
-    small: NDArray[np.uint8] = blocks.mean(axis=(3, 5)).round().astype(np.uint8)
-    return small
-
-
 def measure(name: str, data: Data, *, epochs: int) -> tuple[Bundle, dict[str, Any]]:
     """Train and export one method, and measure it.
 
@@ -202,10 +203,11 @@ def measure(name: str, data: Data, *, epochs: int) -> tuple[Bundle, dict[str, An
         largest difference between ONNX Runtime and torch in units of the output's scale), and ``text``, the quotation.
     """
     method = METHODS[name]
-    train, validation = (shrink(part) if method.small else part for part in (data.train, data.validation))
+    trained_on = method.rows(data.train)
+    train, validation = trained_on.array, method.rows(data.validation).array
     model, settings = method.model_config(), method.train_config(max_epochs=epochs, seed=_SEED)
     clock = _Clock()
-    bundle = pretrain(train, model=model, train=settings, name=name, progress=False, observers=[clock])
+    bundle = pretrain(trained_on, model=model, train=settings, name=name, progress=False, observers=[clock])
     manifest, encoder = bundle.manifest, OnnxEncoder(bundle, device="cpu", threads=1)
     has_density = model.posterior != "deterministic"
     bound = _bound(bundle, train, settings) if has_density else None
@@ -230,7 +232,7 @@ def measure(name: str, data: Data, *, epochs: int) -> tuple[Bundle, dict[str, An
     }
 
 
-def _bound(bundle: Bundle, rows: NDArray[np.uint8], settings: TrainConfig) -> float:
+def _bound(bundle: Bundle, rows: NDArray[Any], settings: TrainConfig) -> float:
     """Bound log p(x) with 64 importance samples on the rows that training held out."""
     _, heldout = split_heldout(len(rows), settings.heldout, settings.seed)
     chosen = rows[heldout]
@@ -238,7 +240,7 @@ def _bound(bundle: Bundle, rows: NDArray[np.uint8], settings: TrainConfig) -> fl
 
 
 def _probe_error(
-    encoder: OnnxEncoder, data: Data, train: NDArray[np.uint8], validation: NDArray[np.uint8]
+    encoder: OnnxEncoder, data: Data, train: NDArray[Any], validation: NDArray[Any]
 ) -> tuple[float, float]:
     """Give mean and standard deviation of the validation error over draws of labels, in percent."""
     draws = [draw_labels(data.train_labels, n_labels=N_LABELS, seed=seed) for seed in range(N_DRAWS)]

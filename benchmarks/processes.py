@@ -1,24 +1,33 @@
-"""Servers as processes: started with a mark that all their descendants inherit, measured and ended by it."""
+"""Processes: servers, started with a mark that all their descendants inherit, measured and ended by it, and contenders.
+
+A contender is a module that prints what it found as one line of JSON, the last one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
-__all__ = ["Server", "free_port", "waiting"]
+from vaefeat.errors import TrainingError
+
+__all__ = ["Server", "ask_module", "free_port", "waiting"]
 
 _MARK = "VAEFEAT_BENCHMARK_MARK"
+_ROOT = Path(__file__).parents[1]
+_SAID_LINES = 3
 _STOP_S = 60.0
 _TICK_S = 0.02
 
@@ -119,6 +128,55 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def ask_module(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    name: str,
+    threads: int,
+    longest_s: float,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run a contender in a process of its own, and wait.
+
+    Parameters
+    ----------
+    module : str
+        Of this checkout.
+    arguments : sequence of str
+    name : str
+        What it is, for messages.
+    threads : int
+        For the libraries that read their number in the environment.
+    longest_s : float
+        Who takes longer hangs.
+    environment : mapping of str to str, optional
+        Beside this process's own.
+
+    Raises
+    ------
+    TrainingError
+        It failed, or took longer.
+    """
+    numbers = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL", "NUMBA")}
+    try:
+        done = subprocess.run(  # noqa: S603 - our own module
+            [sys.executable, "-m", module, *arguments],
+            cwd=_ROOT,
+            env={**os.environ, **numbers, **(environment or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=longest_s,
+        )
+    except subprocess.TimeoutExpired:
+        raise TrainingError(f"{name} did not end within {longest_s:.0f} s") from None
+    if done.returncode:
+        last = " / ".join(done.stderr.strip().splitlines()[-_SAID_LINES:])
+        raise TrainingError(f"{name} failed with status {done.returncode}: {last}")
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]  # what our module prints
 
 
 def free_port() -> int:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -39,6 +39,7 @@ from vaefeat.bundle import load_bundle
 from vaefeat.cli import run_command_line
 from vaefeat.processors import available_cpus
 from vaefeat.quantization import quantize
+from vaefeat.runtime import choose_device
 from vaefeat.settings import unknown_name
 
 __all__ = ["Bench", "main", "run_load"]
@@ -74,6 +75,8 @@ class Bench:
         Of each figure.
     is_open : bool
         Whether the open loop is measured, too.
+    device : {"cpu", "cuda"}
+        Of our servers, and of ONNX Runtime without a service.
     """
 
     bundle: Path
@@ -85,6 +88,7 @@ class Bench:
     seconds: float
     warm_up_s: float
     is_open: bool
+    device: str
 
     def payload(self, name: str, workload: Workload) -> Payload:
         """Write what a server is sent."""
@@ -101,6 +105,9 @@ def main(
     seconds: Annotated[float, typer.Option(min=0.1, help="Of each figure.")] = 4.0,
     open_loop: Annotated[bool, typer.Option("--open", help="Also with an open loop.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Of every server; all processors by default.")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="Of our servers; the others compute on the CPU.")
+    ] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="One round of moments: whether it works.")] = False,
     out: Annotated[Path | None, typer.Option("--results", help="A JSON file for everything that was measured.")] = None,
 ) -> None:
@@ -109,6 +116,7 @@ def main(
         if name not in CONTENDERS:
             raise unknown_name("server", name, list(CONTENDERS))
     names = [name for name in CONTENDERS if not only or name in only]
+    chosen, _ = choose_device(device)
     began, n_threads = time.perf_counter(), threads or available_cpus()
     where = {
         **surroundings(),
@@ -125,17 +133,19 @@ def main(
         bench = Bench(
             bundle=folder / "bundle",
             bundle_int8=folder / "int8",
-            payloads=Payloads(folder / "bundle", rows, folder, triton=TRITON),
-            payloads_int8=Payloads(folder / "int8", rows, folder / "of-int8"),
+            payloads=Payloads(folder / "bundle", rows, folder, triton=TRITON, device=chosen),
+            payloads_int8=Payloads(folder / "int8", rows, folder / "of-int8", device=chosen),
             workloads=SHAPES,
             threads=n_threads,
             seconds=0.3 if quick else seconds,
             warm_up_s=0.1 if quick else 1.0,
             is_open=open_loop,
+            device=chosen,
         )
         measured = [measure(bench, names, folder, number) for number in range(1 if quick else rounds)]
     results = {
         **where,
+        "device": chosen,
         "threads": n_threads,
         "rounds": len(measured),
         "quick": quick,
@@ -152,6 +162,7 @@ def main(
         "commit",
         "date",
         "processor",
+        "device",
         "threads",
         "rounds",
         "load_average",
@@ -198,8 +209,9 @@ def measure_server(bench: Bench, name: str, folder: Path) -> dict[str, Any]:
     port = free_port()
     bundle = bench.bundle_int8 if contender.speaks == "ours_int8" else bench.bundle
     start = contender.start(bundle, port, bench.threads, folder)
+    command = start.command + (("--device", bench.device) if contender.speaks.startswith("ours") else ())
     url, began = f"http://127.0.0.1:{port}", time.perf_counter()
-    with Server(start.command, log=folder / "log", environment=start.environment, cwd=start.cwd) as server:
+    with Server(command, log=folder / "log", environment=start.environment, cwd=start.cwd) as server:
         if why := _wait_for_right_answer(server, port, bench.payload(name, bench.workloads[0])):
             found["notes"].append(f"does not start here: {why}")
             return found
@@ -279,6 +291,7 @@ def run_load(
 
 def _measure_in_process(bench: Bench, folder: Path) -> dict[str, Any]:
     words = [str(bench.bundle / "encoder.onnx"), str(folder / "rows.npy"), "--threads", str(bench.threads)]
+    words += ["--device", bench.device]
     for rows in dict.fromkeys(workload.rows for workload in bench.workloads):
         words += ["--batch", str(rows)]
     for kind in ("jpeg", "png"):

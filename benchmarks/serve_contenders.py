@@ -37,7 +37,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Contender:
-    """A server.
+    """A server; ours is told the device by whoever starts it, and the others know only the CPU.
 
     Attributes
     ----------
@@ -68,7 +68,7 @@ def _ours(engine: str, *, replicas: bool = False) -> Callable[[Path, int, int, P
     """With `replicas`, a process for each processor in place of a thread."""
 
     def start(bundle: Path, port: int, threads: int, folder: Path) -> Start:
-        words = ("-m", "serving", str(bundle), "--engine", engine, "--port", str(port), "--device", "cpu")
+        words = ("-m", "serving", str(bundle), "--engine", engine, "--port", str(port))
         spread = ("--replicas", str(threads), "--threads", "1") if replicas else ("--threads", str(threads))
         return Start((sys.executable, *words, *spread))
 

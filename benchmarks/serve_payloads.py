@@ -1,7 +1,7 @@
 """What is sent to servers, and what they must answer: files that load clients read.
 
 All servers get the same rows. Ours must answer with the bits that the encoder gives on this machine; others join rows
-of several requests to batches of any size, in which ONNX Runtime may round differently.
+of several requests to batches of any size, in which ONNX Runtime may round differently; so may ours on a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sklearn.datasets import load_digits
 
 from benchmarks.expected import Form
 from vaefeat import ModelConfig, OnnxEncoder, TrainConfig, pretrain
-from vaefeat.images import decode_image
+from vaefeat.image_decoding import decode_image
 
 __all__ = ["SHAPES", "Payload", "Payloads", "Workload", "bundle_and_rows"]
 
@@ -117,9 +117,14 @@ class Payloads:
         For the files.
     triton : Path, optional
         A Python that has Triton's client; without it there is no body of its own making.
+    device : {"cpu", "cuda"}
+        Where our servers compute.
     """
 
-    def __init__(self, bundle: Path, rows: NDArray[np.uint8], folder: Path, *, triton: Path | None = None) -> None:
+    def __init__(
+        self, bundle: Path, rows: NDArray[np.uint8], folder: Path, *, triton: Path | None = None, device: str = "cpu"
+    ) -> None:
+        self._tolerance = 0.0 if device == "cpu" else _OTHERS_TOLERANCE
         self._encoder = OnnxEncoder(bundle, device="cpu", threads=1)
         self._rows, self._folder, self._triton = rows, folder, triton
         features = self._encoder.embed(rows)
@@ -135,7 +140,7 @@ class Payloads:
         if kind == "raw":
             return self._payload(workload, "/v1/embed", rows.tobytes(), ["Content-Type: application/octet-stream"])
         if kind == "json":
-            return self._json(workload, tolerance=0.0)
+            return self._json(workload, tolerance=self._tolerance)
         if kind == "oip_binary":
             return self._triton_s(workload, rows)
         images = encoded(rows, kind)
@@ -189,8 +194,9 @@ class Payloads:
         *,
         rows: NDArray[np.uint8] | None = None,
         form: Form = "binary",
-        tolerance: float = 0.0,
+        tolerance: float | None = None,
     ) -> Payload:
+        tolerance = self._tolerance if tolerance is None else tolerance
         place = self._folder / f"{workload.name}{'' if tolerance else '.ours'}"
         body_file, expected = place.with_name(f"{place.name}.body"), place.with_name(f"{place.name}.expected.npy")
         body_file.write_bytes(body)

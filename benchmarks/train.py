@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,13 +24,14 @@ import torch
 import typer
 from rich.console import Console
 
+from benchmarks.processes import ask_module
 from benchmarks.surroundings import surroundings
 from benchmarks.train_report import described, shown
 from benchmarks.train_tasks import DATA_SETS, Entry, Part, gpu_parts, parts
 from vaefeat.atomic import replace_file
 from vaefeat.cli import run_command_line
 from vaefeat.data import load_rows
-from vaefeat.errors import InputError, TrainingError
+from vaefeat.errors import InputError
 from vaefeat.processors import available_cpus
 from vaefeat.settings import unknown_name
 
@@ -39,13 +39,11 @@ __all__ = ["main", "measure"]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-_ROOT = Path(__file__).parents[1]
 _ROUNDS, _QUICK_ROUNDS = 5, 3
 #: A quick run begins nothing later, nor measures again what would end later.
 _QUICK_S = 240.0
 #: A contender that takes longer hangs.
 _LONGEST_S = 900.0
-_SAID_LINES = 3
 _VERSIONS = ("torchvision", "numpy", "pythae")
 
 
@@ -139,29 +137,14 @@ def measure(
 
 
 def _run(part: str, entry: Entry, kernels: Path) -> dict[str, Any]:
-    threads = str(entry.task.threads)
-    name = f"{entry.contender} in {part}"
-    try:
-        done = subprocess.run(  # noqa: S603 - our own module
-            [sys.executable, "-m", "benchmarks.train_contenders", entry.contender, json.dumps(asdict(entry.task))],
-            cwd=_ROOT,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": threads,
-                "MKL_NUM_THREADS": threads,
-                "TORCHINDUCTOR_CACHE_DIR": str(kernels),
-            },
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_LONGEST_S,
-        )
-    except subprocess.TimeoutExpired:
-        raise TrainingError(f"{name} did not end within {_LONGEST_S:.0f} s") from None
-    if done.returncode:
-        last = " / ".join(done.stderr.strip().splitlines()[-_SAID_LINES:])
-        raise TrainingError(f"{name} failed with status {done.returncode}: {last}")
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]  # what our module prints
+    return ask_module(
+        "benchmarks.train_contenders",
+        [entry.contender, json.dumps(asdict(entry.task))],
+        name=f"{entry.contender} in {part}",
+        threads=entry.task.threads,
+        longest_s=_LONGEST_S,
+        environment={"TORCHINDUCTOR_CACHE_DIR": str(kernels)},
+    )
 
 
 def _said(one: dict[str, Any]) -> str:

@@ -117,5 +117,66 @@ def embed(
     typer.echo(json.dumps(done) if as_json else summary(done))
 
 
+@app.command()
+def suggest(
+    bundle: Annotated[Path, typer.Option(help="Folder of a bundle.")],
+    data: Annotated[Path, typer.Option(help="Rows without labels: Parquet, .npy, .npz, IDX or images.")],
+    budget: Annotated[int, typer.Option(help="Rows to suggest.")],
+    out: Annotated[Path, typer.Option(help="Folder that gets the pictures and the CSV file to fill in.")],
+    labels: Annotated[
+        list[Path] | None, typer.Option(help="A CSV file of labels that there are (id, label); may be repeated.")
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="Of Parquet; the row's number or the image's path otherwise.")
+    ] = None,
+    split: Annotated[Literal["train", "test"], typer.Option(help="Which, where the data have splits.")] = "train",
+    image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same rows.")] = 0,
+) -> None:
+    """Choose the rows whose labels would say most, and write them as pictures and as a CSV file to fill in."""
+    with shown_activity("load scikit-learn and the rest"), requiring("jobs", what="This job"):
+        from pipelines.suggest import SuggestOptions
+        from pipelines.suggest import suggest as suggest_job
+
+    options = SuggestOptions(
+        bundle=bundle,
+        data=data,
+        out=out,
+        budget=budget,
+        labels=tuple(labels or ()),
+        id_column=id_column,
+        split=split,
+        image_size=image_size,
+        seed=seed,
+    )
+    suggest_job(options, console=Console())
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="A TOML file, such as pipelines/configs/digits.toml.")],
+    over: Annotated[
+        list[str],
+        typer.Option("--over", help="A setting and its values, such as model.latent_dim=8,16; may be repeated."),
+    ],
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="table.key=value, over the file's; may be repeated.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="So many combinations at random; all when not given.")] = None,
+    side_by_side: Annotated[int, typer.Option(min=1, help="Trials at a time, which share the processors.")] = 2,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep finished trials, continue others, try failed ones again.")
+    ] = False,
+) -> None:
+    """Train a model for each combination of settings with Ray Tune, and rank them by their error with few labels."""
+    from pipelines.config import load_config
+
+    loaded = load_config(config, override or ())
+    with shown_activity("load torch and the rest"), requiring("jobs", what="This job"):
+        from pipelines.sweep import sweep as sweep_job
+
+    sweep_job(loaded, over=over, trials=trials, side_by_side=side_by_side, resume=resume, console=Console())
+
+
 if __name__ == "__main__":
     run_command_line(app)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,10 @@ from pipelines.config import DataConfig
 from vaefeat.data import Rows, load_rows
 from vaefeat.errors import InputError, MissingSplitError
 
-__all__ = ["Dataset", "load_dataset"]
+__all__ = ["Dataset", "load_dataset", "load_validation", "refuse_table"]
+
+#: Training rows that are held back for validation, at most, and of all of them.
+_N_VALIDATION, _VALIDATION_SHARE = 10_000, 1 / 6
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,57 @@ def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
     )
 
 
+def refuse_table(rows: Rows) -> None:
+    """Refuse a table with categories or gaps, whose columns the jobs' baselines and chunks know nothing of.
+
+    Raises
+    ------
+    InputError
+    """
+    if rows.table is not None:
+        raise InputError(
+            f"got {rows.table} in {rows.source}, wanted rows of numbers without a gap, or images; train on tables with "
+            "vaefeat pretrain, and embed them with vaefeat embed"
+        )
+
+
+def load_validation(config: DataConfig, *, seed: int) -> Dataset:
+    """Read training rows alone, a part of them in the place of the test rows: to choose settings by.
+
+    What is trained on there is what a run's configuration says, of the training rows: all of them, or those that are
+    not held back.
+
+    Parameters
+    ----------
+    config : DataConfig
+    seed : int
+        Of the run, whose test rows are left out, and of the part that is held back.
+
+    Raises
+    ------
+    InputError
+        Nothing readable, or no labels to judge by.
+    """
+    rows, labels, names = _training_rows(config, seed=seed)
+    share = min(_N_VALIDATION, int(_VALIDATION_SHARE * len(rows))) / len(rows)
+    return _split(rows, labels, names, replace(config, test_share=share), seed, config.path)
+
+
+def _training_rows(config: DataConfig, *, seed: int) -> tuple[NDArray[Any], Any, tuple[str, ...] | None]:
+    if config.path != "digits":
+        try:
+            load_rows(config.path, split="test", max_rows=1)
+        except MissingSplitError:
+            pass  # the run splits its rows itself
+        else:
+            train = load_rows(config.path, split="train")
+            refuse_table(train)
+            _require_labels(train)
+            return train.array, train.labels, train.names
+    data = load_dataset(config, seed=seed)
+    return data.train, data.train_labels, data.names
+
+
 def _split(
     rows: NDArray[Any], raw_labels: Any, names: tuple[str, ...] | None, config: DataConfig, seed: int, source: str
 ) -> Dataset:
@@ -108,6 +162,7 @@ def _indices(labels: NDArray[Any], names: tuple[str, ...] | None) -> tuple[NDArr
 
 
 def _require_labels(rows: Rows) -> None:
+    refuse_table(rows)
     if rows.labels is None:
         raise InputError(
             f"got rows without labels from {rows.source}, wanted labels to judge the features by; "

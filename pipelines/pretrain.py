@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from pipelines.config import RunConfig
-from pipelines.datasets import load_dataset
+from pipelines.datasets import load_dataset, refuse_table
 from pipelines.group import in_group, launch_of_group, leads_group, process_group
 from vaefeat.atomic import replace_file
 from vaefeat.blocks import Blocks, open_blocks
@@ -157,6 +157,7 @@ def open_rows(config: RunConfig) -> Rows | Blocks:
             )
         return open_blocks(data.path)
     train = load_rows(data.path)
+    refuse_table(train)
     if not has_test_rows:
         whole = data.pretrain_on == "all" or train.labels is None
         return train if whole else load_dataset(data, seed=config.probe.seed).pretraining

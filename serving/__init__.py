@@ -12,14 +12,14 @@ What happens to a request, from the network inwards:
 ``app``                 routes, errors in each door's form; knows nothing of Ray
 ``exchange``            one request and its answer; ``asgi`` carries it where another server has the connection
 ``guard``               who may come in: lengths, keys, rates, room
-``native``              ``/v1/embed``; ``media``, ``codec``, ``multipart``: which form a body has, bytes <-> arrays
+``native``              ``/v1/embed``, ``/v1/predict``; ``media``, ``codec``, ``multipart``: bytes <-> arrays
 ``embeddings``          ``/v1/embeddings``, OpenAI's form
 ``inference``           ``/v2``, the Open Inference Protocol
 ``meta``                index, health, models, figures; ``openapi`` describes everything
 ``protocols``           what travels over the wire, as pure functions; the protocol's gRPC service
 ``service``             the one way from rows or images to features
 ``batcher``, ``batch``  rows of many requests -> batches -> features of each
-``models``              what is served: versions, loaded, proved, exchanged
+``models``              what is served: versions, loaded, exchanged; ``served_model`` one of them, proved
 ``watching``            figures, drift, traces, logs
 ``errors``              what can go wrong, and how it is told
 ======================  ===============================================================================================

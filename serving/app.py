@@ -255,6 +255,7 @@ _EXACT: dict[str, _Row] = {
     "/metrics": ("GET", "/metrics", "_meta.metrics", "metrics", False, envelope),
     "/v1/models": ("GET", "/v1/models", "_meta.models", "embed", False, openai.error_form),
     "/v1/embed": ("POST", "/v1/embed", "_native.embed", "embed", True, envelope),
+    "/v1/predict": ("POST", "/v1/predict", "_native.predict", "embed", True, envelope),
     "/v1/embeddings": ("POST", "/v1/embeddings", "_embeddings.create", "embed", True, openai.error_form),
     "/v2": ("GET", "/v2", "_inference.server", "", False, _OIP),
     "/v2/": ("GET", "/v2", "_inference.server", "", False, _OIP),

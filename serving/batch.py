@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Computes", "Features", "Job", "collect", "not_finite"]
 
-Features = dict[str, NDArray[np.float32]]
+#: By output; labels are places among the classes.
+Features = dict[str, NDArray[Any]]
 
 
 class Computes(Protocol):
@@ -25,10 +26,10 @@ class Computes(Protocol):
 
     name: str
 
-    def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
+    def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[Any]]:
         """Encode checked rows, in a lane's thread."""
 
-    def observe(self, outputs: Sequence[str], features: Sequence[NDArray[np.float32]]) -> None:
+    def observe(self, outputs: Sequence[str], features: Sequence[NDArray[Any]]) -> None:
         """Take note of features that go out, in a lane's thread."""
 
 
@@ -112,7 +113,7 @@ class Batch:
         self.members: list[tuple[Job, int, int]] = []
         self.n_rows = 0
         self.outputs: tuple[str, ...] = ()
-        self.features: list[NDArray[np.float32]] = []
+        self.features: list[NDArray[Any]] = []
         self.error: Exception | None = None
         #: Which rows have features that are not finite, of the outputs where any has.
         self.unusable: dict[str, NDArray[np.bool_]] = {}
@@ -160,7 +161,7 @@ class Batch:
         self.device_s = time.perf_counter() - self.began
 
 
-def collect(job: Job, features: Mapping[str, NDArray[np.float32]], start: int, stop: int, there: slice) -> None:
+def collect(job: Job, features: Mapping[str, NDArray[Any]], start: int, stop: int, there: slice) -> None:
     """Put vectors of a batch where they belong in a job."""
     job.pending -= stop - start
     n_rows = len(job.rows)

@@ -15,16 +15,15 @@ import asyncio
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from numpy.typing import NDArray
 
 from serving.batch import Batch, Computes, Job, collect, not_finite
 from serving.errors import RequestError, overloaded, too_late
+from serving.job_queue import JobQueue
 
 if TYPE_CHECKING:
     from serving.watching.spans import Tracer
@@ -33,14 +32,10 @@ __all__ = ["RowBatcher"]
 
 #: Rows that are not worth splitting over lanes: handing over to a thread costs as much as computing them.
 _MIN_SHARE = 32
-#: Interactive batches after which one of bulk work is cut, so that it goes on under any load.
-_BULK_EVERY = 8
 #: Of the queue, what bulk work may fill: the rest is for those who go before it.
 _BULK_ROOM = 0.75
 #: How often deadlines of rows that wait are looked at, in seconds; only while some do.
 _SWEEP_S = 0.05
-#: Weight of the newest batch in the measured rate.
-_RATE_WEIGHT = 0.1
 _MAX_RETRY_AFTER_S = 30
 
 
@@ -63,28 +58,6 @@ class _Lane:
             del batch  # with its rows, and a model that may be served no more
 
 
-class _Line:
-    """The jobs of one model that wait: two lines, of which the second gives way."""
-
-    __slots__ = ("bulk", "bulk_is_due", "interactive")
-
-    def __init__(self) -> None:
-        self.interactive: deque[Job] = deque()
-        self.bulk: deque[Job] = deque()
-        self.bulk_is_due = 0
-
-    def __bool__(self) -> bool:
-        return bool(self.interactive or self.bulk)
-
-    def order(self) -> tuple[deque[Job], deque[Job]]:
-        """Give both in the order in which the next batch takes from them."""
-        if self.bulk and (not self.interactive or self.bulk_is_due >= _BULK_EVERY):
-            self.bulk_is_due = 0
-            return self.bulk, self.interactive
-        self.bulk_is_due = self.bulk_is_due + 1 if self.bulk else 0
-        return self.interactive, self.bulk
-
-
 class RowBatcher:
     """Takes rows of requests, gives features; see the module.
 
@@ -102,10 +75,8 @@ class RowBatcher:
     ----------
     tracer : Tracer or None
         Gives each batch a span; to be set before :meth:`start`.
-    queued_rows, queued_bytes : int
+    queue : JobQueue
         What waits.
-    rate : float
-        Rows per second that all lanes compute together, as measured lately; 0 before the first batch.
     """
 
     def __init__(
@@ -121,16 +92,12 @@ class RowBatcher:
         self._max_queued_rows, self._max_queued_bytes = max_queued_rows, max_queued_bytes
         self._told = told
         self.tracer: Tracer | None = None
-        # Jobs hold their model; one that nobody waits for goes, with its session, when it is served no more.
-        self._lines: WeakKeyDictionary[Computes, _Line] = WeakKeyDictionary()
-        self._turn: deque[_Line] = deque()
+        self.queue = JobQueue(max_batch_rows=max_batch_rows)
         self._idle: list[_Lane] = []
         self._lanes: list[_Lane] = []
         self._running: dict[_Lane, tuple[Batch, float]] = {}
         self._dispatch_is_due = self._closed = False
         self._sweep: asyncio.TimerHandle | None = None
-        self.queued_rows = self.queued_bytes = self._bulk_rows = 0
-        self.rate = 0.0
 
     def start(self) -> None:
         """Start the lanes; on the event loop that all other calls come from."""
@@ -143,13 +110,21 @@ class RowBatcher:
         self._closed = True
         for lane in self._lanes:
             lane.give(None)
-        for line in self._lines.values():
-            for job in [*line.interactive, *line.bulk]:
-                self._fail(job, overloaded("the service is stopping; try again"))
-        self._lines.clear()
-        self._turn.clear()
+        for job in self.queue:
+            self._fail(job, overloaded("the service is stopping; try again"))
+        self.queue.clear()
         if self._sweep is not None:
             self._sweep.cancel()
+
+    @property
+    def queued_rows(self) -> int:
+        """Rows that wait."""
+        return self.queue.rows
+
+    @property
+    def queued_bytes(self) -> int:
+        """What they take."""
+        return self.queue.bytes
 
     @property
     def busy(self) -> int:
@@ -162,7 +137,7 @@ class RowBatcher:
         now = time.perf_counter()
         return max((now - since for _, since in self._running.values()), default=0.0)
 
-    def require_room(self, n_rows: int, n_bytes: int, *, timeout_s: float, bulk: bool = False) -> None:
+    def require_room(self, model: Computes, n_rows: int, n_bytes: int, *, timeout_s: float, bulk: bool = False) -> None:
         """Refuse rows that there is no room for, or that would not be cut in time.
 
         Raises
@@ -172,21 +147,16 @@ class RowBatcher:
         """
         if self._closed:
             raise overloaded("the service is stopping; try again")
+        queue = self.queue
+        if not queue.rows:
+            return
         share = _BULK_ROOM if bulk else 1.0
-        if self.queued_rows and (
-            self.queued_rows + n_rows > share * self._max_queued_rows
-            or self.queued_bytes + n_bytes > share * self._max_queued_bytes
-            or self._wait_s(bulk=bulk) > timeout_s
+        if (
+            queue.rows + n_rows > share * self._max_queued_rows
+            or queue.bytes + n_bytes > share * self._max_queued_bytes
+            or queue.wait_s(model, bulk=bulk) > timeout_s
         ):
-            raise self._refusal(bulk=bulk)
-
-    def _wait_s(self, *, bulk: bool) -> float:
-        """Seconds after which rows that come now are cut, as far as is known."""
-        if not self.rate:
-            return 0.0
-        first = self.queued_rows - self._bulk_rows
-        ahead = self.queued_rows if bulk else first + min(self._bulk_rows, first / _BULK_EVERY)
-        return ahead / self.rate
+            raise self._refusal(model, bulk=bulk)
 
     def submit(
         self,
@@ -210,8 +180,7 @@ class RowBatcher:
         RequestError
             503, as :meth:`require_room` has it.
         """
-        n_rows, n_bytes = len(rows), rows.nbytes
-        self.require_room(n_rows, n_bytes, timeout_s=timeout_s, bulk=bulk)
+        self.require_room(model, len(rows), rows.nbytes, timeout_s=timeout_s, bulk=bulk)
         now = time.perf_counter()
         job = Job(
             model,
@@ -223,15 +192,7 @@ class RowBatcher:
             future=self._loop.create_future(),
             span=span,
         )
-        line = self._lines.get(model)
-        if line is None:
-            line = self._lines[model] = _Line()
-        if not line:
-            self._turn.append(line)
-        (line.bulk if bulk else line.interactive).append(job)
-        self.queued_rows += n_rows
-        self.queued_bytes += n_bytes
-        self._bulk_rows += n_rows if bulk else 0
+        self.queue.add(job)
         if self._idle and not self._dispatch_is_due:
             # After the other requests that this turn of the loop brings: they are there already.
             self._dispatch_is_due = True
@@ -240,9 +201,9 @@ class RowBatcher:
             self._sweep = self._loop.call_later(_SWEEP_S, self._look_at_deadlines)
         return job
 
-    def _refusal(self, *, bulk: bool) -> RequestError:
+    def _refusal(self, model: Computes, *, bulk: bool) -> RequestError:
         """Say that there is too much to do, and when to come again."""
-        wait_s = self._wait_s(bulk=bulk)
+        wait_s = self.queue.wait_s(model, bulk=bulk)
         seconds = min(max(1, math.ceil(wait_s)), _MAX_RETRY_AFTER_S)
         return overloaded(
             f"{self.queued_rows} rows wait, and these would for {wait_s:.1f} s; try again in {seconds} s",
@@ -253,57 +214,42 @@ class RowBatcher:
         """Forget a job that nobody waits for: its rows that are not cut yet are not computed."""
         if not job.future.done():
             job.future.cancel()
-        left = len(job.rows) - job.taken
-        if left and (line := self._lines.get(job.model)) is not None:
-            waiting = line.bulk if job.bulk else line.interactive
-            if job in waiting:
-                waiting.remove(job)
-                self._forget(job, left)
-                self._leave(line)
+        self.queue.remove(job)
 
     def _dispatch(self) -> None:
         self._dispatch_is_due = False
-        while self._idle and self._turn:
-            line = self._turn[0]
-            batch = self._cut(line)
-            self._turn.rotate(-1)
-            self._leave(line)
-            if batch.n_rows:
+        while self._idle and self.queue:
+            batch = self._cut()
+            if batch is not None:
                 lane = self._idle.pop()
                 self._running[lane] = (batch, time.perf_counter())
                 lane.give(batch)
 
-    def _leave(self, line: _Line) -> None:
-        if not line and line in self._turn:
-            self._turn.remove(line)
-
-    def _cut(self, line: _Line) -> Batch:
-        share = max(_MIN_SHARE, -(-self.queued_rows // len(self._idle)))
+    def _cut(self) -> Batch | None:
+        """Cut a batch from the jobs whose turn it is; None where nobody waits for any of them."""
+        share = max(_MIN_SHARE, -(-self.queue.rows // len(self._idle)))
         wanted = min(self._max_batch_rows, share)
-        first, second = line.order()
-        batch = Batch((first or second)[0].model)
+        batch: Batch | None = None
         now = time.perf_counter()
-        while batch.n_rows < wanted and (waiting := first or second):
-            job = waiting[0]
+        jobs = self.queue.next()
+        for job in jobs:
             left = len(job.rows) - job.taken
             if job.future.done() or job.deadline < now:
-                waiting.popleft()
-                self._forget(job, left)
+                self.queue.forget(job, left)
                 self._fail(job, too_late("got no place on the device"))
                 continue
+            batch = batch or Batch(job.model)
             n_rows = min(left, wanted - batch.n_rows)
+            if not n_rows:
+                break
             if not job.taken:
                 job.cut = now
             batch.add(job, n_rows)
-            self._forget(job, n_rows)
-            if n_rows == left:
-                waiting.popleft()
+            self.queue.forget(job, n_rows)
+            if n_rows < left:
+                break
+        jobs.close()
         return batch
-
-    def _forget(self, job: Job, n_rows: int) -> None:
-        self.queued_rows -= n_rows
-        self._bulk_rows -= n_rows if job.bulk else 0
-        self.queued_bytes -= n_rows * (job.rows.nbytes // len(job.rows))
 
     def _report(self, lane: _Lane, batch: Batch) -> None:
         try:
@@ -318,8 +264,7 @@ class RowBatcher:
         if batch.error is None:
             rate = batch.n_rows / max(batch.device_s, 1e-6) * self._n_lanes
             # Small batches say little of how fast a long queue is worked off.
-            weight = _RATE_WEIGHT * min(1.0, batch.n_rows / _MIN_SHARE) if self.rate else 1.0
-            self.rate += weight * (rate - self.rate)
+            self.queue.learn(batch.model, rate, weight=min(1.0, batch.n_rows / _MIN_SHARE))
             named = dict(zip(batch.outputs, batch.features, strict=True))
         position = 0
         for job, start, stop in batch.members:
@@ -338,7 +283,7 @@ class RowBatcher:
                     job.done = now
                     job.future.set_result(job.parts)
         self._told(batch)
-        if self._turn:
+        if self.queue:
             self._dispatch()
 
     def _fail(self, job: Job, error: Exception) -> None:
@@ -352,13 +297,11 @@ class RowBatcher:
         for job in self._waiting():
             if job.deadline < now:
                 self._fail(job, too_late("got no place on the device"))
-        if self._turn or self.busy:
+        if self.queue or self.busy:
             self._sweep = self._loop.call_later(_SWEEP_S, self._look_at_deadlines)
 
     def _waiting(self) -> Iterator[Job]:
-        for line in self._turn:
-            yield from line.interactive
-            yield from line.bulk
+        yield from self.queue
         # A device that hangs must not keep those waiting whose rows it has.
         for batch, _ in self._running.values():
             yield from (job for job, _, _ in batch.members)

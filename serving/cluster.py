@@ -23,9 +23,10 @@ from serving.app import Application
 from serving.errors import ModelError
 from serving.guard.keys import KeyRing
 from serving.http_server import lanes_for
-from serving.models import Models, Place
+from serving.models import Models
 from serving.protocols.oip_grpc import HealthServicer, InferenceServicer
 from serving.protocols.serve_grpc import GrpcCalls
+from serving.served_model import Place
 from serving.service import Service
 from serving.settings import Limits
 from serving.watching.logs import start_logging
@@ -46,7 +47,7 @@ class ClusterArgs(BaseModel):
     ----------
     bundles : list of Path
         Bundles, or folders whose sub-folders are bundles, at the same place on every node.
-    device : {"auto", "cpu", "cuda"}
+    device : {"auto", "cpu", "cuda", "tensorrt"}
         Where the encoders run. A replica sees the GPUs that its ``ray_actor_options`` ask for, and no others.
     threads : int, optional
         Processors that a replica computes on; as many as its ``ray_actor_options`` reserve when None.
@@ -65,7 +66,7 @@ class ClusterArgs(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     bundles: list[Path] = Field(min_length=1)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
     threads: PositiveInt | None = None
     keys: Path | None = None
     insecure: bool = False
@@ -96,7 +97,7 @@ class ClusterReplica(GrpcCalls):
         self._args = args
         self._service: Service | None = None
         self._config: dict[str, Any] | None = None
-        self._reloading: asyncio.Task[None] | None = None
+        self._reloading: asyncio.Task[list[str]] | None = None
 
     async def __serve_build_asgi_app__(self) -> Application:
         """Load, warm up and prove the models; no request comes before Serve has the application.

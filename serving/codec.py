@@ -20,11 +20,24 @@ import orjson
 from numpy.typing import NDArray
 
 from serving.errors import CodecError, shown
-from serving.protocols.tensors import flatten
+from serving.protocols.number_lists import count, innermost, read_numbers, with_gaps
 from vaefeat.input_spec import InputSpec
 
-__all__ = ["EmbedBody", "decode_json", "decode_npy", "decode_raw", "encode_json", "encode_npy"]
+__all__ = [
+    "INLINE_VALUES",
+    "EmbedBody",
+    "decode_json",
+    "decode_npy",
+    "decode_raw",
+    "encode_json",
+    "encode_npy",
+    "is_plain",
+    "plain",
+    "view_npy",
+]
 
+#: Values that are written as JSON on the event loop; more take a thread.
+INLINE_VALUES = 16_384
 _MAGIC = b"\x93NUMPY"
 _MAX_HEADER_BYTES = 4096
 _MAX_DIMENSIONS = 8
@@ -67,7 +80,12 @@ def decode_raw(body: bytes | memoryview, spec: InputSpec) -> NDArray[Any]:
 
 
 def decode_npy(body: bytes | memoryview) -> NDArray[Any]:
-    """Read one array of numbers in NumPy's npy format.
+    """Read one array of numbers in NumPy's npy format: :func:`view_npy`, made :func:`plain`."""
+    return plain(view_npy(body))
+
+
+def view_npy(body: bytes | memoryview) -> NDArray[Any]:
+    """Look at one array of numbers in NumPy's npy format, without copying it.
 
     Parameters
     ----------
@@ -77,7 +95,7 @@ def decode_npy(body: bytes | memoryview) -> NDArray[Any]:
     Returns
     -------
     ndarray
-        In native byte order and C order; a read-only view of `body` where it is both already.
+        A read-only view of `body`, in the byte order and the order of axes that it came in.
 
     Raises
     ------
@@ -103,8 +121,27 @@ def decode_npy(body: bytes | memoryview) -> NDArray[Any]:
         array = np.frombuffer(body, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
     except ValueError as error:  # for instance no rows of more than 2**63 values
         raise CodecError(f"got an npy header of shape {shape}, which NumPy cannot hold: {error}") from error
+    return array
+
+
+def is_plain(array: NDArray[Any]) -> bool:
+    """Tell whether :func:`plain` has nothing to do, which takes as long as there is data otherwise."""
+    flags = array.flags
+    return bool(flags.c_contiguous and flags.aligned and array.dtype.isnative and array.dtype.kind != "b")
+
+
+def plain(array: NDArray[Any]) -> NDArray[Any]:
+    """Bring an array into native byte order and C order.
+
+    Raises
+    ------
+    CodecError
+        Truth values that are neither 0 nor 1, of which NumPy would make other numbers each time.
+    """
+    if array.dtype.kind == "b" and array.size and (found := int(array.view(np.uint8).max())) > 1:
+        raise CodecError(f"got npy truth values up to {found}, wanted only 0 and 1")
     # Aligned, because the header's length is the client's choice and ONNX Runtime gets the address.
-    return np.require(array.astype(dtype.newbyteorder("="), copy=False), requirements=["C", "A"])
+    return np.require(array.astype(array.dtype.newbyteorder("="), copy=False), requirements=["C", "A"])
 
 
 @lru_cache(maxsize=1024)  # a client's requests mostly have one of a few headers
@@ -163,16 +200,17 @@ def decode_json(body: bytes, *, max_lists: int, max_values: int) -> EmbedBody:
     Raises
     ------
     CodecError
-        Not JSON (NaN and numbers beyond a double are not), other keys, or rows that are not numbers of one shape.
+        Not JSON (NaN and numbers beyond a double are not), other keys, or rows that are not numbers of one shape; null
+        is a number that is missing.
     """
-    if body.count(b"[") > max_lists:
+    if count(body, b"[") > max_lists:
         raise CodecError(f"got more than {max_lists} lists, which is more than the allowed rows hold; send fewer rows")
-    if body.count(b",") > max_values + _MAX_JSON_QUOTES:
+    if count(body, b",") > max_values + _MAX_JSON_QUOTES:
         raise CodecError(
             f"got more than {max_values} numbers, which is more than the allowed rows hold; send fewer rows"
         )
-    # NumPy would give every value the size of the longest text, before anyone sees that there is text at all.
-    if body.count(b"{") > _MAX_JSON_BRACES or body.count(b'"') > _MAX_JSON_QUOTES:
+    # An empty object takes two bytes on the wire and sixty in memory, an empty text fifty.
+    if count(body, b"{") > _MAX_JSON_BRACES or count(body, b'"') > _MAX_JSON_QUOTES:
         raise CodecError('got texts or objects among the rows, wanted {"rows": [[...], ...]} with numbers only')
     try:
         values = orjson.loads(body)
@@ -190,18 +228,31 @@ def decode_json(body: bytes, *, max_lists: int, max_values: int) -> EmbedBody:
 def _numbers(rows: Any) -> NDArray[Any]:
     if not isinstance(rows, list):
         raise CodecError(f"got rows of type {type(rows).__name__}, wanted a list with one nested list per row")
-    values, nesting = flatten(rows)
-    # NumPy would give every value the size of the longest text: one of a megabyte among a thousand numbers takes 4 GB.
-    if not set(map(type, values)) <= {int, float, bool}:
-        raise CodecError("got rows that hold other things than numbers, wanted numbers only; null has no place either")
+    lists, shape = innermost(rows)
+    if len(shape) > _MAX_DIMENSIONS:
+        raise CodecError(f"got rows nested {len(shape)} deep, wanted at most {_MAX_DIMENSIONS}")
     try:
-        return np.asarray(values).reshape(nesting)
-    except (ValueError, OverflowError) as error:
-        raise CodecError(f"got rows nested {len(nesting)} deep, wanted at most {_MAX_DIMENSIONS}") from error
+        return read_numbers(lists, shape)
+    except (TypeError, ValueError, OverflowError) as error:
+        if any(None in numbers for numbers in lists):
+            # A number that is missing, which InputSpec.prepare refuses but in tables.
+            return _numbers_with_gaps(lists, shape)
+        raise _no_numbers() from error
 
 
-def encode_json(array: NDArray[np.float32], **fields: Any) -> bytes:
-    """Write ``{**fields, "shape": [...], "embeddings": [[...], ...]}``.
+def _numbers_with_gaps(lists: list[list[Any]], shape: tuple[int, ...]) -> NDArray[Any]:
+    try:
+        return read_numbers(with_gaps(lists), shape)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _no_numbers() from error
+
+
+def _no_numbers() -> CodecError:
+    return CodecError("got rows that hold other things than numbers, wanted numbers only; null is a missing one")
+
+
+def encode_json(array: NDArray[np.float32], *, name: str = "embeddings", **fields: Any) -> bytes:
+    """Write ``{**fields, "shape": [...], name: [[...], ...]}``.
 
     Every float32 comes out as the shortest decimal that reads back as the same float32.
 
@@ -209,9 +260,11 @@ def encode_json(array: NDArray[np.float32], **fields: Any) -> bytes:
     ----------
     array : ndarray of float32
         Finite throughout: JSON would turn NaN into null.
+    name : str
+        What it is called.
     **fields : JSON values
         Come before the array.
     """
     assert np.isfinite(array).all()  # the caller answers with an error instead
-    body = {**fields, "shape": list(array.shape), "embeddings": np.ascontiguousarray(array)}
+    body = {**fields, "shape": list(array.shape), name: np.ascontiguousarray(array)}
     return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -13,8 +13,9 @@ from serving.address import claim, require_loopback
 from serving.asked import Asked
 from serving.errors import EngineError, SetupError
 from serving.guard.keys import KeyRing
-from serving.models import Models, Place
+from serving.models import Models
 from serving.ray_environment import prepare_environment
+from serving.served_model import Place
 from serving.settings import Limits, ServiceSettings
 from vaefeat.errors import VaefeatError, requiring
 from vaefeat.runtime import choose_device
@@ -38,7 +39,9 @@ def serve(
         typer.Option(min=1, max=65535, help="Port of the Open Inference Protocol over gRPC; none by default."),
     ] = None,
     engine: Annotated[Literal["ray", "local"], typer.Option(help="Ray Serve, or a single process.")] = "ray",
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where the encoders run.")] = "auto",
+    device: Annotated[
+        Literal["auto", "cpu", "cuda", "tensorrt"], typer.Option(help="Where the encoders run.")
+    ] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Processors to compute on; default: all.")] = None,
     replicas: Annotated[int, typer.Option(min=1, help="Processes that answer; --engine ray.")] = 1,
     keys: Annotated[Path | None, typer.Option(help="File of API keys; see python -m serving.keys.")] = None,

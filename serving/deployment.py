@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +56,7 @@ class EmbeddingReplica:
             watches=settings.watch,
             alone=settings.replicas == 1,
         )
-        self._service.changed = None if settings.replicas == 1 else lambda: ask_for_reload(Path(desk))
+        self._service.changed = None if settings.replicas == 1 else partial(ask_for_reload, Path(desk))
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._moved: float | None = None
@@ -98,16 +100,20 @@ class EmbeddingReplica:
             await asyncio.sleep(_TICK_S)
         if self._service.failure:
             return
+        # A bundle that came since the models were loaded is served everywhere else by now.
+        told = reloads(desk)
+        answer = await anext(told)
+        answer(await self._service.reload())
         async with serving_grpc(app, self._settings):
             serving = asyncio.create_task(server.serve(sockets=[listener]))
-            reloading = asyncio.create_task(self._reload_when_told(desk))
+            reloading = asyncio.create_task(self._reload_when_told(told))
             await self._until_stopped(server, serving)
             reloading.cancel()
             await serving
 
-    async def _reload_when_told(self, desk: Path) -> None:
-        async for _ in reloads(desk):
-            await self._service.reload()
+    async def _reload_when_told(self, told: AsyncIterator[Callable[[list[str]], None]]) -> None:
+        async for answer in told:
+            answer(await self._service.reload())
 
     async def _until_stopped(self, server: HttpServer, serving: asyncio.Task[None]) -> None:
         while not serving.done():

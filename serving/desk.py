@@ -1,30 +1,67 @@
 """Where replicas turn to the process that started them, over a Unix socket in a private folder.
 
 It hands them the listening socket and its standard error, for their logs to be lines of one stream without Ray's marks,
-and passes it on to all of them when one was told to load a model, or a signal was.
+and passes it on to all of them when one was told to load a model, or a signal was. Each says how that went: whoever
+asked hears that every replica has loaded, or which have not.
 
 All replicas accept from one queue of connections, which the starting process keeps open: while a replica is replaced,
 connections wait in it instead of being refused, and a replica that goes leaves none behind.
+
+Messages are one letter from the caller; and, to a replica that listens, a number in a line, which comes back in a line
+with what went wrong behind it, or nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
-import select
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Self, TextIO
 
-__all__ = ["Desk", "ask_for_reload", "fetch", "reloads"]
+import orjson
 
+from serving.errors import ModelError
+
+__all__ = ["Desk", "Told", "ask_for_reload", "fetch", "reloads"]
+
+_log = logging.getLogger("serving")
 #: What a caller says: hand me the sockets; have all replicas load again; tell me when I am to load again.
 _FETCH, _RELOAD, _LISTEN = b"F", b"R", b"L"
+#: In which a caller has to say what it wants, and the desk to answer.
 _TIMEOUT_S = 30.0
+#: In which every replica has to have loaded its models again.
+_RELOAD_S = 60.0
+#: Before the next try, where the process has no file left for a caller.
+_NO_FILES_S = 0.2
+
+
+class _Replica:
+    """A replica that listens."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        #: By number of the reload: what went wrong, or nothing.
+        self.answers: dict[int, str] = {}
+
+
+class Told:
+    """A reload that replicas were told of, by :meth:`Desk.tell`.
+
+    Parameters
+    ----------
+    number : int
+    replicas : list
+        Those that were there.
+    """
+
+    def __init__(self, number: int, replicas: list[_Replica]) -> None:
+        self.number, self.replicas = number, replicas
 
 
 class Desk:
@@ -36,69 +73,121 @@ class Desk:
         Of the Unix socket, in a folder that is this user's alone.
     listener : socket
         What is handed out.
+    reload_s : float
+        Time in which every replica has to have loaded its models again, in seconds.
     """
 
-    def __init__(self, path: Path, listener: socket.socket) -> None:
-        self._listener = listener
+    def __init__(self, path: Path, listener: socket.socket, *, reload_s: float = _RELOAD_S) -> None:
+        self._listener, self._reload_s = listener, reload_s
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(str(path))
         self._socket.listen()
-        self._lock = threading.Lock()
-        self._told: list[socket.socket] = []
+        self._closed = threading.Event()
+        #: Over the replicas, and when one has answered or gone.
+        self._news = threading.Condition()
+        self._replicas: list[_Replica] = []
+        self._count = 0
         self._thread = threading.Thread(target=self._answer, name="desk", daemon=True)
 
-    def reload(self) -> None:
-        """Have every replica load its models again."""
-        with self._lock:
-            for replica in self._told.copy():
+    def tell(self) -> Told:
+        """Have every replica load its models again, without waiting for it."""
+        with self._news:
+            self._count += 1
+            for replica in self._replicas.copy():
                 try:
-                    replica.sendall(_RELOAD)
-                except OSError:  # it has gone
-                    self._told.remove(replica)
-                    replica.close()
+                    # Never waits: a replica that has not taken thousands of such lines does not live.
+                    replica.connection.send(b"%d\n" % self._count, socket.MSG_DONTWAIT)
+                except OSError:
+                    self._replicas.remove(replica)
+            return Told(self._count, self._replicas.copy())
+
+    def collect(self, told: Told) -> list[str]:
+        """Wait until every replica that was told has loaded, or has gone; at most so long as the desk was made with.
+
+        Returns
+        -------
+        list of str
+            What went wrong: a line for each replica that could not load, and for those that did not answer.
+        """
+        with self._news:
+
+            def waiting() -> list[_Replica]:
+                return [one for one in told.replicas if one in self._replicas and told.number not in one.answers]
+
+            self._news.wait_for(lambda: not waiting(), self._reload_s)
+            failures = [one.answers[told.number] for one in told.replicas if one.answers.get(told.number)]
+            if silent := len(waiting()):
+                failures.append(
+                    f"{silent} of {len(told.replicas)} processes did not answer within {self._reload_s:g} s, and may "
+                    "serve what they served before; load it again"
+                )
+            for replica in told.replicas:
+                replica.answers = {n: answer for n, answer in replica.answers.items() if n > told.number}
+            return list(dict.fromkeys(failures))
 
     def count_replicas(self) -> int:
-        """Count the replicas that answer requests now."""
-        with self._lock:
-            # They send nothing, so what can be read is the end.
-            for replica in select.select(self._told, [], [], 0)[0]:
-                self._told.remove(replica)
-                replica.close()
-            return len(self._told)
+        """Count the replicas that are there now."""
+        with self._news:
+            return len(self._replicas)
 
     def _answer(self) -> None:
-        with contextlib.suppress(OSError):  # closed
-            while True:
+        while not self._closed.is_set():
+            try:
                 caller, _ = self._socket.accept()
-                with contextlib.suppress(OSError):
-                    self._serve(caller)
+            except OSError as error:
+                # Files may be short for a moment; without a desk no replica would ever be replaced again.
+                if not self._closed.wait(_NO_FILES_S):
+                    _log.warning("a replica cannot be answered now: %s", error)
+                continue
+            # One that says nothing must not keep the others waiting.
+            threading.Thread(target=self._serve, args=(caller,), name="desk-caller", daemon=True).start()
 
     def _serve(self, caller: socket.socket) -> None:
-        caller.settimeout(_TIMEOUT_S)
-        asked = caller.recv(1)
-        if asked == _LISTEN:
-            with self._lock:
-                self._told.append(caller)
-            caller.sendall(_LISTEN)
-            return
-        with caller:
-            if asked == _RELOAD:
-                self.reload()
+        with caller, contextlib.suppress(OSError):
+            caller.settimeout(_TIMEOUT_S)
+            asked = caller.recv(1)
+            if asked == _LISTEN:
+                self._listen_to(caller)
+            elif asked == _RELOAD:
+                caller.sendall(orjson.dumps(self.collect(self.tell())))
             elif asked == _FETCH:
                 socket.send_fds(caller, [_FETCH], [self._listener.fileno(), sys.stderr.fileno()])
+
+    def _listen_to(self, caller: socket.socket) -> None:
+        caller.settimeout(None)
+        replica = _Replica(caller)
+        with self._news:
+            if self._closed.is_set():
+                return
+            self._replicas.append(replica)
+            caller.send(b"0\n", socket.MSG_DONTWAIT)
+        try:
+            with caller.makefile("r", encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    number, _, failure = line.rstrip("\n").partition(" ")
+                    with self._news:
+                        replica.answers[int(number)] = failure
+                        self._news.notify_all()
+        finally:
+            with self._news:
+                if replica in self._replicas:
+                    self._replicas.remove(replica)
+                self._news.notify_all()
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        # A thread in accept is woken by shutdown, not by close.
+        self._closed.set()
+        # A thread in accept, or in recv, is woken by shutdown, not by close.
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        with self._lock:
-            for replica in self._told:
-                replica.close()
+        with self._news:
+            for replica in self._replicas:
+                with contextlib.suppress(OSError):
+                    replica.connection.shutdown(socket.SHUT_RDWR)
 
 
 def fetch(path: Path) -> tuple[socket.socket, TextIO]:
@@ -109,7 +198,9 @@ def fetch(path: Path) -> tuple[socket.socket, TextIO]:
     OSError
         Nobody is there.
     """
-    with _connected(path) as desk:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as desk:
+        desk.settimeout(_TIMEOUT_S)
+        desk.connect(str(path))
         desk.sendall(_FETCH)
         _, (listening, errors), _, _ = socket.recv_fds(desk, 1, 2)
     listener = socket.socket(fileno=listening)
@@ -117,34 +208,49 @@ def fetch(path: Path) -> tuple[socket.socket, TextIO]:
     return listener, os.fdopen(errors, "w", buffering=1)
 
 
-def ask_for_reload(path: Path) -> None:
-    """Have every replica load its models again.
+async def ask_for_reload(path: Path) -> None:
+    """Have every replica load its models again, and wait until all have.
 
     Raises
     ------
-    OSError
-        Nobody is there.
+    ModelError
+        Not all have, and why.
     """
-    with _connected(path) as desk:
-        desk.sendall(_RELOAD)
+    try:
+        reader, writer = await asyncio.open_unix_connection(path)
+        try:
+            writer.write(_RELOAD)
+            # The desk keeps its own time, which is bounded.
+            failures: list[str] = orjson.loads(await reader.read())
+        finally:
+            writer.close()
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise ModelError(
+            f"the model was loaded here, but the other processes could not be told ({error}); load it again"
+        ) from error
+    if failures:
+        raise ModelError(f"the model was loaded, but not everywhere: {'; '.join(failures)}")
 
 
-async def reloads(path: Path) -> AsyncIterator[None]:
+async def reloads(path: Path) -> AsyncIterator[Callable[[list[str]], None]]:
     """Yield at once, and then whenever the models are to be loaded again; ends with the desk.
 
     At once, because a bundle may have come between the loading of the models and this.
+
+    Yields
+    ------
+    callable
+        Tells the desk what could not be loaded, once the rest was.
     """
     reader, writer = await asyncio.open_unix_connection(path)
     try:
         writer.write(_LISTEN)
-        while await reader.read(1):
-            yield
+        while line := await reader.readline():
+            number = int(line)
+
+            def answer(failures: list[str], number: int = number) -> None:
+                writer.write(b"%d %s\n" % (number, " ".join("; ".join(failures).split()).encode()))
+
+            yield answer
     finally:
         writer.close()
-
-
-def _connected(path: Path) -> socket.socket:
-    desk = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    desk.settimeout(_TIMEOUT_S)
-    desk.connect(str(path))
-    return desk

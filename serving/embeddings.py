@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+from serving.codec import INLINE_VALUES
 from serving.errors import RequestError
 from serving.exchange import Answer, Exchange
 from serving.media import JSON, require_plain
@@ -24,7 +27,10 @@ class Embeddings:
         content = bytes(await exchange.body(service.limits))
         most = service.limits.max_rows
         values = most * max(model.input.n_features for model in service.models.current)
-        asked = await service.off_loop(lambda: decode_embeddings(content, max_items=most, max_values=values))
+        if len(content) <= service.limits.inline_bytes:
+            asked = decode_embeddings(content, max_items=most, max_values=values)
+        else:
+            asked = await service.off_loop(lambda: decode_embeddings(content, max_items=most, max_values=values))
         # Clients insist on naming a model; where one is served, they may write what they like only by leaving it out.
         model = service.find(asked.model or None)
         exchange.model, exchange.version = model.name, model.version
@@ -42,9 +48,8 @@ class Embeddings:
         if embedded.errors:
             position, message = next(iter(sorted(embedded.errors.items())))
             raise RequestError(422, "invalid_rows", f"item {position} cannot be read: {message}", param="input")
-        answer = await service.off_loop(
-            lambda: encode_embeddings(features, model=model.name, digest=model.digest, as_base64=asked.as_base64)
-        )
+        written = partial(encode_embeddings, features, model=model.name, digest=model.digest, as_base64=asked.as_base64)
+        answer = written() if features.size <= INLINE_VALUES else await service.off_loop(written)
         headers = [
             (b"content-type", JSON.encode()),
             (b"x-vaefeat-model", model.name.encode()),

@@ -18,7 +18,7 @@ from serving.settings import Limits
 if TYPE_CHECKING:
     from serving.guard.admission import Admission
     from serving.guard.keys import Key
-    from serving.models import ServedModel
+    from serving.served_model import ServedModel
     from serving.service import Embedded
 
 __all__ = ["Answer", "ClientGoneError", "Exchange", "Headers", "Wire", "json_answer", "new_request_id"]

@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import os
 import socket
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from email.utils import formatdate
@@ -19,11 +20,6 @@ from serving.service import Service
 from serving.settings import ServiceSettings
 from serving.watching.tracing import open_tracer
 from vaefeat.processors import available_cpus
-
-try:
-    import resource
-except ImportError:  # on Windows, which knows no such limit
-    resource = None  # type: ignore[assignment]
 
 __all__ = ["HttpServer", "lanes_for", "loop_factory", "make_application", "make_server", "serving_grpc"]
 
@@ -147,8 +143,10 @@ def make_server(app: Application, settings: ServiceSettings) -> HttpServer:
 
 def _allow_files(n_connections: int) -> None:
     """Raise this process's limit of open files, where it is lower than so many connections need and may be raised."""
-    if resource is None:
+    if sys.platform == "win32":  # which knows no such limit
         return
+    import resource
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = n_connections + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -167,7 +165,7 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 def lanes_for(device: str, threads: int | None) -> int:
     """Batches that are computed at the same time: one for each processor, or one on a GPU."""
-    return 1 if device == "cuda" else threads or available_cpus()
+    return threads or available_cpus() if device == "cpu" else 1
 
 
 @contextlib.asynccontextmanager

@@ -7,20 +7,20 @@ from weakref import WeakKeyDictionary
 
 import orjson
 
+from serving.codec import INLINE_VALUES
 from serving.errors import CodecError, RequestError, too_large
 from serving.exchange import Answer, Exchange, json_answer
 from serving.media import JSON
-from serving.models import ServedModel
 from serving.protocols.content_coding import asked_coding, compress, inflate
 from serving.protocols.oip import (
     EXTENSIONS,
-    InferEncoder,
     decode_infer,
-    describe_model,
     describe_server,
     encode_error,
     parse_json_length,
 )
+from serving.protocols.oip_outputs import InferEncoder, describe_model
+from serving.served_model import ServedModel
 from serving.service import Service
 from vaefeat.errors import InputError
 
@@ -77,7 +77,10 @@ class Inference:
     async def model(self, exchange: Exchange) -> Answer:
         """Describe a model."""
         model = self._model(exchange)
-        return json_answer(describe_model(model, versions=self._service.versions(model.name)))
+        described = describe_model(model, versions=self._service.versions(model.name))
+        # The protocol has no word for how a model is computed; over gRPC there is no field for it at all.
+        parameters = {**model.mode.to_dict(), "buckets": ",".join(map(str, model.mode.buckets))}
+        return json_answer({**described, "parameters": parameters})
 
     async def model_ready(self, exchange: Exchange) -> Answer:
         """Tell whether a model answers."""
@@ -92,6 +95,7 @@ class Inference:
         """Embed what one request brings."""
         service = self._service
         model = self._model(exchange)
+        service.require_room(model)
         content = bytes(await exchange.body(service.limits))
         coding = exchange.headers.get(b"content-encoding")
         if coding is not None:
@@ -101,12 +105,10 @@ class Inference:
         length = parse_json_length(exchange.headers.get(b"inference-header-content-length"), body_length=len(content))
         most = service.limits.max_rows
         if (len(content) if length is None else length) <= service.limits.inline_bytes:
-            asked = decode_infer(content, json_length=length, spec=model.input, outputs=model.outputs, max_rows=most)
+            asked = decode_infer(content, json_length=length, spec=model.input, outputs=model.names, max_rows=most)
         else:
             asked = await service.off_loop(
-                lambda: decode_infer(
-                    content, json_length=length, spec=model.input, outputs=model.outputs, max_rows=most
-                )
+                lambda: decode_infer(content, json_length=length, spec=model.input, outputs=model.names, max_rows=most)
             )
         batch = asked.rows if asked.rows is not None else asked.images
         assert batch is not None  # one of both is there
@@ -128,7 +130,8 @@ class Inference:
             raise RequestError(400, error.kind, error.message) from error
         exchange.note(model, embedded)
         encoder = self._encoder(model)
-        if all(binary for _, binary in asked.outputs):
+        n_values = sum(embedded.features[name].size for name, binary in asked.outputs if not binary)
+        if n_values <= INLINE_VALUES:
             body, headers = encoder.encode(asked, embedded)
         else:
             body, headers = await service.off_loop(encoder.encode, asked, embedded)
@@ -149,8 +152,9 @@ class Inference:
                 listed.append({"name": name, "state": "UNAVAILABLE", "reason": "unloaded"})
                 continue
             listed += [
-                {"name": name, "version": version, "state": "READY", "reason": ""}
-                for version in self._service.versions(name)
+                {"name": name, "version": model.version, "state": "READY", "reason": "" if model.proved else "unproved"}
+                for model in models.held
+                if model.name == name
             ]
         return json_answer(listed)
 
@@ -166,18 +170,11 @@ class Inference:
                     "several processes answer here, and this one alone would load it; put the bundle into the model's "
                     "folder, and have the operator tell them all",
                 )
-            model = await service.change(self._load, name)
+            model = await service.load(name)
         else:
             self._refuse_unless_alone()
             model = await service.change(service.models.choose, name, version)
         return json_answer({"name": model.name, "version": model.version, "state": "READY"})
-
-    def _load(self, name: str) -> ServedModel:
-        """Load, and tell other processes, even if whoever asked for it hangs up in between."""
-        model = self._service.models.load(name)
-        if self._service.changed is not None:
-            self._service.changed()
-        return model
 
     async def unload(self, exchange: Exchange) -> Answer:
         """Serve a model no more."""
@@ -196,11 +193,11 @@ class Inference:
             values = orjson.loads(content)
         except orjson.JSONDecodeError as error:
             raise CodecError(f"got a body that is not JSON: {error}") from error
-        parameters = values.get("parameters") if isinstance(values, dict) else None
-        version = parameters.get("version") if isinstance(parameters, dict) else None
-        if not (isinstance(values, dict) and isinstance(parameters, dict | None) and isinstance(version, str | None)):
+        parameters = values.get("parameters", {}) if isinstance(values, dict) else None
+        version = parameters.get("version", "") if isinstance(parameters, dict) else None
+        if not isinstance(version, str):
             raise CodecError('got a body of another form, wanted none, or {"parameters": {"version": "..."}}')
-        return version
+        return version or None
 
     def _refuse_unless_alone(self) -> None:
         if not self._service.alone:

@@ -10,8 +10,8 @@ import orjson
 
 from serving.exchange import Answer, Exchange, json_answer
 from serving.media import JSON
-from serving.models import ServedModel
 from serving.openapi import describe_api
+from serving.served_model import ServedModel
 from serving.service import Service
 from serving.watching.recorder import Recorder
 from vaefeat import __version__
@@ -84,7 +84,7 @@ class Meta:
     async def metrics(self, exchange: Exchange) -> Answer:
         """Give the figures to Prometheus."""
         accept = exchange.headers.get(b"accept", b"").decode("latin-1")
-        body, content_type = self._recorder.metrics.render(accept)
+        body, content_type = self._recorder.render(accept)
         return Answer(200, [(b"content-type", content_type.encode())], body)
 
     def _card(self, model: ServedModel) -> dict[str, Any]:
@@ -102,6 +102,8 @@ class Meta:
             "latent_dim": model.latent_dim,
             "active_units": model.active_units,
             "provider": model.provider,
-            "precision": model.precision,
+            "precision": model.mode.precision,
+            "mode": model.mode.to_dict(),
+            "proved": model.proved,
             "limits": {"max_rows": limits.max_rows, "max_body_bytes": limits.max_body_bytes},
         }

@@ -7,127 +7,22 @@ stays addressable, and can be chosen again. What fails on the way leaves everyth
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from serving.errors import ModelError, RequestError, SetupError
-from serving.watching.drift import Drift
+from serving.served_model import Place, ServedModel
 from vaefeat.bundle import Bundle, load_bundle
-from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import BundleError, DeviceError
-from vaefeat.input_spec import InputSpec
-from vaefeat.reference import TOLERANCE, Reference, load_reference
+from vaefeat.runtime import Interruption
 
-__all__ = ["Models", "Place", "ServedModel", "find_bundles"]
+__all__ = ["Models", "find_bundles"]
 
 _log = logging.getLogger("serving")
 #: Of one name, the newest first: the one that is served and the one before.
 _KEPT = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where models are computed.
-
-    Parameters
-    ----------
-    device : {"auto", "cpu", "cuda"}
-    threads : int, optional
-        Processors to use; all that there are when None.
-    max_batch_rows : int
-        Most rows in a batch.
-    """
-
-    device: str = "auto"
-    threads: int | None = None
-    max_batch_rows: int = 256
-
-
-class ServedModel:
-    """One version of a model: an encoder with what is said of it.
-
-    Parameters
-    ----------
-    bundle : Bundle
-    place : Place
-
-    Attributes
-    ----------
-    name, version, digest : str
-        The version is the digest's hexadecimal part.
-    input : InputSpec
-    outputs : mapping of str to int
-    classes : tuple
-    reference : Reference or None
-    provider, precision : str
-        ONNX Runtime's execution provider, and what it computes in.
-    """
-
-    def __init__(self, bundle: Bundle, *, place: Place) -> None:
-        # A batch is computed by one thread: lanes share out the processors, and wait for each other nowhere.
-        self._encoder = OnnxEncoder(bundle, device=place.device, threads=1)
-        self.name, self.digest = bundle.name, bundle.digest
-        self.version = bundle.digest.removeprefix("sha256:")
-        self.input: InputSpec = self._encoder.input
-        self.outputs: Mapping[str, int] = self._encoder.outputs
-        self.classes = self._encoder.classes
-        self.latent_dim, self.active_units = self._encoder.latent_dim, self._encoder.active_units
-        self.provider, self.device = self._encoder.provider, self._encoder.device
-        self.precision = self._encoder.precision
-        self.reference: Reference | None = load_reference(bundle)
-        #: How far what is served has moved from what it was trained on.
-        self.drift = None
-        if self.reference is not None:
-            self.drift = Drift(mean=self.reference.mean, variance=self.reference.variance)
-        self._max_batch_rows = place.max_batch_rows
-
-    def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[np.float32]]:
-        """Encode checked rows; see :meth:`vaefeat.encoder.OnnxEncoder.compute`."""
-        return self._encoder.compute(rows, outputs)
-
-    def observe(self, outputs: Sequence[str], features: Sequence[NDArray[np.float32]]) -> None:
-        """Take note of what was served; in a lane's thread."""
-        if self.drift is not None and "mean" in outputs:
-            self.drift.update(features[outputs.index("mean")])
-
-    def warm_up(self) -> None:
-        """Compute batches of every usual size, with every output, and compare with the reference.
-
-        Raises
-        ------
-        ModelError
-            The device computes something else than where the bundle was exported, or nothing that is finite.
-        """
-        n_rows = 1
-        while True:
-            rows = np.zeros((n_rows, *self.input.shape), self.input.dtype)
-            for output, features in zip(self.outputs, self.compute(rows, list(self.outputs)), strict=True):
-                if self.reference is None and not np.isfinite(features).all():
-                    raise ModelError(f"model {self.name!r} computed NaN or infinity for rows of zeros ({output})")
-            if n_rows >= self._max_batch_rows:
-                break
-            n_rows = min(2 * n_rows, self._max_batch_rows)
-        self.prove()
-
-    def prove(self) -> None:
-        """Compute the reference's rows and compare, as :meth:`warm_up` does in the end."""
-        if self.reference is None:
-            return
-        (features,) = self.compute(self.reference.rows, ["mean"])
-        if not (found := self.reference.difference(features)) <= TOLERANCE:
-            raise ModelError(
-                f"model {self.name!r} computes means on {self.provider} that differ by {found:.3g} standard deviations "
-                f"from those in its bundle, wanted at most {TOLERANCE:g}; is the device sound? Try --device cpu"
-            )
-
-    def __repr__(self) -> str:
-        return f"ServedModel({self.name!r}, {self.version[:12]})"
 
 
 class Models:
@@ -150,6 +45,10 @@ class Models:
         self._sources = dict(sources)
         #: Newest first. Lists are replaced, never changed, so that a lookup needs no lock.
         self._versions: dict[str, tuple[ServedModel, ...]] = {}
+        #: What each folder held when it was last loaded from, which need not be what is served: see :meth:`choose`.
+        self._loaded: dict[str, str] = {}
+        #: Of whatever is being loaded or warmed up.
+        self._interruption = Interruption()
         self.generation = 0
 
     @classmethod
@@ -162,7 +61,8 @@ class Models:
         """
         models = cls(find_bundles(folders), place=place)
         for name, folder in models._sources.items():
-            models._versions[name] = (ServedModel(load_bundle(folder), place=place),)
+            model = ServedModel(load_bundle(folder), place=place)
+            models._versions[name], models._loaded[name] = (model,), model.digest
         return models
 
     @property
@@ -256,28 +156,58 @@ class Models:
         """
         if name not in self._sources:
             raise RequestError(404, "unknown_model", f"got model={name[:100]!r}, wanted one of {self.available()}")
+        interruption = self._interruption
+        with _told(name):
+            return self._serve(name, self._read(name), interruption)
+
+    def reload(self, name: str) -> None:
+        """Load a name's folder if it holds another bundle than when it was last loaded; in a thread, as :meth:`load`.
+
+        A name that was unloaded stays so, even while this waited for its turn, and what :meth:`choose` chose is served
+        until the folder changes.
+
+        Raises
+        ------
+        ModelError
+            As :meth:`load`.
+        """
+        if name not in self._versions:
+            return
+        interruption = self._interruption
+        with _told(name):
+            bundle = self._read(name)
+            if bundle.digest != self._loaded[name]:
+                self._serve(name, bundle, interruption)
+
+    def _read(self, name: str) -> Bundle:
         folder = self._sources[name]
-        try:
-            bundle = load_bundle(folder)
-            if bundle.name != name:
-                raise ModelError(f"got a bundle named {bundle.name!r} in {folder}, wanted {name!r}; export it again")
-            before = self._versions.get(name, ())
-            if before and before[0].digest == bundle.digest:
-                return before[0]
-            # A version that is still held need not be opened twice.
-            held = next((model for model in before if model.digest == bundle.digest), None)
-            model = held or ServedModel(bundle, place=self._place)
-            model.warm_up()
-        except (BundleError, DeviceError) as error:
-            raise ModelError(f"model {name!r} was not loaded, and what was served still is: {error}") from error
-        others = tuple(other for other in self._versions.get(name, ()) if other is not model)
+        bundle = load_bundle(folder)
+        if bundle.name != name:
+            raise ModelError(f"got a bundle named {bundle.name!r} in {folder}, wanted {name!r}; export it again")
+        return bundle
+
+    def _serve(self, name: str, bundle: Bundle, interruption: Interruption) -> ServedModel:
+        """Put a bundle in place, once it is warmed up and proved."""
+        before = self._versions.get(name, ())
+        if before and before[0].digest == bundle.digest:
+            self._loaded[name] = bundle.digest
+            return before[0]
+        # A version that is still held need not be opened twice.
+        held = next((model for model in before if model.digest == bundle.digest), None)
+        model = held or ServedModel(bundle, place=self._place)
+        model.warm_up(interruption)
+        others = tuple(other for other in before if other is not model)
         self._versions = {**self._versions, name: (model, *others)[:_KEPT]}
+        self._loaded[name] = bundle.digest
         self.generation += 1
         _log.info("serving %s in version %s", name, model.version[:12])
         return model
 
     def choose(self, name: str, version: str) -> ServedModel:
         """Serve one of the versions that are held, which is how to roll back.
+
+        It is served until the folder holds another bundle than now, or :meth:`load` is called; a new process begins
+        with what the folder holds.
 
         Raises
         ------
@@ -313,9 +243,17 @@ class Models:
         ------
         ModelError, DeviceError
         """
+        interruption = self._interruption
         for model in self.current:
             told(model.name)
-            model.warm_up()
+            model.warm_up(interruption)
+        # What was said of a model before may have changed: its CUDA graphs, for instance, could not be captured.
+        self.generation += 1
+
+    def stop(self) -> None:
+        """End warm-ups that are under way, and those of loads that have begun; from any thread."""
+        before, self._interruption = self._interruption, Interruption()
+        before.interrupt()
 
     def _of(self, name: str) -> tuple[ServedModel, ...]:
         versions = self._versions.get(name)
@@ -326,6 +264,15 @@ class Models:
     @property
     def _served(self) -> str:
         return ", ".join(map(repr, self._versions))
+
+
+@contextlib.contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Say of a bundle that cannot be served which model it was meant for."""
+    try:
+        yield
+    except (BundleError, DeviceError) as error:
+        raise ModelError(f"model {name!r} was not loaded, and what was served still is: {error}") from error
 
 
 def find_bundles(folders: Iterable[Path]) -> dict[str, Path]:

@@ -1,23 +1,36 @@
-"""``POST /v1/embed``: rows or images in, features out, in the plainest form that each client has."""
+"""``POST /v1/embed`` and ``/v1/predict``: rows or images in, features or labels out, in the plainest form there is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import parse_qsl
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
-from serving.codec import EmbedBody, decode_json, decode_npy, decode_raw, encode_json, encode_npy
+from serving.codec import (
+    INLINE_VALUES,
+    EmbedBody,
+    decode_json,
+    decode_raw,
+    encode_json,
+    encode_npy,
+    is_plain,
+    plain,
+    view_npy,
+)
 from serving.errors import RequestError, shown
 from serving.exchange import Answer, Exchange, Headers
 from serving.media import IMAGES, JSON, MULTIPART, NPY, RAW, answer_type, body_type
-from serving.models import ServedModel
 from serving.multipart import split_parts
+from serving.served_model import ServedModel
 from serving.service import Embedded, Service
 from vaefeat.input_spec import InputSpec
+from vaefeat.predictor import LABEL, PROBABILITIES
 
 __all__ = ["Native"]
 
@@ -25,8 +38,6 @@ _PARAMETERS = {"model", "version", "output", "priority", "timeout_ms"}
 #: What addresses and headers say is the same for most requests of a client.
 _MOST_REMEMBERED = 512
 _LONGEST_REMEMBERED = 512
-#: Values that JSON encodes on the event loop; more take a thread.
-_INLINE_VALUES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +53,7 @@ class _Asked:
     answer_type: str
 
     @classmethod
-    def of(cls, query_string: bytes, headers: Mapping[bytes, bytes]) -> _Asked:
+    def of(cls, query_string: bytes, headers: Mapping[bytes, bytes], *, preferred: str | None) -> _Asked:
         pairs = parse_qsl(query_string.decode("latin-1"), keep_blank_values=True)
         query = dict(pairs)
         if unknown := sorted(query.keys() - _PARAMETERS):
@@ -50,8 +61,8 @@ class _Asked:
         if len(pairs) > len(query):
             raise _invalid(f"got a query parameter twice, wanted each of {sorted(_PARAMETERS)} at most once")
         received = body_type(headers)
-        preferred = JSON if received in (MULTIPART, *IMAGES) else received
-        wanted = answer_type(_text(headers.get(b"accept")), default=preferred)
+        default = preferred or (JSON if received in (MULTIPART, *IMAGES) else received)
+        wanted = answer_type(_text(headers.get(b"accept")), default=default)
         return cls(
             query.get("model"),
             query.get("version"),
@@ -64,20 +75,72 @@ class _Asked:
 
 
 class Native:
-    """The route, over a service."""
+    """Both routes, over a service."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._remembered: dict[tuple[bytes, ...], _Asked] = {}
+        self._remembered: dict[tuple[bytes | None, ...], _Asked] = {}
         # Versions come and go; what belongs to those that have gone goes with them, and holds no session.
         self._labels: WeakKeyDictionary[ServedModel, dict[str, Headers]] = WeakKeyDictionary()
 
     async def embed(self, exchange: Exchange) -> Answer:
-        """Embed the rows of one request."""
+        """Give features of the rows of one request."""
         asked = self._asked(exchange)
+        self._require_room(asked)
+        model, batch, output = await self._read(exchange, asked)
+        output = output or "mean"
+        if output not in model.outputs:
+            hint = "; what it predicts is at /v1/predict" if model.classes else ""
+            raise _invalid(f"got output={output[:80]!r} of {model.name!r}, wanted one of {sorted(model.outputs)}{hint}")
+        embedded = await self._computed(exchange, asked, model, batch, (output,))
+        features = embedded.features[output]
+        if asked.answer_type != JSON:
+            return self._array(asked, model, embedded, features)
+        return await self._json(
+            model,
+            features.size,
+            lambda: encode_json(features, **_told(model, embedded, output=output)),
+        )
+
+    async def predict(self, exchange: Exchange) -> Answer:
+        """Give labels and probabilities of the rows of one request."""
+        asked = self._asked(exchange, preferred=JSON)
+        self._require_room(asked)
+        model, batch, output = await self._read(exchange, asked)
+        if not model.classes:
+            raise _invalid(
+                f"got model {model.name!r}, an encoder without classes, wanted a classifier; its features are at "
+                "/v1/embed, and vaefeat.export_pipeline makes a classifier of them"
+            )
+        if output not in (None, LABEL, PROBABILITIES):
+            raise _invalid(f"got output={output[:80]!r}, wanted {LABEL!r}, {PROBABILITIES!r} or none for both")
+        if output == LABEL and asked.answer_type == RAW and isinstance(model.classes[0], str):
+            raise _invalid(
+                "got output='label' and Accept for raw bytes, in which texts have no form; accept npy or JSON"
+            )
+        embedded = await self._computed(exchange, asked, model, batch, (LABEL, PROBABILITIES))
+        labels, probabilities = embedded.features[LABEL], embedded.features[PROBABILITIES]
+        if asked.answer_type != JSON:
+            values = np.array(model.classes)[labels] if output == LABEL else probabilities
+            return self._array(asked, model, embedded, values)
+        names = [None if row in embedded.errors else model.classes[place] for row, place in enumerate(labels.tolist())]
+        told = _told(model, embedded, classes=model.classes, **({} if output == PROBABILITIES else {"labels": names}))
+        if output == LABEL:
+            return await self._json(model, len(names), lambda: orjson.dumps(told))
+        return await self._json(
+            model, probabilities.size, lambda: encode_json(probabilities, name=PROBABILITIES, **told)
+        )
+
+    async def _read(
+        self, exchange: Exchange, asked: _Asked
+    ) -> tuple[ServedModel, NDArray[np.generic] | list[bytes], str | None]:
+        """Read the body: which model is meant, its rows or images, and which output is named."""
         content = await exchange.body(self._service.limits)
         if asked.body_type == NPY:
-            body = EmbedBody(decode_npy(content))
+            rows = view_npy(content)
+            # Put in order value by value, many would hold up everybody else.
+            slow = rows.nbytes > self._service.limits.inline_bytes and not is_plain(rows)
+            body = EmbedBody(await self._service.off_loop(plain, rows) if slow else plain(rows))
         elif asked.body_type == JSON:
             lists, values = self._most(asked.model)
             body = (
@@ -91,21 +154,28 @@ class Native:
             body = EmbedBody(np.empty(0))
         model = self._service.find(_agreed("model", asked.model, body.model), asked.version)
         exchange.model, exchange.version = model.name, model.version
-        output = _agreed("output", asked.output, body.output) or "mean"
+        batch = await self._batch(asked.body_type, content, body, model.input, exchange)
+        return model, batch, _agreed("output", asked.output, body.output)
+
+    async def _computed(
+        self,
+        exchange: Exchange,
+        asked: _Asked,
+        model: ServedModel,
+        batch: NDArray[np.generic] | list[bytes],
+        outputs: tuple[str, ...],
+    ) -> Embedded:
         embedded = await self._service.embed(
-            model,
-            await self._batch(asked.body_type, content, body, model.input, exchange),
-            outputs=(output,),
-            priority=asked.priority,
-            timeout_s=asked.timeout_s,
-            caller=exchange,
+            model, batch, outputs=outputs, priority=asked.priority, timeout_s=asked.timeout_s, caller=exchange
         )
         exchange.note(model, embedded)
-        return await self._answer(asked, model, output, embedded)
+        return embedded
 
-    def _asked(self, exchange: Exchange) -> _Asked:
+    def _asked(self, exchange: Exchange, *, preferred: str | None = None) -> _Asked:
+        """Read address and headers; the answer's form is that of the request where none is preferred or asked for."""
         headers = exchange.headers
         said = (
+            None if preferred is None else preferred.encode(),
             exchange.scope["query_string"],
             headers.get(b"content-type", b""),
             headers.get(b"accept", b""),
@@ -113,12 +183,19 @@ class Native:
         )
         asked = self._remembered.get(said)
         if asked is None:
-            asked = _Asked.of(exchange.scope["query_string"], headers)
-            if sum(map(len, said)) <= _LONGEST_REMEMBERED:
+            asked = _Asked.of(exchange.scope["query_string"], headers, preferred=preferred)
+            if sum(len(part or b"") for part in said) <= _LONGEST_REMEMBERED:
                 if len(self._remembered) >= _MOST_REMEMBERED:
                     self._remembered.clear()
                 self._remembered[said] = asked
         return asked
+
+    def _require_room(self, asked: _Asked) -> None:
+        service = self._service
+        # With several models, JSON may say in the body which is meant.
+        if service.batcher.queued_rows and (asked.model is not None or len(service.models.names) == 1):
+            model = service.find(asked.model, asked.version)
+            service.require_room(model, priority=asked.priority, timeout_s=asked.timeout_s)
 
     async def _batch(
         self, form: str, content: bytes | memoryview, body: EmbedBody, spec: InputSpec, exchange: Exchange
@@ -131,30 +208,29 @@ class Native:
             most = self._service.limits.max_rows
             kind = exchange.headers[b"content-type"]
             return await self._service.off_loop(lambda: split_parts(bytes(content), kind, max_parts=most))
+        if form == JSON and spec.dtype != "uint8":
+            # Numbers in JSON are of no type; that all of these are small and whole makes them no pixels.
+            return body.rows.astype(np.float64, copy=False)
         return body.rows
 
-    async def _answer(self, asked: _Asked, model: ServedModel, output: str, embedded: Embedded) -> Answer:
-        features = embedded.features[output]
-        if embedded.errors and asked.answer_type != JSON:
+    def _array(self, asked: _Asked, model: ServedModel, embedded: Embedded, values: NDArray[np.generic]) -> Answer:
+        if embedded.errors:
             position, message = next(iter(sorted(embedded.errors.items())))
             raise RequestError(
                 422,
                 "invalid_rows",
-                f"{len(embedded.errors)} of {len(features)} items cannot be read, the first is item {position}: "
+                f"{len(embedded.errors)} of {len(values)} items cannot be read, the first is item {position}: "
                 f"{message}; with Accept: application/json the others are answered",
             )
         headers = self._headers(model, asked.answer_type)
         if asked.answer_type == NPY:
-            return Answer(200, headers, encode_npy(features))
-        if asked.answer_type == RAW:
-            shape = b"%d,%d" % features.shape
-            return Answer(200, [*headers, (b"x-vaefeat-shape", shape)], features.data.cast("B"))
-        errors = [{"index": position, "message": text} for position, text in sorted(embedded.errors.items())]
-        told = {"model": model.name, "version": model.version, "digest": model.digest, "output": output}
-        fields = {**told, "errors": errors} if errors else told
-        if features.size <= _INLINE_VALUES:
-            return Answer(200, headers, encode_json(features, **fields))
-        return Answer(200, headers, await self._service.off_loop(lambda: encode_json(features, **fields)))
+            return Answer(200, headers, encode_npy(values))
+        shape = ",".join(map(str, values.shape)).encode()
+        return Answer(200, [*headers, (b"x-vaefeat-shape", shape)], values.data.cast("B"))
+
+    async def _json(self, model: ServedModel, n_values: int, encode: Callable[[], bytes]) -> Answer:
+        body = encode() if n_values <= INLINE_VALUES else await self._service.off_loop(encode)
+        return Answer(200, self._headers(model, JSON), body)
 
     def _headers(self, model: ServedModel, kind: str) -> Headers:
         by_kind = self._labels.get(model)
@@ -175,6 +251,13 @@ class Native:
         most = self._service.limits.max_rows
         lists = 1 + most * max((_lists_in_a_row(spec) for spec in specs), default=1)
         return lists, most * max((spec.n_features for spec in specs), default=1)
+
+
+def _told(model: ServedModel, embedded: Embedded, **more: Any) -> dict[str, Any]:
+    """Give what a JSON answer says besides its numbers."""
+    told = {"model": model.name, "version": model.version, "digest": model.digest, **more}
+    errors = [{"index": position, "message": text} for position, text in sorted(embedded.errors.items())]
+    return {**told, "errors": errors} if errors else told
 
 
 def _lists_in_a_row(spec: InputSpec) -> int:

@@ -45,7 +45,12 @@ def _one_of(*schemas: _Schema) -> _Schema:
 
 _DIGEST: _Schema = {"type": "string", "pattern": "^sha256:[0-9a-f]{64}$"}
 _VERSION: _Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
+_CLASS: _Schema = {"type": ["string", "number", "boolean"]}
 _SHAPE = _list(_COUNT)
+_MODE = _object(
+    {"device": _TEXT, "provider": _TEXT, "precision": _TEXT, "buckets": _list(_COUNT), "io_binding": _BOOLEAN}
+    | {"graphs": _TEXT, "pinned": _TEXT}
+)
 _READY = _object({"ready": _BOOLEAN}, optional={"failed": _BOOLEAN, "reason": _TEXT, "providers": _list(_TEXT)})
 _OUTPUTS: _Schema = {"type": "object", "additionalProperties": _COUNT}
 _INPUT = _object(
@@ -81,11 +86,21 @@ _SCHEMAS: dict[str, _Schema] = {
         | {"embeddings": _list(_list(_NUMBER))},
         optional={"errors": _list(_object({"index": _COUNT, "message": _TEXT}), at_least=1)},
     ),
+    "PredictAnswer": _object(
+        {"model": _TEXT, "version": _VERSION, "digest": _DIGEST, "classes": _list(_CLASS, at_least=2)},
+        optional={
+            "labels": _list(_one_of(_CLASS, {"type": "null"})),
+            "shape": _SHAPE,
+            "probabilities": _list(_list(_NUMBER)),
+            "errors": _list(_object({"index": _COUNT, "message": _TEXT}), at_least=1),
+        },
+    ),
     "Card": _object(
         {"id": _TEXT, "object": {"const": "model"}, "created": _COUNT, "owned_by": _TEXT, "digest": _DIGEST}
         | {"versions": _list(_VERSION, at_least=1), "input": _INPUT, "outputs": _OUTPUTS}
-        | {"classes": _list({"type": ["string", "number", "boolean"]}), "latent_dim": _COUNT, "active_units": _COUNT}
-        | {"provider": _TEXT, "precision": _TEXT, "limits": _object({"max_rows": _COUNT, "max_body_bytes": _COUNT})}
+        | {"classes": _list(_CLASS), "latent_dim": _COUNT, "active_units": _COUNT}
+        | {"provider": _TEXT, "precision": _TEXT, "proved": _BOOLEAN, "mode": _MODE}
+        | {"limits": _object({"max_rows": _COUNT, "max_body_bytes": _COUNT})}
     ),
     "EmbeddingsRequest": {
         **_object(
@@ -140,8 +155,8 @@ _SCHEMAS: dict[str, _Schema] = {
             "parameters": _PARAMETERS,
             "outputs": _list(
                 _object(
-                    {"name": _TEXT, "datatype": {"const": "FP32"}, "shape": _SHAPE},
-                    optional={"parameters": _PARAMETERS, "data": _list({"type": ["number", "null"]})},
+                    {"name": _TEXT, "datatype": {"enum": ["FP32", "INT64", "BYTES", "FP64", "BOOL"]}, "shape": _SHAPE},
+                    optional={"parameters": _PARAMETERS, "data": _list(_one_of(_CLASS, {"type": "null"}))},
                 ),
                 at_least=1,
             ),
@@ -150,7 +165,7 @@ _SCHEMAS: dict[str, _Schema] = {
     ),
     "OIPModel": _object(
         {"name": _TEXT, "versions": _list(_VERSION, at_least=1), "platform": _TEXT}
-        | {"inputs": _list(_TENSOR), "outputs": _list(_TENSOR)}
+        | {"inputs": _list(_TENSOR), "outputs": _list(_TENSOR), "parameters": _PARAMETERS}
     ),
     "Indexed": _object({"name": _TEXT, "state": _TEXT, "reason": _TEXT}, optional={"version": _VERSION}),
     "LoadRequest": {
@@ -250,26 +265,42 @@ def _answer(meaning: str, schemas: Mapping[str, _Schema], headers: Mapping[str, 
     return {"description": meaning, "content": _content(schemas), "headers": dict(headers)}
 
 
-_EMBED = _Operation(
-    summary="Embed rows or images",
-    body={
-        NPY: _BYTES,
-        JSON: _of("EmbedRequest"),
-        RAW: _BYTES,
-        MULTIPART: {"type": "object", "properties": {"file": _list({"type": "string", "format": "binary"})}},
-        **dict.fromkeys(IMAGES, _BYTES),
-    },
-    parameters=(
-        _parameter("model", "query", _TEXT, "Needed where several are served"),
-        _parameter("version", "query", _TEXT, "A digest; the newest without it"),
-        _parameter("output", "query", _TEXT, "One of the model's outputs, mean without it"),
-        _parameter("priority", "query", {"type": "integer", "minimum": 0, "maximum": 255}, "More gives way to less"),
-        _parameter("timeout_ms", "query", {"type": "integer", "minimum": 1, "maximum": 2**31}),
-    ),
-    answers={JSON: _of("EmbedAnswer"), NPY: _BYTES, RAW: _BYTES},
-    refusals=(*_OF_ROWS, 406, 415, 422),
-    scope="embed",
-    headers={**_LABELS, "x-vaefeat-model": {"schema": _TEXT}, "x-vaefeat-shape": {"schema": _TEXT}},
+_NATIVE_BODY: dict[str, _Schema] = {
+    NPY: _BYTES,
+    JSON: _of("EmbedRequest"),
+    RAW: _BYTES,
+    MULTIPART: {"type": "object", "properties": {"file": _list({"type": "string", "format": "binary"})}},
+    **dict.fromkeys(IMAGES, _BYTES),
+}
+
+
+def _native(summary: str, *, answer: str, outputs: str) -> _Operation:
+    return _Operation(
+        summary=summary,
+        body=_NATIVE_BODY,
+        parameters=(
+            _parameter("model", "query", _TEXT, "Needed where several are served"),
+            _parameter("version", "query", _TEXT, "A digest; the newest without it"),
+            _parameter("output", "query", _TEXT, outputs),
+            _parameter(
+                "priority", "query", {"type": "integer", "minimum": 0, "maximum": 255}, "More gives way to less"
+            ),
+            _parameter("timeout_ms", "query", {"type": "integer", "minimum": 1, "maximum": 2**31}),
+        ),
+        answers={JSON: _of(answer), NPY: _BYTES, RAW: _BYTES},
+        refusals=(*_OF_ROWS, 406, 415, 422),
+        scope="embed",
+        headers={**_LABELS, "x-vaefeat-model": {"schema": _TEXT}, "x-vaefeat-shape": {"schema": _TEXT}},
+    )
+
+
+_EMBED = _native(
+    "Embed rows or images", answer="EmbedAnswer", outputs="One of the model's outputs of numbers, mean without it"
+)
+_PREDICT = _native(
+    "Predict labels and probabilities of rows or images, by a model with classes; JSON unless Accept says otherwise",
+    answer="PredictAnswer",
+    outputs="label or probabilities; both without it, and probabilities where the answer is not JSON",
 )
 _INFER = _Operation(
     summary="Embed rows or images, by the Open Inference Protocol",
@@ -324,6 +355,7 @@ _OPERATIONS: dict[str, _Operation] = {
         scope="embed",
     ),
     "POST /v1/embed": _EMBED,
+    "POST /v1/predict": _PREDICT,
     "POST /v1/embeddings": _Operation(
         summary="Embed images or rows, as OpenAI's clients ask for it",
         door="OpenAIError",
@@ -387,7 +419,7 @@ def describe_api() -> dict[str, Any]:
         "info": {
             "title": "vaefeat",
             "version": __version__,
-            "description": "Features of rows and images: the posterior mean of variational auto-encoders.",
+            "description": "Features of rows and images, from variational auto-encoders, and labels made of them.",
         },
         "paths": paths,
         "components": {

@@ -82,14 +82,17 @@ def run(settings: ServiceSettings, listener: socket.socket, asked: Asked) -> Non
         Desk(folder / _DESK, listener) as desk,
         contextlib.redirect_stdout(sys.stderr),
     ):
+        # Nobody has been told where to ask, so that nothing is under way.
+        drain_s = 0.0
         try:
             with contextlib.suppress(_Stopped):
                 providers = _start(settings, listener, folder, asked.stop)
+                drain_s = settings.limits.compute_timeout_s
                 names = find_bundles(settings.bundles)
                 announce(base_url(listener), engine="ray", models=names, providers=providers, stream=stdout)
                 _watch(desk, asked)
         finally:
-            _shut_down(drain_s=settings.limits.compute_timeout_s)
+            _shut_down(drain_s=drain_s)
 
 
 def _start(settings: ServiceSettings, listener: socket.socket, folder: Path, stop: threading.Event) -> list[str]:
@@ -125,8 +128,8 @@ def _gpus(device: str, n_replicas: int) -> float:
     """Share of a GPU for each replica: Ray hides them all from a process that asked for none."""
     resources: dict[str, float] = ray.cluster_resources()
     found = int(resources.get("GPU", 0))
-    if device == "cuda" and not found:
-        raise DeviceError("got --device cuda, but Ray finds no GPU on this machine; use --device cpu or auto")
+    if device in {"cuda", "tensorrt"} and not found:
+        raise DeviceError(f"got --device {device}, but Ray finds no GPU on this machine; use --device cpu or auto")
     return 0.0 if device == "cpu" or not found else 1.0 / math.ceil(n_replicas / found)
 
 
@@ -200,7 +203,7 @@ def _watch(desk: Desk, asked: Asked) -> None:
     while not asked.stop.wait(_WATCH_S):
         if asked.reload.is_set():
             asked.reload.clear()
-            desk.reload()
+            desk.tell()
         if dead := _dead_daemons():
             raise EngineError(f"Ray's {' and '.join(dead)} ended; was memory short? Start the service again")
         if desk.count_replicas():
@@ -222,7 +225,7 @@ def _shut_down(*, drain_s: float) -> None:
     """Let requests in flight finish, then end every process of Ray's."""
     if not ray.is_initialized():
         return
-    if not _dead_daemons():
+    if drain_s and not _dead_daemons():
         # In a thread, because it waits without a limit of its own.
         draining = threading.Thread(target=_delete_application, daemon=True)
         draining.start()

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 from serving.batch import Batch, Job
 from serving.batcher import RowBatcher
 from serving.errors import ModelError, RequestError, overloaded, too_large
-from serving.images import PixelRoom, decode_into
-from serving.models import Models, ServedModel
+from serving.images import ImageDecoder, spread
+from serving.models import Models
+from serving.served_model import ServedModel
 from serving.settings import Limits
 from vaefeat.errors import DeviceError
+from vaefeat.predictor import LABEL, PROBABILITIES
 
 __all__ = ["Caller", "Embedded", "Service"]
 
@@ -33,6 +35,8 @@ _log = logging.getLogger("serving")
 _T = TypeVar("_T")
 #: Between two comparisons with the reference while serving, in seconds.
 _PROVE_EVERY_S = 5.0
+#: Rows of it that are compared then; all were when the model was loaded.
+_PROVE_ROWS = 4
 #: Between two looks at watched folders.
 _LOOK_EVERY_S = 1.0
 
@@ -44,7 +48,7 @@ class Embedded:
     Attributes
     ----------
     features : mapping of str to ndarray of shape (n, width), float32
-        By output; finite.
+        By output; finite. Labels are places among the classes, (n,) int64.
     errors : mapping of int to str
         Images that could not be read: position and why. Their features are zeros.
     job : Job or None
@@ -53,7 +57,7 @@ class Embedded:
         Seconds that images took.
     """
 
-    features: Mapping[str, NDArray[np.float32]]
+    features: Mapping[str, NDArray[Any]]
     job: Job | None
     errors: Mapping[int, str] = field(default_factory=dict)
     decode_s: float = 0.0
@@ -102,7 +106,8 @@ class Service:
     Attributes
     ----------
     changed : callable or None
-        Called after a client had a folder loaded again, for other processes to follow.
+        Awaited after a client had a folder loaded again: returns when other processes have done so, too, and raises
+        ModelError where they have not.
     told : callable or None
         Hears of every :class:`Batch` that was computed.
     ready : bool
@@ -122,7 +127,7 @@ class Service:
         self.failure = ""
         self.state = "warming up"
         self.told: Callable[[Batch], None] | None = None
-        self.changed: Callable[[], None] | None = None
+        self.changed: Callable[[], Awaitable[None]] | None = None
         self.batcher = RowBatcher(
             lanes=lanes,
             max_batch_rows=limits.max_batch_rows,
@@ -130,12 +135,19 @@ class Service:
             max_queued_bytes=limits.max_queued_bytes,
             told=self._batch_done,
         )
-        self._room = PixelRoom(limits.max_image_pixels)
-        self._decoding_bytes = 0
         self._pool = ThreadPoolExecutor(limits.worker_threads, thread_name_prefix="codec")
+        self._decoder = ImageDecoder(
+            max_pixels=limits.max_image_pixels,
+            max_bytes=limits.max_queued_bytes,
+            images_per_task=limits.images_per_task,
+            # One request with many images leaves a thread to the others.
+            tasks=max(1, limits.worker_threads - 1),
+            off_loop=self.off_loop,
+        )
         # Loading takes seconds; it must not stand in the way of bodies that wait to be decoded.
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._tasks: list[asyncio.Task[None]] = []
+        self._loading: set[asyncio.Task[ServedModel]] = set()
 
     async def start(self) -> None:
         """Start the lanes, and warm up in the background so that probes are answered meanwhile; only once."""
@@ -152,6 +164,7 @@ class Service:
         for task in self._tasks:
             task.cancel()
         self.batcher.close()
+        self.models.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._loader.shutdown(wait=False, cancel_futures=True)
 
@@ -197,9 +210,16 @@ class Service:
             500 for features that are not finite.
         """
         self.require_ready()
-        if unknown := [output for output in outputs if output not in model.outputs]:
-            wanted = sorted(model.outputs)
-            raise RequestError(400, "invalid_parameter", f"got output={unknown[0][:80]!r}, wanted one of {wanted}")
+        if unknown := [output for output in outputs if output not in model.names]:
+            hint = "" if "mean" in model.names else "; it is a whole pipeline, without features: POST to /v1/predict"
+            raise RequestError(
+                400,
+                "invalid_parameter",
+                f"got output={unknown[0][:80]!r} of {model.name!r}, wanted one of {sorted(model.names)}{hint}",
+            )
+        if LABEL in outputs and PROBABILITIES not in outputs:
+            # Where these are no numbers, a label means nothing.
+            outputs = (*outputs, PROBABILITIES)
         limit = self.limits.compute_timeout_s
         timeout_s = limit if timeout_s is None else min(timeout_s, limit)
         if isinstance(batch, np.ndarray):
@@ -220,15 +240,45 @@ class Service:
         """Change the models, one change after the other, in a thread of its own."""
         return await asyncio.get_running_loop().run_in_executor(self._loader, function, *arguments)
 
-    async def reload(self) -> None:
-        """Load every name's folder again; what cannot be loaded is logged, and what was served goes on."""
+    async def load(self, name: str) -> ServedModel:
+        """Load a name's folder again, here and then in all other processes that answer at this address.
+
+        Raises
+        ------
+        RequestError, ModelError
+            As :meth:`serving.models.Models.load`; or others have not loaded it.
+        """
+        loading = asyncio.create_task(self._load(name))
+        self._loading.add(loading)
+        loading.add_done_callback(self._loading.discard)
+        # Whoever asked for it may hang up in between.
+        return await asyncio.shield(loading)
+
+    async def _load(self, name: str) -> ServedModel:
+        model = await self.change(self.models.load, name)
+        if self.changed is not None:
+            await self.changed()
+        return model
+
+    async def reload(self) -> list[str]:
+        """Load every folder that has changed; what cannot be loaded is logged, and what was served goes on.
+
+        Returns
+        -------
+        list of str
+            What could not be loaded, and why.
+        """
+        failures = []
         for name in self.models.names:
             try:
-                await self.change(self.models.load, name)
+                await self.change(self.models.reload, name)
             except ModelError as error:
                 _log.error("%s", error)
-            except Exception:  # whoever watches has to go on watching
+                failures.append(str(error))
+            except Exception as error:  # whoever watches has to go on watching
                 _log.exception("model %r was not loaded, and what was served still is", name)
+                failures.append(f"model {name!r} was not loaded: {type(error).__name__}")
+        return failures
 
     async def watch(self) -> None:
         """Load a bundle again whenever its folder changes, until cancelled."""
@@ -256,6 +306,23 @@ class Service:
         if not self.ready:
             raise overloaded(f"the service is not ready: {self.failure or self.state}")
 
+    def require_room(self, model: ServedModel, *, priority: int = 0, timeout_s: float | None = None) -> None:
+        """Refuse a request before its body is read, where not even one of its rows would find a place in time.
+
+        Raises
+        ------
+        RequestError
+            503.
+        """
+        limit = self.limits.compute_timeout_s
+        self.batcher.require_room(
+            model,
+            1,
+            model.input.row_bytes,
+            timeout_s=limit if timeout_s is None else min(timeout_s, limit),
+            bulk=_is_bulk(priority),
+        )
+
     def fail(self, reason: str) -> None:
         """Take the service out: nobody is told 200 by what does not work."""
         if not self.failure:
@@ -267,7 +334,7 @@ class Service:
             raise too_large(f"got {n_rows} rows, wanted at most {self.limits.max_rows} at a time; send them in parts")
         # Before they are taken off a rate: whoever is refused comes again, and would pay twice.
         n_bytes = n_rows * model.input.row_bytes
-        self.batcher.require_room(n_rows, n_bytes, timeout_s=timeout_s, bulk=_is_bulk(priority))
+        self.batcher.require_room(model, n_rows, n_bytes, timeout_s=timeout_s, bulk=_is_bulk(priority))
         if caller is not None:
             caller.admit_rows(n_rows)
 
@@ -283,7 +350,7 @@ class Service:
         span = caller.span if caller is not None else None
         return self.batcher.submit(model, rows, outputs, bulk=_is_bulk(priority), timeout_s=timeout_s, span=span)
 
-    async def _result(self, job: Job) -> Mapping[str, NDArray[np.float32]]:
+    async def _result(self, job: Job) -> Mapping[str, NDArray[Any]]:
         try:
             features = await job.future
         except asyncio.CancelledError:
@@ -312,59 +379,19 @@ class Service:
             raise RequestError(422, "invalid_rows", f"got images, wanted {model.input}; send rows of numbers")
         self._admit(model, len(encoded), priority, timeout_s, caller)
         began = time.perf_counter()
-        n_bytes = len(encoded) * model.input.row_bytes
-        self._keep_room(n_bytes)
-        try:
-            rows, errors = await self._decode(model, encoded, deadline=began + timeout_s)
-        finally:
-            self._decoding_bytes -= n_bytes
+        rows, errors = await self._decoder.decode(encoded, model.input, deadline=began + timeout_s)
         decode_s = time.perf_counter() - began
         if len(errors) == len(encoded):
             position, message = next(iter(sorted(errors.items())))
             raise RequestError(422, "invalid_rows", f"got no image that can be read; item {position}: {message}")
+        if not errors:
+            job = self._submit(model, rows, outputs, priority, timeout_s - decode_s, caller)
+            return Embedded(await self._result(job), job, decode_s=decode_s)
         good = np.array([position for position in range(len(encoded)) if position not in errors], np.intp)
-        job = self._submit(model, rows[good] if errors else rows, outputs, priority, timeout_s - decode_s, caller)
+        job = self._submit(model, rows[good], outputs, priority, timeout_s - decode_s, caller)
         computed = await self._result(job)
-        if errors:
-            computed = {output: _spread(features, good, len(encoded)) for output, features in computed.items()}
-        return Embedded(computed, job, errors, decode_s)
-
-    def _keep_room(self, n_bytes: int) -> None:
-        """Keep room for decoded rows: a file of a hundred bytes can become a row of a megabyte."""
-        most = self.limits.max_queued_bytes
-        if n_bytes > most:
-            raise too_large(
-                f"got images that make rows of {n_bytes} bytes, wanted at most {most}; send fewer at a time"
-            )
-        if self._decoding_bytes + n_bytes > most:
-            raise overloaded("as many images as there is room for are being decoded")
-        self._decoding_bytes += n_bytes
-
-    async def _decode(
-        self, model: ServedModel, encoded: Sequence[bytes], *, deadline: float
-    ) -> tuple[NDArray[Any], dict[int, str]]:
-        """Decode on some of the pool's threads: one request with many images leaves a thread to the others."""
-        rows = np.zeros((len(encoded), *model.input.shape), model.input.dtype)
-        size = self.limits.images_per_task
-        starts = iter(range(0, len(encoded), size))
-        errors: dict[int, str] = {}
-
-        async def work() -> None:
-            for start in starts:
-                part = encoded[start : start + size]
-                errors.update(await self.off_loop(decode_into, rows, start, part, model.input, self._room, deadline))
-
-        n_workers = min(max(1, self.limits.worker_threads - 1), -(-len(encoded) // size))
-        if n_workers == 1:
-            await work()
-            return rows, errors
-        workers = [asyncio.ensure_future(work()) for _ in range(n_workers)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            for worker in workers:
-                worker.cancel()
-        return rows, errors
+        spread = {output: spread(features, good, len(encoded)) for output, features in computed.items()}
+        return Embedded(spread, job, errors, decode_s)
 
     def _batch_done(self, batch: Batch) -> None:
         if self.told is not None:
@@ -396,7 +423,7 @@ class Service:
         def prove() -> None:
             found: Exception | None = None
             try:
-                model.prove()
+                model.prove(most_rows=_PROVE_ROWS)
             except Exception as error:  # raised again, on the event loop
                 found = error
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -418,9 +445,3 @@ class Service:
 
 def _is_bulk(priority: int) -> bool:
     return priority > 1
-
-
-def _spread(features: NDArray[np.float32], good: NDArray[np.intp], n_rows: int) -> NDArray[np.float32]:
-    whole = np.zeros((n_rows, *features.shape[1:]), features.dtype)
-    whole[good] = features
-    return whole

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from serving.errors import SetupError
-from serving.models import Place
+from serving.served_model import Place
 
 __all__ = ["Limits", "ServiceSettings"]
 
@@ -40,7 +40,7 @@ class Limits:
     inline_bytes : int
         Bodies up to this size are decoded on the event loop: handing them to a thread would take longer.
     images_per_task : int
-        Images that one thread decodes before others get a turn.
+        Images that one thread decodes before others get a turn; fewer where they are large.
     max_image_pixels : int
         Most pixels of an image, as its header says, and of all that are being decoded; one takes up to twenty bytes.
 
@@ -61,8 +61,8 @@ class Limits:
     max_batch_rows: int = 256
     max_queued_rows: int = 262_144
     max_queued_bytes: int = 512 * 2**20
-    inline_bytes: int = 65_536
-    images_per_task: int = 16
+    inline_bytes: int = 262_144
+    images_per_task: int = 64
     max_image_pixels: int = 25_000_000
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class ServiceSettings:
     ----------
     bundles : tuple of Path
         Folders of the bundles to serve.
-    device : {"auto", "cpu", "cuda"}
+    device : {"auto", "cpu", "cuda", "tensorrt"}
         Where the encoders run.
     threads : int, optional
         Processors that a replica computes on; all that are available when None.

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_wine
 
 from benchmarks.versions import scaled
 from vaefeat import ModelConfig, TrainConfig, pretrain
@@ -59,6 +60,28 @@ def digits_bundle(tmp_path_factory: pytest.TempPathFactory, digits_rows: NDArray
         out=folder,
         progress=False,
     )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wine_table() -> pd.DataFrame:
+    """Give scikit-learn's 178 wines as people have tables: a category, text, a boolean, numbers, gaps."""
+    table = load_wine(as_frame=True).data.copy()
+    table["alcohol"] = pd.qcut(table["alcohol"], 4, labels=["low", "mid", "high", "top"])
+    table["ash"] = table["ash"] > table["ash"].median()
+    table["hue"] = pd.cut(table["hue"], 3, labels=["a", "b", "c"]).astype(str)
+    random = np.random.default_rng(0)
+    for column in ("alcohol", "magnesium", "hue", "proline"):
+        table.loc[random.random(len(table)) < 0.15, column] = None
+    return table
+
+
+@pytest.fixture(scope="session")
+def table_bundle(tmp_path_factory: pytest.TempPathFactory, wine_table: pd.DataFrame) -> Path:
+    """Give a small model of the wines."""
+    folder = tmp_path_factory.mktemp("bundles") / "wine"
+    model = {"latent_dim": 4, "hidden_dims": (32,)}
+    pretrain(wine_table, preset="textbook", model=model, train={"max_epochs": 150}, out=folder, progress=False)
     return folder
 
 

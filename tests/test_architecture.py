@@ -17,9 +17,10 @@ CHECKOUT = Path(__file__).parents[1]
     [
         "import vaefeat",
         "import vaefeat.encoder, vaefeat.decoder, vaefeat.bundle, vaefeat.remote, vaefeat.data",
-        "from vaefeat.features import VAEFeatures, VAETransformer",
+        "from vaefeat.features import VAEFeatures; from vaefeat.transformer import VAETransformer",
         "from vaefeat import FineTuneClassifier",
         "from vaefeat import VAEClassifier",
+        "from vaefeat import OnnxPredictor, export_pipeline",
         "import vaefeat.cli",
         "import serving.app, serving.codec, serving.local_engine",
         "import serving.cluster, serving.guard.middleware",
@@ -68,6 +69,7 @@ def test_wheel_holds_the_library_alone(tmp_path: Path) -> None:
     ("missing", "statement", "message"),
     [
         ("torch", "from vaefeat import pretrain", "pip install 'vaefeat[train]'"),
+        ("skl2onnx", "from vaefeat import export_pipeline", "pip install 'vaefeat[export]'"),
         ("onnxscript", "from vaefeat import pretrain", "pip install 'vaefeat[train]'"),
         ("torch", "import runpy, sys; sys.argv = ['pipelines', 'run', 'pipelines/configs/digits.toml']\n"
                   "runpy.run_module('pipelines', run_name='__main__')", "pip install 'vaefeat[jobs]'"),

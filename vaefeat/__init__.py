@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from vaefeat.config import ModelConfig, TrainConfig
     from vaefeat.encoder import OnnxEncoder
     from vaefeat.errors import VaefeatError
-    from vaefeat.features import VAEFeatures, VAETransformer
+    from vaefeat.features import VAEFeatures
     from vaefeat.finetune import FineTuneClassifier
     from vaefeat.grid import GridRun, pretrain_grid
     from vaefeat.heads import FewLabelHead, few_label_head
+    from vaefeat.onnx_pipeline import export_pipeline
+    from vaefeat.predictor import OnnxPredictor
     from vaefeat.pretraining import pretrain
     from vaefeat.remote import AsyncRemoteEncoder, RemoteEncoder
+    from vaefeat.transformer import VAETransformer
     from vaefeat.vae_classifier import VAEClassifier
 
 __all__ = [
@@ -34,12 +37,14 @@ __all__ = [
     "GridRun",
     "ModelConfig",
     "OnnxEncoder",
+    "OnnxPredictor",
     "RemoteEncoder",
     "TrainConfig",
     "VAEClassifier",
     "VAEFeatures",
     "VAETransformer",
     "VaefeatError",
+    "export_pipeline",
     "few_label_head",
     "load_bundle",
     "open_blocks",
@@ -60,12 +65,14 @@ _ROOMS = {
     "GridRun": "vaefeat.grid",
     "ModelConfig": "vaefeat.config",
     "OnnxEncoder": "vaefeat.encoder",
+    "OnnxPredictor": "vaefeat.predictor",
     "RemoteEncoder": "vaefeat.remote",
     "TrainConfig": "vaefeat.config",
     "VAEClassifier": "vaefeat.vae_classifier",
     "VAEFeatures": "vaefeat.features",
-    "VAETransformer": "vaefeat.features",
+    "VAETransformer": "vaefeat.transformer",
     "VaefeatError": "vaefeat.errors",
+    "export_pipeline": "vaefeat.onnx_pipeline",
     "few_label_head": "vaefeat.heads",
     "load_bundle": "vaefeat.bundle",
     "open_blocks": "vaefeat.blocks",

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from vaefeat.blocks_arrays import BLOCK_BYTES, Blocks, even_sizes
 from vaefeat.errors import InputError
-from vaefeat.images import Reference, decode_images
+from vaefeat.image_decoding import Reference
+from vaefeat.images import decode_images
 
 __all__ = ["ImageBlocks", "look_at"]
 
@@ -35,6 +36,11 @@ class ImageBlocks(Blocks):
         Height and width to resize every image to.
     block_bytes : int
 
+    Attributes
+    ----------
+    files : tuple of str
+        One for each row.
+
     Raises
     ------
     InputError
@@ -52,20 +58,20 @@ class ImageBlocks(Blocks):
         self.source = str(folder)
         self.dtype = np.dtype(np.uint8)
         # Of millions of paths, strings take a fraction of the memory.
-        self._files = [str(file) for file in files]
+        self.files = tuple(str(file) for file in files)
         self._image_size = image_size
         spread = np.unique(np.linspace(0, len(files) - 1, _LOOKED_AT).round().astype(int))
-        self._reference, self.row_shape = look_at([(self._files[i], files[i]) for i in spread], image_size)
+        self._reference, self.row_shape = look_at([(self.files[i], files[i]) for i in spread], image_size)
         self.sizes = even_sizes(len(files), block_bytes, row_bytes=self.row_bytes)
         self._starts = np.concatenate(([0], np.cumsum(self.sizes)))
 
     def read(self, block: int) -> NDArray[Any]:
         """Decode the images of one block."""
-        return self._decode(self._files[self._starts[block] : self._starts[block + 1]])
+        return self._decode(self.files[self._starts[block] : self._starts[block + 1]])
 
     def take(self, block: int, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Decode only some images of a block."""
-        return self._decode([self._files[self._starts[block] + row] for row in rows])
+        return self._decode([self.files[self._starts[block] + row] for row in rows])
 
     def _decode(self, files: Sequence[str]) -> NDArray[Any]:
         try:

@@ -79,6 +79,12 @@ class ParquetBlocks(Blocks):
         Larger row groups are cut into several blocks. By default 8 MiB, and 2 MiB (decoded) for images.
     source : str, optional
 
+    Attributes
+    ----------
+    files : tuple of Path
+    columns : tuple of str
+        What rows are made of: numbers, or one column of images.
+
     Raises
     ------
     InputError
@@ -100,7 +106,7 @@ class ParquetBlocks(Blocks):
     ) -> None:
         self._stamps = tuple(Stamp.of(path.stat()) for path in files)
         parts = open_parts(files)
-        self._files = tuple(files)
+        self.files = tuple(files)
         self.source = source or str(files[0])
         self._metadata = tuple(map(_metadata, files))
         self._image_size = image_size
@@ -108,7 +114,7 @@ class ParquetBlocks(Blocks):
             parts.require(label_column)
         self._images = columns is None and has_images(parts, image_column)
         if self._images:
-            self._columns: tuple[str, ...] = (image_column,)
+            self.columns: tuple[str, ...] = (image_column,)
             self.dtype = np.dtype(np.uint8)
             self._reference, self.row_shape = look_at(list(self._first_cells(parts)), image_size)
         else:
@@ -116,9 +122,9 @@ class ParquetBlocks(Blocks):
                 raise InputError(
                     f"got image_size for numeric columns of {files[0]}; it applies to encoded images, leave it out"
                 )
-            self._columns = numeric_columns(parts, columns, label_column)
-            self.dtype = numeric_dtype(parts, self._columns)
-            self.row_shape = (len(self._columns),)
+            self.columns = numeric_columns(parts, columns, label_column)
+            self.dtype = numeric_dtype(parts, self.columns)
+            self.row_shape = (len(self.columns),)
         self._block_bytes = block_bytes or (_IMAGES_BLOCK_BYTES if self._images else _NUMBERS_BLOCK_BYTES)
         self._places = self._cut()
         self.sizes = np.array([place.stop - place.start for place in self._places], np.int64)
@@ -133,14 +139,14 @@ class ParquetBlocks(Blocks):
 
     def _checked(self, place: _Place, rows: NDArray[np.int64] | None) -> NDArray[Any]:
         start = place.first_row_of_group + place.start
-        what = f"{self._files[place.file]}[{start}:{start + place.stop - place.start}]"
+        what = f"{self.files[place.file]}[{start}:{start + place.stop - place.start}]"
         try:
             content = self._read_images(place, rows) if self._images else self._read_numbers(place)
         except InputError as error:
             self._refuse_changed(place, error)
             raise
         self._refuse_changed(place, None)
-        return as_rows(content, what=what, columns=None if self._images else self._columns)
+        return as_rows(content, what=what, columns=None if self._images else self.columns)
 
     def _cut(self) -> list[_Place]:
         places = []
@@ -163,7 +169,7 @@ class ParquetBlocks(Blocks):
         if n_blocks > limit:
             advised = max(1, self._block_bytes // self.row_bytes)
             raise InputError(
-                f"got {self._files[file]} with a row group of {n_rows:,} rows ({n_rows * self.row_bytes / 2**20:,.0f} "
+                f"got {self.files[file]} with a row group of {n_rows:,} rows ({n_rows * self.row_bytes / 2**20:,.0f} "
                 f"MiB), wanted at most {limit * advised:,}: row groups are read from their start, so "
                 "every block would cost a good part of the group; rewrite the file once with pyarrow.dataset."
                 f"write_dataset(..., max_rows_per_group={advised})"
@@ -174,15 +180,15 @@ class ParquetBlocks(Blocks):
         spread = np.unique(np.linspace(0, len(parts.files) - 1, 16).round().astype(int))
         for path in (parts.files[index] for index in spread):
             with open_parquet(path) as file:
-                batch = next(file.iter_batches(batch_size=16, columns=list(self._columns), use_threads=False), None)
+                batch = next(file.iter_batches(batch_size=16, columns=list(self.columns), use_threads=False), None)
                 if batch is not None:
-                    yield from encoded_cells(batch.column(self._columns[0]), path, 0)
+                    yield from encoded_cells(batch.column(self.columns[0]), path, 0)
 
     def _batches(self, place: _Place, columns: Sequence[str], batch_size: int) -> Iterator[tuple[int, Any]]:
         """Yield (row in the group, record batch), cut to the block."""
         # Several blocks are read at a time in threads; pyarrow's own would hold memory that nobody has counted.
         position = 0
-        with open_parquet(self._files[place.file], self._metadata[place.file]) as file:
+        with open_parquet(self.files[place.file], self._metadata[place.file]) as file:
             for batch in file.iter_batches(
                 batch_size=batch_size, row_groups=[place.group], columns=list(columns), use_threads=False
             ):
@@ -195,36 +201,36 @@ class ParquetBlocks(Blocks):
                 if position >= place.stop:
                     return
         raise InputError(
-            f"got {position} rows in row group {place.group} of {self._files[place.file]}, wanted the "
+            f"got {position} rows in row group {place.group} of {self.files[place.file]}, wanted the "
             f"{self._metadata[place.file].row_group(place.group).num_rows} that it announces; fetch or write it again"
         )
 
     def _read_numbers(self, place: _Place) -> NDArray[Any]:
-        rows = np.empty((place.stop - place.start, len(self._columns)), self.dtype)
+        rows = np.empty((place.stop - place.start, len(self.columns)), self.dtype)
         # pyarrow holds a page of each column that it reads, which for a thousand columns is more than the block.
         in_group = self._metadata[place.file].row_group(place.group).num_rows
         width = max(1, self._block_bytes // min(in_group * _VALUE_BYTES, _PAGE_BYTES))
-        batch_rows = max(1, self._block_bytes // (_VALUE_BYTES * min(width, len(self._columns))))
-        for left in range(0, len(self._columns), width):
-            names = self._columns[left : left + width]
+        batch_rows = max(1, self._block_bytes // (_VALUE_BYTES * min(width, len(self.columns))))
+        for left in range(0, len(self.columns), width):
+            names = self.columns[left : left + width]
             for position, batch in self._batches(place, names, batch_rows):
                 start = position - place.start
                 fill_numbers(
                     rows[start : start + batch.num_rows, left : left + width],
                     batch,
                     names,
-                    self._files[place.file],
+                    self.files[place.file],
                     place.first_row_of_group + position,
                 )
         return rows
 
     def _read_images(self, place: _Place, rows: NDArray[np.int64] | None) -> NDArray[Any]:
-        path, n_rows = self._files[place.file], place.stop - place.start
+        path, n_rows = self.files[place.file], place.stop - place.start
         wanted = np.ones(n_rows, bool) if rows is None else np.isin(np.arange(n_rows), rows)
         cells = (
             cell
-            for position, batch in self._batches(place, self._columns, min(n_rows, IMAGE_BATCH))
-            for cell in encoded_cells(batch.column(self._columns[0]), path, place.first_row_of_group + position)
+            for position, batch in self._batches(place, self.columns, min(n_rows, IMAGE_BATCH))
+            for cell in encoded_cells(batch.column(self.columns[0]), path, place.first_row_of_group + position)
         )
         return decode_images(
             compress(cells, wanted),
@@ -236,7 +242,7 @@ class ParquetBlocks(Blocks):
 
     def _refuse_changed(self, place: _Place, error: BaseException | None) -> None:
         """Say so where the file is no longer the one that was opened, which explains whatever went wrong."""
-        path, stamp = self._files[place.file], self._stamps[place.file]
+        path, stamp = self.files[place.file], self._stamps[place.file]
         try:
             if Stamp.of(path.stat()) == stamp:
                 return

@@ -1,15 +1,17 @@
-"""The bundle: one folder that holds a trained encoder and everything that is known about it.
+"""The bundle: one folder that holds a trained encoder, or a pipeline around one, and all that is known about it.
 
 ==========================  =======================================================================================
 ``bundle.json``             the manifest: schema version, name, SHA-256 and size of every other file, the bundle's
                             digest, input, outputs, configuration, data fingerprint, figures, versions, parity
 ``encoder.onnx``            rows -> mean, logvar, hidden, of a classifier also probability (float32); preprocessing
                             inside, any batch size
+``pipeline.onnx``           of a whole pipeline, in place of all encoder's files: rows -> label, probabilities
 ``decoder.onnx``            latents -> rows in the units of the training rows (float32); not where the encoder was
                             fine-tuned away from it
 ``weights.safetensors``     the torch weights, to fine-tune
 ``head.safetensors``        of a classifier: the weights of its last layer
-``reference.safetensors``   some rows with their means, and the means' distribution: what a server checks itself by
+``reference.safetensors``   some rows with their means, and the means' distribution, or with their labels and
+                            probabilities: what a server checks itself by
 ``README.md``, ``*.png``    model card and pictures, written by the code
 ==========================  =======================================================================================
 
@@ -37,9 +39,10 @@ from vaefeat.input_spec import InputSpec
 
 __all__ = ["MAX_NAME_LENGTH", "SCHEMA_VERSION", "Bundle", "Manifest", "load_bundle"]
 
-SCHEMA_VERSION = 2
-#: What a bundle without classes still is: readers from before there were any understand it, and its digest stays.
-_WITHOUT_CLASSES = 1
+SCHEMA_VERSION = 4
+#: What bundles of less still are: readers from before there were pipelines, tables, or classes, understand them, and
+#: their digests stay.
+_WITHOUT_PIPELINE, _WITHOUT_TABLE, _WITHOUT_CLASSES = 3, 2, 1
 MANIFEST_FILE = "bundle.json"
 MAX_NAME_LENGTH = 64
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
@@ -58,7 +61,10 @@ _FORMS = {
     "parity": dict,
     "versions": dict,
     "classes": list,
+    "pipeline": dict,
 }
+#: What there is only in some bundles.
+_OPTIONAL = {"classes", "pipeline"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +97,10 @@ class Manifest:
         Versions of the libraries that trained and exported it.
     classes : tuple of str, int, float or bool
         What a classifier tells apart, in the order of its probabilities; empty where it is none.
+    pipeline : dict, optional
+        Of a whole pipeline: ``encoder`` (name, digest and output of what it begins with, which all but `name`,
+        `outputs` and `classes` describe), ``steps`` (name and class of what follows) and ``parity`` with scikit-learn.
+        Its one output is ``probabilities``, besides labels.
     """
 
     name: str
@@ -106,43 +116,64 @@ class Manifest:
     parity: dict[str, Any]
     versions: dict[str, str]
     classes: tuple[str | int | float | bool, ...] = ()
+    pipeline: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_name(self.name)
         units_exist = all(isinstance(unit, int) and 0 <= unit < self.latent_dim for unit in self.active_units)
-        if self.outputs.get("mean") != self.latent_dim or not units_exist:
+        if (self.pipeline is None and self.outputs.get("mean") != self.latent_dim) or not units_exist:
             raise BundleError(
                 f"got outputs {self.outputs} and active units {self.active_units} for {self.latent_dim} latent "
                 "variables, wanted a mean of that width and units among them"
             )
+        quantization = self.parity.get("quantization")
+        if "quantization" in self.parity and (
+            not isinstance(quantization, dict) or quantization.get("format") not in {"int8", "float16"}
+        ):
+            raise BundleError(
+                f"got an encoder quantized in the way of {quantization!r:.100}, wanted int8 or float16; a newer "
+                "version of vaefeat may know it"
+            )
         plain = all(isinstance(name, str | int | float) for name in self.classes)
-        if not plain or self.outputs.get("probability", 0) != len(self.classes):
+        expected = self.outputs.get("probability", 0)
+        if self.pipeline is not None:
+            expected = self.outputs.get("probabilities", 0) if self.outputs.keys() == {"probabilities"} else 0
+        if not plain or expected != len(self.classes) or (self.pipeline is not None and not self.classes):
             raise BundleError(
                 f"got outputs {self.outputs} and {len(self.classes)} classes, wanted a name, text or number, for each "
                 "probability"
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; classes only where there are some."""
+        """Plain values that JSON can hold; classes and pipeline only where there are some."""
         values = {**asdict(self), "input": self.input.to_dict(), "active_units": list(self.active_units)}
-        classes = list(values.pop("classes"))
-        return {**values, "classes": classes} if classes else values
+        values["classes"] = list(self.classes)
+        return {key: value for key, value in values.items() if value or key not in _OPTIONAL}
+
+    @property
+    def graph_file(self) -> str:
+        """Name of the file that takes rows."""
+        return "encoder.onnx" if self.pipeline is None else "pipeline.onnx"
 
     @property
     def decodes(self) -> bool:
         """Whether the decoder belongs to the encoder: not after fine-tuning that left it behind (``elbo_weight=0``)."""
         run = self.data.get("finetuning")
-        return run is None or run["config"]["elbo_weight"] > 0
+        return self.pipeline is None and (run is None or run["config"]["elbo_weight"] > 0)
 
     @property
     def precision(self) -> str:
-        """Of the encoder's arithmetic: ``float32``, or ``int8`` of one from :func:`vaefeat.quantization.quantize`."""
-        return "int8" if "quantization" in self.parity else "float32"
+        """Of the encoder's arithmetic: ``float32``, or what :func:`vaefeat.quantization.quantize` made of it."""
+        return str(self.parity["quantization"]["format"]) if "quantization" in self.parity else "float32"
 
     @property
     def schema_version(self) -> int:
         """Of the form that it is written in: the oldest that has all it says."""
-        return SCHEMA_VERSION if self.classes else _WITHOUT_CLASSES
+        if self.pipeline is not None:
+            return SCHEMA_VERSION
+        if self.input.table is not None:
+            return _WITHOUT_PIPELINE
+        return _WITHOUT_TABLE if self.classes else _WITHOUT_CLASSES
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -150,7 +181,7 @@ class Manifest:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise BundleError(f"got a {MANIFEST_FILE} with unknown keys {unknown}, wanted only {sorted(known)}")
-        if missing := sorted(known - values.keys() - {"classes"}):
+        if missing := sorted(known - values.keys() - _OPTIONAL):
             raise BundleError(f"got a {MANIFEST_FILE} without {missing}; export the bundle again")
         for key, form in _FORMS.items():
             if key in values and not isinstance(values[key], form):
@@ -223,6 +254,11 @@ class Bundle:
 
     def refuse_decoding(self) -> None:
         """Raise InputError where the decoder knows nothing of what the encoder now says (:attr:`Manifest.decodes`)."""
+        if self.manifest.pipeline is not None:
+            raise InputError(
+                f"got bundle {self.name!r}, a whole pipeline, which has no decoder; take the bundle of the "
+                "encoder that it was made with"
+            )
         if not self.manifest.decodes:
             raise InputError(
                 f"got bundle {self.name!r}, a classifier that was fine-tuned with elbo_weight=0: its decoder is still "
@@ -302,8 +338,9 @@ def load_bundle(path: str | PathLike[str]) -> Bundle:
     if not isinstance(values, dict):
         raise BundleError(f"got a {MANIFEST_FILE} in {folder} that holds no object; export it again")
     _check_schema(values.pop("schema_version", None), folder)
-    digest, files = values.pop("digest", None), _checked_files(values.pop("files", None), folder)
+    digest, files = values.pop("digest", None), values.pop("files", None)
     manifest = Manifest.from_dict(values)
+    files = _checked_files(files, folder, graph=manifest.graph_file)
     if digest != _digest(manifest, files):
         raise _changed(folder / MANIFEST_FILE)
     for name, entry in files.items():
@@ -348,16 +385,16 @@ def _check_schema(version: object, folder: Path) -> None:
             f"got a bundle of schema {version} in {folder}, wanted at most {SCHEMA_VERSION}; "
             "it was written by a newer vaefeat: upgrade with pip install -U vaefeat"
         )
-    if version not in (_WITHOUT_CLASSES, SCHEMA_VERSION):
+    if version not in range(_WITHOUT_CLASSES, SCHEMA_VERSION + 1):
         raise BundleError(
-            f"got schema {version!r} in {folder / MANIFEST_FILE}, wanted {_WITHOUT_CLASSES} or {SCHEMA_VERSION}"
+            f"got schema {version!r} in {folder / MANIFEST_FILE}, wanted {_WITHOUT_CLASSES} to {SCHEMA_VERSION}"
         )
 
 
-def _checked_files(files: Any, folder: Path) -> dict[str, dict[str, Any]]:
+def _checked_files(files: Any, folder: Path, *, graph: str) -> dict[str, dict[str, Any]]:
     """Refuse anything but plain names with a hash and a size: a name is going to be opened."""
-    if not isinstance(files, dict) or "encoder.onnx" not in files:
-        raise BundleError(f"got a {MANIFEST_FILE} in {folder} that lists no encoder.onnx; export the bundle again")
+    if not isinstance(files, dict) or graph not in files:
+        raise BundleError(f"got a {MANIFEST_FILE} in {folder} that lists no {graph}; export the bundle again")
     for name, entry in files.items():
         plain = _NAME.fullmatch(name) and name != MANIFEST_FILE
         if not (plain and isinstance(entry, dict) and entry.keys() == {"sha256", "bytes"}):

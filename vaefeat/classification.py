@@ -5,6 +5,7 @@ K classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -24,9 +25,10 @@ from vaefeat.model.augmentation import suitable
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.labelled import LABELLED_MODELS, M1M2, LabelledVAE
 from vaefeat.model.vae import VAE
-from vaefeat.observers import ProgressBar
+from vaefeat.observers import ProgressBar, TaskObserver
 from vaefeat.pretraining import ONE_AT_A_TIME, refuse_untrainable
 from vaefeat.settings import unknown_name
+from vaefeat.targets import Targets
 from vaefeat.training import Trainer
 from vaefeat.weights import restore_vae
 
@@ -43,7 +45,7 @@ _DECODED_AT_A_TIME = 4096
 def train_classifier(
     kind: str,
     rows: NDArray[Any],
-    labels: NDArray[np.int64],
+    targets: Targets,
     *,
     model: ModelConfig,
     train: TrainConfig,
@@ -54,7 +56,9 @@ def train_classifier(
     consistency: float,
     augmentations: str | tuple[str, ...],
     progress: bool,
-) -> LabelledVAE:
+    observer: TaskObserver | None = None,
+    start: LabelledVAE | None = None,
+) -> tuple[LabelledVAE, int]:
     """Train a generative classifier, for M1+M2 its encoder first.
 
     Parameters
@@ -62,8 +66,7 @@ def train_classifier(
     kind : str
         A name in :data:`vaefeat.model.labelled.LABELLED_MODELS`.
     rows : ndarray of shape (n, ...)
-    labels : ndarray of shape (n,), int64
-        From 0; -1 for rows without one.
+    targets : Targets
     model, train : ModelConfig, TrainConfig
     auxiliary_dim : int
     encoder : Bundle or None
@@ -73,11 +76,16 @@ def train_classifier(
     consistency : float
     augmentations : "auto" or tuple of str
     progress : bool
+    observer : TaskObserver, optional
+        Told of each epoch, those of the encoder of M1+M2 left out.
+    start : LabelledVAE, optional
+        Weights and scaling to begin with, of a model of the same settings; p(y) is that of the new labels.
 
     Returns
     -------
-    LabelledVAE
+    model : LabelledVAE
         On the CPU, in evaluation mode.
+    n_epochs : int
 
     Raises
     ------
@@ -90,30 +98,36 @@ def train_classifier(
     """
     if kind not in LABELLED_MODELS:
         raise unknown_name("model", kind, LABELLED_MODELS)
+    rows, targets = targets.rows_to_use(rows)
     refuse_untrainable(rows, "X")
     if encoder:
         encoder.refuse_decoding()
     likelihood = encoder.manifest.model["likelihood"] if encoder else model.likelihood
     chosen = _augmentations(augmentations, rows.shape[1:], ids=likelihood == "tokens")
-    log_prior_K = _log_class_prior(labels)
+    log_prior_K = _log_class_prior(targets.class_counts())
+    made: LabelledVAE
     with ONE_AT_A_TIME, fixed_noise(train.seed, torch.device("cpu")):
-        if kind == "m1m2":
+        if start is not None:
+            made = copy.deepcopy(start)
+            made.log_prior_K.copy_(log_prior_K)
+        elif kind == "m1m2":
             base = restore_vae(encoder) if encoder else _train_base(model, train, rows, progress=progress)
-            made: LabelledVAE = M1M2(model, base, log_prior_K=log_prior_K)
+            made = M1M2(model, base, log_prior_K=log_prior_K)
         else:
             made = LABELLED_MODELS[kind].for_rows(model, rows, log_prior_K=log_prior_K, auxiliary_dim=auxiliary_dim)
-        LabelledTrainer(
+        history = LabelledTrainer(
             made,
             rows,
-            labels,
+            targets,
             train,
             labelled_batch_size=labelled_batch_size,
             classification_weight=classification_weight,
             consistency=consistency,
             augmentations=chosen,
             progress=ProgressBar() if progress else None,
+            observer=observer,
         ).run()
-    return made.cpu()
+    return made.cpu(), len(history)
 
 
 def class_probabilities(model: LabelledVAE, rows: NDArray[Any]) -> NDArray[np.float64]:
@@ -167,10 +181,10 @@ def _padded(rows: NDArray[Any]) -> Iterator[tuple[NDArray[Any], int]]:
         yield padded, len(chunk)
 
 
-def _log_class_prior(labels: NDArray[np.int64]) -> Tensor:
+def _log_class_prior(counts_K: NDArray[np.float64]) -> Tensor:
     """Estimate log p(y) from the labels, with one more of each: a class seen once is rare, not impossible."""
-    counts = np.bincount(labels[labels >= 0]) + 1.0
-    return torch.from_numpy(np.log(counts / counts.sum())).float()
+    counts_K = counts_K + 1
+    return torch.from_numpy(np.log(counts_K / counts_K.sum())).float()
 
 
 def _augmentations(asked: str | tuple[str, ...], row_shape: tuple[int, ...], *, ids: bool) -> tuple[str, ...]:

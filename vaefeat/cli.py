@@ -14,12 +14,13 @@ import typer
 from rich.console import Console
 
 from vaefeat import cli_grid, cli_inference
-from vaefeat.cli_files import BUNDLE, DATA, IMAGE_SIZE, SPLIT, parts, require_suffix, write_array
+from vaefeat.cli_files import BUNDLE, DATA, IMAGE_SIZE, SEED, SPLIT, parts, require_suffix, rows_for, write_array
 from vaefeat.errors import InputError, TrainingInterrupted, VaefeatError, requiring
 from vaefeat.observers import shown_activity
 
 if TYPE_CHECKING:
     from vaefeat.blocks import Blocks
+    from vaefeat.bundle import Manifest
     from vaefeat.data import Rows
     from vaefeat.encoder import OnnxEncoder
     from vaefeat.remote import RemoteEncoder
@@ -60,6 +61,15 @@ def pretrain(
             "--stream/--in-memory", help="Read rows while training, or all of them before; by default by their size."
         ),
     ] = None,
+    table: Annotated[
+        bool, typer.Option("--table", help="Take text columns of Parquet for categories, and nulls for missing.")
+    ] = False,
+    categorical: Annotated[
+        list[str] | None, typer.Option(help="A column of a table that numbers categories; may be repeated.")
+    ] = None,
+    handle_unknown: Annotated[
+        Literal["error", "ignore"], typer.Option(help="Of categories that a table in training has not.")
+    ] = "error",
 ) -> None:
     """Train on rows without labels and write a bundle."""
     from vaefeat.presets import refuse_changes
@@ -72,7 +82,11 @@ def pretrain(
     if resume and stream is None:
         # Not by the memory that is free today: rows that are streamed come in another order.
         stream = _was_streamed(out)
-    rows = _rows(data, image_size=image_size, stream=stream)
+    rows: Rows | Blocks
+    if table or categorical or data.suffix.lower() == ".csv":
+        rows = _table(data, categorical=categorical, handle_unknown=handle_unknown, stream=stream)
+    else:
+        rows = _rows(data, image_size=image_size, stream=stream)
     with shown_activity("load torch and the rest"), requiring("train", what="Training"):
         from vaefeat.pretraining import pretrain as train_and_export
     bundle = train_and_export(rows, preset=preset, effort=effort, **settings, out=out, name=name, resume=resume)
@@ -103,6 +117,8 @@ def inspect(
         "digest": loaded.digest,
         "input": str(manifest.input),
         "outputs": ", ".join(f"{name} ({width})" for name, width in manifest.outputs.items()),
+        **_pipeline_facts(manifest),
+        "arithmetic": manifest.precision,
         "active units": f"{len(manifest.active_units)} of {manifest.latent_dim}",
         "held-out ELBO": f"{manifest.metrics['elbo']:.2f} nats per row after {manifest.metrics['epochs']} epochs",
         "trained on": f"{manifest.data['n_rows']:,} rows, {manifest.data['fingerprint']}",
@@ -111,6 +127,19 @@ def inspect(
     }
     for fact, value in facts.items():
         typer.echo(f"{fact:<14} {value}")
+
+
+def _pipeline_facts(manifest: Manifest) -> dict[str, str]:
+    if manifest.pipeline is None:
+        return {}
+    encoder, parity = manifest.pipeline["encoder"], manifest.pipeline["parity"]
+    difference = parity["outputs"]["probabilities"]["max_abs_difference"]
+    return {
+        "classes": ", ".join(map(str, manifest.classes)),
+        "encoder": f"{encoder['output']} of {encoder['name']}, {encoder['digest']}",
+        "steps": ", ".join(step["class"] for step in manifest.pipeline["steps"]) or "none",
+        "parity": f"probabilities within {difference:.2g} of scikit-learn's on {parity['n_rows']:,} rows",
+    }
 
 
 @app.command()
@@ -127,11 +156,9 @@ def embed(
     """Turn rows into features, as an array file (n, d) of float32."""
     import numpy as np
 
-    from vaefeat.data import load_rows
-
     require_suffix(out, ".npy")
     opened = _encoder(encoder, device=device, model=model)
-    rows = load_rows(data, split=split, image_size=image_size).array
+    rows = rows_for(opened.input, data, split=split, image_size=image_size)
     features = np.concatenate([opened.embed(part, output=output) for part in parts(rows, "embed")])
     write_array(out, features)
     Console().print(f"{out}: {features.shape[0]:,} rows of {features.shape[1]} features", highlight=False)
@@ -142,6 +169,7 @@ def quantize(
     bundle: Annotated[Path, typer.Argument(help=BUNDLE)],
     out: Annotated[Path, typer.Argument(help="Folder of the new bundle.")],
     data: Annotated[Path, typer.Option(help=f"Rows to set scales with and to judge by. {DATA}")],
+    to: Annotated[Literal["int8", "float16"], typer.Option(help="For processors, or for GPUs.")] = "int8",
     difference: Annotated[
         float,
         typer.Option(help="Largest difference of a latent, in its standard deviations, root mean square.", min=0.0),
@@ -149,10 +177,15 @@ def quantize(
     error: Annotated[
         float, typer.Option(help="Largest rise of a classifier's error, in points; where the rows have labels.")
     ] = 0.5,
-    name: Annotated[str | None, typer.Option(help="Name of the new encoder; NAME-int8 when not given.")] = None,
+    probability: Annotated[
+        float, typer.Option(help="Largest difference of a class's probability in any row; of classifiers.", min=0.0)
+    ] = 0.2,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the new encoder; NAME-int8 or NAME-float16 when not given.")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help=IMAGE_SIZE)] = None,
 ) -> None:
-    """Make a bundle that computes in 8-bit integers, if its features stay good enough."""
+    """Make a bundle that computes in fewer bits, if its features stay good enough."""
     from vaefeat.bundle import load_bundle
     from vaefeat.data import load_rows
     from vaefeat.quantization import QuantizationGate, quantize
@@ -160,20 +193,49 @@ def quantize(
     if out.resolve() == bundle.resolve():
         raise InputError(f"got {out} for the new bundle, which is the old one's folder; choose another")
     loaded = load_bundle(bundle)
+    if loaded.manifest.input.table is not None:
+        raise InputError(
+            f"got bundle {loaded.name!r} of {loaded.manifest.input.table}: only rows of numbers are quantized"
+        )
     rows = load_rows(data, image_size=image_size)
-    gate = QuantizationGate(difference=difference, error=error)
+    gate = QuantizationGate(difference=difference, error=error, probability=probability)
     with shown_activity("quantize, and compare with float32"):
-        made = quantize(loaded, rows.array, labels=rows.labels, name=name, gate=gate).save(out)
+        made = quantize(loaded, rows.array, to=to, labels=rows.labels, name=name, gate=gate).save(out)
     found = made.manifest.parity["quantization"]
     judged = ""
     if "error" in found:
-        judged = f", error with 10 labels a class {found['error']:.2f} -> {found['error_int8']:.2f} %"
+        judged = f", error with 10 labels a class {found['error']:.2f} -> {found[f'error_{to}']:.2f} %"
+    if "probability_difference" in found:
+        judged += f", a class's probability by {found['probability_difference']:.3f} at most"
     Console().print(
         f"{out}: the worst latent differs by {found['difference']:.3f} standard deviations on {found['n_rows']:,} rows"
         f"{judged}, {made.digest}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command()
+def reference(
+    bundle: Annotated[Path, typer.Argument(help=BUNDLE)],
+    data: Annotated[Path, typer.Argument(help=f"Rows that it was not trained on. {DATA}")],
+    out: Annotated[Path, typer.Argument(help="Folder of the bundle with the reference.")],
+    split: Annotated[Literal["train", "test"], typer.Option(help=SPLIT)] = "train",
+    image_size: Annotated[int | None, typer.Option(help=IMAGE_SIZE)] = None,
+    max_rows: Annotated[int, typer.Option(help="Most rows that are looked at.", min=1)] = 2048,
+    seed: Annotated[int, typer.Option(help=SEED)] = 0,
+) -> None:
+    """Add rows with their features, by which a service proves that it computes the same, to a bundle without them."""
+    from vaefeat.bundle import load_bundle
+    from vaefeat.reference import load_reference, with_reference
+
+    loaded = load_bundle(bundle)
+    rows = rows_for(loaded.manifest.input, data, split=split, image_size=image_size, max_rows=max_rows)
+    with shown_activity(f"compute the features of {len(rows):,} rows"):
+        made = with_reference(loaded, rows, seed=seed)
+    found = load_reference(made.save(out))
+    assert found is not None  # it has just been written
+    Console().print(f"{out}: a reference of {len(found.rows)} rows, {made.digest}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -205,6 +267,16 @@ def doctor(
     console.print("\nwhat to change")
     for line in found.advice:
         console.print(f"- {line}", highlight=False)
+
+
+def _table(
+    data: Path, *, categorical: list[str] | None, handle_unknown: Literal["error", "ignore"], stream: bool | None
+) -> Rows:
+    from vaefeat.data import load_rows
+
+    if stream:
+        raise InputError(f"got --stream for {data}, a table, whose columns are fitted to all of it; leave it out")
+    return load_rows(data, table=True, categorical=categorical, handle_unknown=handle_unknown)
 
 
 def _rows(data: Path, *, image_size: int | None, stream: bool | None) -> Rows | Blocks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
@@ -14,10 +14,24 @@ from vaefeat.errors import InputError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["BUNDLE", "DATA", "IMAGE_SIZE", "SEED", "SPLIT", "parts", "require_suffix", "write_array", "write_file"]
+    from vaefeat.input_spec import InputSpec
+
+__all__ = [
+    "BUNDLE",
+    "DATA",
+    "IMAGE_SIZE",
+    "SEED",
+    "SPLIT",
+    "parts",
+    "require_suffix",
+    "rows_for",
+    "write_array",
+    "write_file",
+    "write_rows",
+]
 
 #: Help for arguments that several verbs take.
-DATA = "A .npy or .npz file, Parquet, a folder of images, or of MNIST's IDX files."
+DATA = "A .npy or .npz file, Parquet, CSV, a folder of images, or of MNIST's IDX files."
 BUNDLE = "Folder of a bundle."
 SPLIT = "Which, where the data have splits."
 IMAGE_SIZE = "Resize images to this height and width."
@@ -34,6 +48,45 @@ def parts(rows: NDArray[Any], description: str) -> Iterator[NDArray[Any]]:
     starts = range(0, len(rows), _ROWS_A_CALL)
     for start in track(starts, description, console=console, transient=True, disable=not console.is_terminal):
         yield rows[start : start + _ROWS_A_CALL]
+
+
+def rows_for(
+    spec: InputSpec,
+    data: Path,
+    *,
+    split: Literal["train", "test"],
+    image_size: int | None,
+    max_rows: int | None = None,
+    holes: bool = False,
+) -> NDArray[Any]:
+    """Read rows for a model: of a table's, the columns that it knows, encoded as it does.
+
+    `holes` lets any column of a table have missing values.
+    """
+    from vaefeat.arrays import read_npy
+    from vaefeat.data import load_rows
+    from vaefeat.table_files import SUFFIXES, read_frame
+
+    if spec.table is None:
+        return load_rows(data, split=split, image_size=image_size, max_rows=max_rows).array
+    if data.suffix.lower() == ".npy" and data.is_file():
+        return spec.prepare(read_npy(data)[:max_rows], holes=holes)
+    if data.suffix.lower() not in SUFFIXES or not data.is_file():
+        raise InputError(f"got {data}, wanted a file of {spec.table}: {', '.join(SUFFIXES)} or .npy")
+    names = [column.name for column in spec.table.columns] if spec.table.named else None
+    return spec.prepare(read_frame(data, columns=names, max_rows=max_rows)[0], holes=holes)
+
+
+def write_rows(path: Path, rows: NDArray[Any], spec: InputSpec) -> None:
+    """Write rows as an array file, or those of a table as CSV or Parquet, with the names of categories."""
+    from vaefeat.table_files import write_frame
+
+    if path.suffix == ".npy":
+        write_array(path, rows)
+    elif spec.table is None:
+        raise InputError(f"got the output file {path} for {spec}, which are no table; give a name that ends in .npy")
+    else:
+        write_file(path, write_frame(path, spec.table.frame(rows, library="pyarrow")))
 
 
 def require_suffix(out: Path, *suffixes: str) -> None:

@@ -10,12 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from vaefeat.cli_files import BUNDLE, DATA, IMAGE_SIZE, SEED, SPLIT, parts, require_suffix, write_array, write_file
+from vaefeat.cli_files import (
+    BUNDLE,
+    DATA,
+    IMAGE_SIZE,
+    SEED,
+    SPLIT,
+    parts,
+    require_suffix,
+    rows_for,
+    write_array,
+    write_file,
+    write_rows,
+)
 from vaefeat.errors import InputError, requiring
 from vaefeat.observers import shown_activity
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from vaefeat.input_spec import InputSpec
 
 __all__ = ["app"]
 
@@ -37,7 +51,10 @@ _USED_BY = {
 def generate(
     context: typer.Context,
     bundle: Annotated[Path, typer.Argument(help=BUNDLE)],
-    out: Annotated[Path, typer.Option(help="The .png file to draw, or the .npy file of rows to write.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="The .png file to draw, or the .npy file of rows to write; of tables also .csv, .parquet."),
+    ],
     what: Annotated[
         Literal["samples", "around", "interpolation", "manifold", "sweeps"],
         typer.Option(help="Samples, samples around a row, the way between two rows, the manifold, sweeps of latents."),
@@ -59,9 +76,11 @@ def generate(
     seed: Annotated[int, typer.Option(help=SEED)] = 0,
 ) -> None:
     """Make new rows, as a picture or an array file."""
+    import numpy as np
+
     from vaefeat.bundle import load_bundle
 
-    require_suffix(out, ".png", ".npy")
+    require_suffix(out, ".png", ".npy", ".csv", ".parquet")
     _refuse_unused(context, what)
     chosen = _numbers(latents)
     loaded = load_bundle(bundle)
@@ -69,7 +88,7 @@ def generate(
     if out.suffix == ".png" and spec.kind != "image":
         raise InputError(f"got the picture {out} to draw of {spec}, which are no images; give a name that ends in .npy")
     numbers = {"samples": [], "manifold": [], "interpolation": [row, to_row]}.get(what, [row])
-    begin = _chosen_rows(data, numbers, what=what, split=split, image_size=image_size)
+    begin = _chosen_rows(spec, data, numbers, what=what, split=split, image_size=image_size)
     with shown_activity("load torch and the rest"), requiring("train", what="generate"):
         from vaefeat import generation, inference, plots
     made: Any
@@ -89,10 +108,10 @@ def generate(
         case "sweeps":
             lines = generation.sweep(loaded, begin[0], latents=chosen)
             made, draw = [made_row for line in lines for made_row in line.rows], partial(plots.sweeps, lines)
-    if out.suffix == ".npy":
-        write_array(out, made)
-    else:
+    if out.suffix == ".png":
         write_file(out, plots.png(draw(low=spec.low, high=spec.high)))
+    else:
+        write_rows(out, np.asarray(made), spec)
     Console().print(f"{out}: {what} of {loaded.name}", highlight=False, soft_wrap=True)
 
 
@@ -110,11 +129,10 @@ def score(
     import numpy as np
 
     from vaefeat.bundle import load_bundle
-    from vaefeat.data import load_rows
 
     require_suffix(out, ".npy", ".csv")
     loaded = load_bundle(bundle)
-    rows = load_rows(data, split=split, image_size=image_size).array
+    rows = rows_for(loaded.manifest.input, data, split=split, image_size=image_size)
     with shown_activity("load torch and the rest"), requiring("train", what="score"):
         from vaefeat.inference import anomaly_scores
     # A row's score does not depend on its neighbours.
@@ -138,7 +156,9 @@ def score(
 def impute(
     bundle: Annotated[Path, typer.Argument(help=BUNDLE)],
     data: Annotated[Path, typer.Argument(help=f"NaN is missing in .npy and .npz. {DATA}")],
-    out: Annotated[Path, typer.Option(help="The .npy file of completed rows to write.")],
+    out: Annotated[
+        Path, typer.Option(help="The .npy file of completed rows to write; of a table also .csv or .parquet.")
+    ],
     mask: Annotated[
         Path | None, typer.Option(help="A .npy file of bool, True where missing: for all rows, or one for every row.")
     ] = None,
@@ -155,14 +175,18 @@ def impute(
     from vaefeat.arrays import read_npy
     from vaefeat.bundle import load_bundle
 
-    require_suffix(out, ".npy")
+    require_suffix(out, ".npy", ".csv", ".parquet")
     loaded = load_bundle(bundle)
-    rows = _rows_with_holes(data, split=split, image_size=image_size)
+    spec = loaded.manifest.input
+    if spec.table is None:
+        rows = _rows_with_holes(data, split=split, image_size=image_size)
+    else:
+        rows = rows_for(spec, data, split=split, image_size=image_size, holes=True)
     holes = None if mask is None else read_npy(mask)
     with shown_activity("load torch and the rest"), requiring("train", what="impute"):
         from vaefeat import inference
     filled = inference.impute(loaded, rows, missing=holes, corrected=corrected, n_iterations=iterations, seed=seed)
-    write_array(out, filled.rows if kind == "mean" else filled.draws[-1])
+    write_rows(out, filled.rows if kind == "mean" else filled.draws[-1], spec)
     accepted = f", {filled.acceptance:.0%} of the proposals accepted" if corrected else ""
     Console().print(
         f"{out}: {filled.missing.sum():,} missing values in {len(rows):,} rows filled{accepted}",
@@ -183,11 +207,11 @@ def diagnose(
 ) -> None:
     """Say what the latents carry: active units, KL by latent, mutual information, collapse and what to try."""
     from vaefeat.bundle import load_bundle
-    from vaefeat.data import load_rows
 
     loaded = load_bundle(bundle)
     loaded.refuse_decoding()
-    rows = loaded.manifest.input.prepare(load_rows(data, split=split, image_size=image_size, max_rows=max_rows).array)
+    spec = loaded.manifest.input
+    rows = spec.prepare(rows_for(spec, data, split=split, image_size=image_size, max_rows=max_rows))
     with shown_activity("load torch and the rest"), requiring("train", what="diagnose"):
         from vaefeat.model import diagnostics
         from vaefeat.weights import restore_vae
@@ -250,18 +274,22 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _chosen_rows(
-    data: Path | None, numbers: list[int], *, what: str, split: Literal["train", "test"], image_size: int | None
+    spec: InputSpec,
+    data: Path | None,
+    numbers: list[int],
+    *,
+    what: str,
+    split: Literal["train", "test"],
+    image_size: int | None,
 ) -> NDArray[Any]:
     """Read the rows that something begins from, (k, ...)."""
     import numpy as np
-
-    from vaefeat.data import load_rows
 
     if not numbers:
         return np.empty(0)
     if data is None:
         raise InputError(f"got --what {what} without --data, wanted the rows to begin from: --data PATH --row NUMBER")
-    rows = load_rows(data, split=split, image_size=image_size).array
+    rows = rows_for(spec, data, split=split, image_size=image_size)
     for number in numbers:
         if not 0 <= number < len(rows):
             raise InputError(f"got row {number} of {data}, wanted a number from 0 to {len(rows) - 1}")

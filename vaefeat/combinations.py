@@ -62,6 +62,8 @@ def refuse_model(config: ModelConfig) -> None:
             f"got binarize=True with likelihood={config.likelihood!r}: binary rows are coins; take "
             "likelihood='bernoulli', or binarize=False"
         )
+    if config.columns or config.likelihood == "table":
+        _refuse_with_columns(config)
     if config.likelihood == "tokens" and config.network == "conv":
         raise ConfigError("got likelihood='tokens' with network='conv', which is for images; take network='mlp'")
 
@@ -156,6 +158,11 @@ def refuse_pair(model: ModelConfig, train: TrainConfig) -> None:
             f"got corruption={train.corruption!r} with likelihood='tokens', whose ids are no quantities; take "
             "corruption='masking', which makes an id 0"
         )
+    if (model.columns or model.likelihood == "table") and train.corruption in {"gaussian", "salt_and_pepper"}:
+        raise ConfigError(
+            f"got corruption={train.corruption!r} for a table, whose categories are no quantities; take "
+            "corruption='masking', which makes values missing"
+        )
     if train.objective in {"mmd", "sliced_wasserstein", "reconstruction"} and model.prior in _TRAINED_PRIORS:
         raise ConfigError(
             f"got objective={train.objective!r} with prior={model.prior!r}, which nothing would train: the objective "
@@ -196,6 +203,28 @@ def _refuse_unheard(model: ModelConfig, train: TrainConfig) -> None:
                 f"got {name}={value} with objective={train.objective!r}, which has no views of a row to compare and "
                 f"would leave it unheard; take objective='contrastive', or {name}=0"
             )
+
+
+def _refuse_with_columns(config: ModelConfig) -> None:
+    if config.likelihood not in {"auto", "table"}:
+        raise ConfigError(
+            f"got likelihood={config.likelihood!r} for a table of other columns than numbers, or with missing values; "
+            "take likelihood='auto', which has a distribution for each kind of column"
+        )
+    if config.network == "conv":
+        raise ConfigError("got network='conv', which is for images, for a table; take network='mlp'")
+    if config.prior == "vamp":
+        raise ConfigError(
+            "got prior='vamp' for a table: its pseudo-inputs are learned by gradient, which categories have none of; "
+            "take prior='mixture' or 'flow'"
+        )
+    if config.gaussian_std == "optimal":
+        raise ConfigError(
+            "got gaussian_std='optimal' for a table, whose quantities have a standard deviation each; take "
+            "gaussian_std='learned', or a number"
+        )
+    if config.binarize:
+        raise ConfigError("got binarize=True for a table, whose columns say themselves what is yes or no; leave it out")
 
 
 def _refuse_latents(config: ModelConfig) -> None:

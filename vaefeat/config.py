@@ -15,6 +15,7 @@ from vaefeat.settings import (
     Settings,
     check_bool,
     check_choice,
+    check_columns,
     check_int,
     check_number,
     check_text,
@@ -79,13 +80,18 @@ class ModelConfig(Settings):
         Width of the networks inside ``iaf`` and ``flow``.
     likelihood : str
         p(x|z), a name in :data:`vaefeat.model.likelihoods.LIKELIHOODS`, or ``auto``: Bernoulli for images, Gaussian for
-        tables.
+        numbers, ``table`` for tables with other columns or missing values.
     gaussian_std : float or {"learned", "optimal"}
         Standard deviation of a Gaussian likelihood, in the scale of the network's input: a number (1 makes the
         log-likelihood minus half the squared error, up to a constant), one learned for all features, or at each step
         the one that fits best (sigma-VAE).
     levels : int
         Values that a ``categorical`` likelihood tells apart, or size of the vocabulary of ``tokens``.
+    columns : tuple of int
+        Of a ``table`` likelihood: what each column holds; 0 a quantity, 1 yes or no, more so many categories. It is
+        read off the data (:mod:`vaefeat.table_schema`).
+    optional_columns : tuple of int
+        Numbers of the columns of which the encoder is told whether the value is missing.
     binarize : bool
         Dynamic binarization: values, scaled to [0, 1], are probabilities, and every look at a row draws a new binary
         one. Only with a Bernoulli likelihood. Features are computed from the probabilities themselves.
@@ -111,6 +117,8 @@ class ModelConfig(Settings):
     likelihood: str = "auto"
     gaussian_std: float | str = "learned"
     levels: int = 256
+    columns: tuple[int, ...] = ()
+    optional_columns: tuple[int, ...] = ()
     binarize: bool = False
 
     def __post_init__(self) -> None:
@@ -132,6 +140,7 @@ class ModelConfig(Settings):
         for name, narrowest in (("hidden_dims", 2), ("channels", 1)):
             for width in check_tuple(name, getattr(self, name)):
                 check_int(f"every width in {name}", width, at_least=narrowest)
+        check_columns(self.columns, self.optional_columns)
         if self.gaussian_std not in ("learned", "optimal"):
             if isinstance(self.gaussian_std, str):
                 raise unknown_name("gaussian_std", self.gaussian_std, ("learned", "optimal", "a number"))

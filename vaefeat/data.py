@@ -24,6 +24,10 @@ from vaefeat.images import SUFFIXES as IMAGE_SUFFIXES
 from vaefeat.images import OnError, class_folders, decode_images, find_images
 from vaefeat.parquet import DEFAULT_IMAGE_COLUMN, DEFAULT_LABEL_COLUMN, find_parquet, read_parquet
 from vaefeat.parquet import SUFFIXES as PARQUET_SUFFIXES
+from vaefeat.table_files import SUFFIXES as TABLE_SUFFIXES
+from vaefeat.table_files import read_frame
+from vaefeat.table_fitting import fit_table, is_table
+from vaefeat.table_schema import HandleUnknown, TableSchema
 
 __all__ = [
     "Request",
@@ -60,6 +64,8 @@ class Rows:
         What the rows were read from, for people: ``"array"`` or a path.
     skipped : tuple of str
         Unreadable inputs that were left out, with ``on_error="skip"``.
+    table : TableSchema or None
+        What the columns are, where they are not all numbers without a gap; the array then holds codes and NaN.
     """
 
     array: NDArray[Any]
@@ -67,6 +73,7 @@ class Rows:
     names: tuple[str, ...] | None = None
     source: str = "array"
     skipped: tuple[str, ...] = ()
+    table: TableSchema | None = None
 
     def __len__(self) -> int:
         return len(self.array)
@@ -131,8 +138,11 @@ def load_rows(
     image_column: str = DEFAULT_IMAGE_COLUMN,
     on_error: OnError = "raise",
     max_rows: int | None = None,
+    table: bool | None = None,
+    categorical: Sequence[str | int] | None = None,
+    handle_unknown: HandleUnknown = "error",
 ) -> Rows:
-    """Read rows from an array, a file or a folder.
+    """Read rows from an array, a data frame, a file or a folder.
 
     Parameters
     ----------
@@ -141,8 +151,10 @@ def load_rows(
         - ``.npy`` (stays memory-mapped if it is uint8 or float32) or ``.npz``, see :func:`vaefeat.arrays.read_npz`;
         - an IDX file, or a folder with MNIST's four, gzipped or not, also in ``raw/`` or ``MNIST/raw/`` below it;
         - a Parquet file, or a folder of them, see :func:`vaefeat.parquet.read_parquet`;
-        - a folder of PNG, JPEG or WebP images, see :mod:`vaefeat.images` for what is done to them. If every image
-          lies in a sub-folder, these are the classes.
+        - a data frame of pandas or polars;
+        - a CSV file, which is read as a table (needs pyarrow);
+        - a folder of PNG, JPEG or WebP images, see :mod:`vaefeat.image_decoding` for what is done to them. If every
+          image lies in a sub-folder, these are the classes.
 
         A folder is searched in this order, IDX first.
     split : {"train", "test"}, default="train"
@@ -156,6 +168,14 @@ def load_rows(
         Whether an unreadable image is an error, or left out and named in :attr:`Rows.skipped`.
     max_rows : int, optional
         Take only the first `max_rows` rows (or images, before unreadable ones are skipped).
+    table : bool, optional
+        Whether columns may be text, booleans or categories, and values missing; :attr:`Rows.table` then says what they
+        are. When None, data frames and arrays with such values are tables, and of files those of CSV: True takes the
+        text columns of Parquet for categories, which are left out otherwise.
+    categorical : sequence of str or int, optional
+        Columns of a table that are categories although they hold numbers.
+    handle_unknown : {"error", "ignore"}, default="error"
+        What an encoder of this table does with a category that is not in it: refuse it, or take it for missing.
 
     Returns
     -------
@@ -178,6 +198,11 @@ def load_rows(
         on_error=one_of("on_error", on_error, get_args(OnError)),
         max_rows=None if max_rows is None else as_positive("max_rows", max_rows),
     )
+    one_of("handle_unknown", handle_unknown, get_args(HandleUnknown))
+    if (frame := _table(source, request, table, categorical)) is not None:
+        schema, encoded = fit_table(frame.array, categorical=categorical, handle_unknown=handle_unknown)
+        labels = None if frame.labels is None else as_labels(frame.labels, what=frame.source, count=len(encoded))
+        return Rows(array=encoded, labels=labels, source=frame.source, table=schema)
     found = _find(source, request)
     array = as_rows(found.array, what=found.source, max_rows=request.max_rows, columns=found.columns)
     labels = None if found.labels is None else as_labels(found.labels, what=found.source, count=len(found.array))
@@ -275,6 +300,28 @@ def _find(source: Any, request: Request) -> _Found:
     raise InputError(f"got {path}, which does not exist; wanted a folder or a file, see vaefeat.data.load_rows")
 
 
+def _table(source: Any, request: Request, asked: bool | None, categorical: Sequence[str | int] | None) -> _Found | None:
+    """Give a table that is not encoded yet, or None where the rows are plain numbers or images."""
+    if not isinstance(source, str | os.PathLike):
+        cut = source if request.max_rows is None else source[: request.max_rows]
+        if asked is False or not (asked or is_table(cut, categorical=categorical)):
+            return None
+        request.refuse("a table", image_size=True, columns=True, split=True)
+        return _Found(cut, "array")
+    path = Path(source)
+    if asked is None:
+        asked = path.suffix.lower() == ".csv" or categorical is not None
+    if not asked:
+        return None
+    if path.suffix.lower() not in TABLE_SUFFIXES or not path.is_file():
+        raise InputError(f"got {path} to read as a table, wanted a file that ends in {' or '.join(TABLE_SUFFIXES)}")
+    request.refuse(str(path), image_size=True, split=True)
+    frame, labels = read_frame(
+        path, columns=request.columns, label_column=request.label_column, max_rows=request.max_rows
+    )
+    return _Found(frame, str(path), labels)
+
+
 def _read_file(path: Path, request: Request) -> _Found:
     suffix = path.suffix.lower()
     request.refuse(str(path), split=True)
@@ -289,7 +336,7 @@ def _read_file(path: Path, request: Request) -> _Found:
     if is_idx(path):
         return _Found(read_idx(path, max_rows=request.max_rows), str(path))
     hint = "pass the folder that holds the images" if suffix in IMAGE_SUFFIXES else "convert it to one of these"
-    raise InputError(f"got {path}, wanted a .npy, .npz, .parquet or IDX file, or a folder; {hint}")
+    raise InputError(f"got {path}, wanted a .npy, .npz, .parquet, .csv or IDX file, or a folder; {hint}")
 
 
 def _read_folder(folder: Path, request: Request) -> _Found:

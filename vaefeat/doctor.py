@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import torch
 from torch import Tensor
 
@@ -21,7 +22,9 @@ from vaefeat.model.objectives import OBJECTIVES
 from vaefeat.model.vae import VAE
 from vaefeat.placement import resolve_device, using_threads
 from vaefeat.processors import available_cpus, available_memory
+from vaefeat.runtime import choose_device
 from vaefeat.step import Knobs, TrainingStep
+from vaefeat.tensorrt import why_no_tensorrt
 from vaefeat.world import World
 
 __all__ = ["Examination", "Measured", "examine"]
@@ -85,6 +88,7 @@ def examine(*, seconds: float = 10.0) -> Examination:
     found = Examination()
     device = resolve_device("auto")
     _look_at_device(found, device)
+    _look_at_runtime(found, device)
     _look_at_processors(found)
     _look_at_memory(found)
     with fixed_noise(0, device):
@@ -106,6 +110,16 @@ def _look_at_device(found: Examination, device: torch.device) -> None:
             "an NVIDIA driver is installed, but torch finds no CUDA device: compare the CUDA version of torch "
             f"({torch.version.cuda or 'a build without CUDA'}) with the driver's (nvidia-smi)"
         )
+
+
+def _look_at_runtime(found: Examination, device: torch.device) -> None:
+    """See where bundles are embedded; ONNX Runtime finds CUDA by other libraries than torch."""
+    chosen, reason = choose_device("auto")
+    found.facts["ONNX Runtime"] = f"{ort.__version__}, {chosen}: {reason}"
+    if chosen == "cuda":
+        found.facts["TensorRT"] = why_no_tensorrt() or "there, for device='tensorrt'"
+    elif device.type == "cuda":
+        found.advice.append(f"torch finds a CUDA device and ONNX Runtime does not: {reason}")
 
 
 def _look_at_processors(found: Examination) -> None:

@@ -8,7 +8,7 @@
     │   └── MissingSplitError             the data have no such split; the rest of them may be fine
     ├── BundleError (ValueError)          a bundle that is missing, corrupt, edited, or of a newer schema
     ├── ExportError (RuntimeError)        the ONNX graph does not compute what the torch model computes
-    ├── QuantizationError (RuntimeError)  the encoder in int8 gives features that are not good enough
+    ├── QuantizationError (RuntimeError)  the encoder in fewer bits gives features that are not good enough
     ├── DeviceError (RuntimeError)        a device was asked for and is not there
     ├── MissingExtraError (ImportError)   an optional dependency is not installed; names the command
     ├── TrainingError (RuntimeError)
@@ -80,7 +80,7 @@ class ExportError(VaefeatError, RuntimeError):
 
 
 class QuantizationError(VaefeatError, RuntimeError):
-    """An encoder in int8 whose features differ by more than was allowed."""
+    """An encoder in fewer bits whose features differ by more than was allowed."""
 
 
 class DeviceError(VaefeatError, RuntimeError):

@@ -5,20 +5,96 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
+from sklearn.utils import Tags
 from sklearn.utils.validation import validate_data
 
+from vaefeat.data import Rows
 from vaefeat.errors import ConfigError, InputError
+from vaefeat.input_spec import InputSpec
 from vaefeat.settings import plain_value
+from vaefeat.table_fitting import fit_table, is_table
+from vaefeat.table_schema import HandleUnknown
 
-__all__ = ["flat_images", "named_augmentations", "plain_settings", "training_rows"]
+__all__ = [
+    "checked_rows",
+    "flat_images",
+    "given_settings",
+    "named_augmentations",
+    "plain_settings",
+    "taking_tables",
+    "training_data",
+    "training_rows",
+]
 
 
-def training_rows(estimator: BaseEstimator, X: Any, image_shape: tuple[int, int, int] | None) -> NDArray[Any]:
+def training_data(
+    estimator: BaseEstimator,
+    X: Any,
+    image_shape: tuple[int, int, int] | None,
+    *,
+    categorical: Any,
+    handle_unknown: HandleUnknown,
+    like: InputSpec | None = None,
+) -> Rows | NDArray[Any]:
+    """Check the rows that an estimator is fitted to, and fit the columns of a table.
+
+    Parameters
+    ----------
+    estimator, X, image_shape
+        As of :func:`training_rows`; `X` may also be what :func:`vaefeat.table_fitting.is_table` calls a table.
+    categorical : list of str or int, or None
+    handle_unknown : {"error", "ignore"}
+        As of :func:`vaefeat.table_fitting.fit_table`.
+    like : InputSpec, optional
+        Of the rows before, which these must be like; their columns are not fitted again.
+
+    Raises
+    ------
+    ValueError
+        What those two raise.
+    """
+    if categorical is not None and not isinstance(categorical, list | tuple | np.ndarray):
+        raise InputError(f"got categorical_features={categorical!r}, wanted a list of column names or numbers, or None")
+    if handle_unknown not in get_args(HandleUnknown):
+        raise InputError(f"got handle_unknown={handle_unknown!r}, wanted 'error' or 'ignore'")
+    if like is not None and like.table is not None:
+        return Rows(array=like.prepare(checked_rows(estimator, X, like, reset=False)), table=like.table)
+    if image_shape is not None or not (categorical is not None or is_table(X)):
+        return training_rows(estimator, X, image_shape, reset=like is None)
+    told = None if categorical is None else list(categorical)
+    schema, rows = fit_table(X, categorical=told, handle_unknown=handle_unknown)
+    validate_data(estimator, X, skip_check_array=True)
+    return Rows(array=rows, table=schema)
+
+
+def checked_rows(estimator: BaseEstimator, X: Any, spec: InputSpec, *, reset: bool, finite: bool = True) -> Any:
+    """Check rows in scikit-learn's way, as far as it knows them, for :meth:`InputSpec.prepare` to take.
+
+    Of tables it is given the columns' names and number: what stands in them is the schema's to judge. With ``finite``
+    false NaN and infinity are left to :meth:`InputSpec.prepare`, too.
+    """
+    if spec.table is None:
+        flat = flat_images(X, spec.shape)
+        return validate_data(estimator, flat, dtype="numeric", ensure_all_finite=finite, reset=reset)
+    validate_data(estimator, X, skip_check_array=True, reset=reset)
+    return X
+
+
+def taking_tables(tags: Tags) -> Tags:
+    """Say in scikit-learn's tags that text, categories and missing values are taken."""
+    inputs = tags.input_tags
+    inputs.allow_nan = inputs.categorical = inputs.string = True
+    return tags
+
+
+def training_rows(
+    estimator: BaseEstimator, X: Any, image_shape: tuple[int, int, int] | None, *, reset: bool = True
+) -> NDArray[Any]:
     """Check the rows that an estimator is fitted to, in scikit-learn's way, and give them their shape.
 
     Parameters
@@ -28,6 +104,8 @@ def training_rows(estimator: BaseEstimator, X: Any, image_shape: tuple[int, int,
     X : array-like of shape (n, n_features) or (n, C, H, W)
     image_shape : tuple of int, optional
         (C, H, W) of the images in flat rows.
+    reset : bool
+        Whether these are the first rows, and not ones that must be like those before.
 
     Returns
     -------
@@ -40,7 +118,7 @@ def training_rows(estimator: BaseEstimator, X: Any, image_shape: tuple[int, int,
     """
     shape = _image_shape(X, image_shape)
     rows: NDArray[Any] = validate_data(
-        estimator, flat_images(X, shape), dtype=[np.float32, np.uint8], ensure_min_samples=2
+        estimator, flat_images(X, shape), dtype=[np.float32, np.uint8], ensure_min_samples=2, reset=reset
     )
     if shape is None:
         return rows
@@ -96,3 +174,8 @@ def plain_settings(own: Mapping[str, Any], options: Mapping[str, Any] | None, *,
     if both := sorted(own.keys() & (options or {}).keys()):
         raise InputError(f"got {both[0]!r} in {what}, which the estimator sets itself; give it as its own parameter")
     return {key: plain_value(value) for key, value in {**own, **(options or {})}.items()}
+
+
+def given_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what is None: the preset sets it."""
+    return {key: value for key, value in settings.items() if value is not None}

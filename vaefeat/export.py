@@ -126,11 +126,13 @@ def measure_parity(model: VAE | Classifier, bundle: Bundle, rows: NDArray[Any]) 
 def _decoded_apart(vae: VAE, bundle: Bundle, features: NDArray[np.float32]) -> NDArray[np.float32]:
     """Compare reconstructions in the scale of the network's input, where every column counts alike."""
     with torch.no_grad():
-        wanted = vae.reconstruct(vae.latents(torch.from_numpy(features))).numpy()
+        z = vae.latents(torch.from_numpy(features))
+        wanted, decided = vae.reconstruct(z).numpy(), vae.likelihood.decided(vae.decoder(z)).numpy()
     apart = np.abs(OnnxDecoder(bundle, device="cpu").decode(features) - wanted)
     # What float32 cannot tell apart in the units of the rows is no difference.
     beyond = np.maximum(apart - 2 * np.spacing(np.abs(wanted)), 0)
-    scaled: NDArray[np.float32] = beyond * vae.preprocessing.scale.numpy()
+    # Of two categories as likely as each other either is right.
+    scaled: NDArray[np.float32] = np.where(decided, beyond * vae.preprocessing.scale.numpy(), np.float32(0))
     return scaled
 
 

@@ -6,23 +6,25 @@ give the same numbers where torch is not installed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 
 from vaefeat.bundle import Bundle, load_bundle
+from vaefeat.callbacks import ClassifierTasks, FitTasks, with_callbacks
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import requiring
-from vaefeat.estimator_inputs import flat_images, named_augmentations
+from vaefeat.estimator_inputs import checked_rows, named_augmentations
 from vaefeat.finetune_config import FineTuneConfig
-from vaefeat.labels import class_names, class_shares, encode_labels, given_shares, labelled_accuracy
+from vaefeat.labels import UNLABELLED, class_names, class_shares, given_shares
 from vaefeat.model_card import renamed
-from vaefeat.settings import plain_value
+from vaefeat.partly_labelled import PartlyLabelledClassifier
+from vaefeat.settings import plain_value, refuse_other_model
 
 __all__ = ["FineTuneClassifier"]
 
@@ -32,7 +34,7 @@ _AUTO_COLOUR = (*_AUTO_IMAGE, "crop", "flip", "color")
 _AUTO_TABLE = ("replacement",)
 
 
-class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class FineTuneClassifier(PartlyLabelledClassifier):
     """Train a pretrained encoder and a linear head together, on few labelled rows and many unlabelled ones.
 
     A teacher, the moving average of the weights, labels weakly changed views of the unlabelled rows; the classifier
@@ -66,6 +68,11 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     class_shares : array-like of shape (n_classes,), optional
         Share of each class, sorted, among the unlabelled rows. When None: equal shares, or those among the labelled
         rows where these are too unlike for chance.
+    class_weight : mapping of labels to weights, "balanced" or None
+        Of each class's labels in the loss, times `sample_weight`. ``balanced`` makes all classes weigh alike.
+    unlabelled : int or None
+        The number that stands in `y` for a missing label, beside None and NaN. None where each number is a class: with
+        labels -1 and 1, say.
     patience : int or None
         Checks, every 50 steps, at which the answers must have stayed the same before training ends early; None never
         ends it early.
@@ -75,6 +82,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Where it is trained; predictions run on the CPU when that is asked for, else on a GPU where there is one.
     threads : int, optional
         Processor threads, in training and in predictions; None takes what suits the work.
+    warm_start : bool
+        Go on from the fitted encoder and head when fitted again, with the same bundle and classes; schedules begin
+        anew, and steps add up.
     precision : {"auto", "float32", "bfloat16"}
         Of the networks that learn; ``auto`` takes bfloat16 in longer runs where it is measured to be faster. What is
         exported is float32.
@@ -107,7 +117,10 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     >>> FineTuneClassifier("runs/digits").fit(X, y).predict(X_new)  # doctest: +SKIP
     """
 
+    bundle_: Bundle
     encoder_: OnnxEncoder
+    n_iter_: int
+    _origin: str
 
     def __init__(
         self,
@@ -126,11 +139,14 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         augmentations: str | tuple[str, ...] = "auto",
         strength: float = 1.0,
         class_shares: ArrayLike | None = None,
+        class_weight: Mapping[Any, float] | str | None = None,
+        unlabelled: int | None = UNLABELLED,
         patience: int | None = 3,
         random_state: int | np.random.RandomState | None = None,
         device: str = "auto",
         threads: int | None = None,
         precision: str = "auto",
+        warm_start: bool = False,
         verbose: int = 0,
     ) -> None:
         self.bundle = bundle
@@ -147,14 +163,18 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.augmentations = augmentations
         self.strength = strength
         self.class_shares = class_shares
+        self.class_weight = class_weight
+        self.unlabelled = unlabelled
         self.patience = patience
         self.random_state = random_state
         self.device = device
         self.threads = threads
         self.precision = precision
+        self.warm_start = warm_start
         self.verbose = verbose
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+    @with_callbacks
+    def fit(self, X: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None) -> Self:
         """Train on labelled and unlabelled rows.
 
         Parameters
@@ -164,6 +184,9 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         y : array-like of shape (n,)
             -1, None or NaN where a row has no label. With strings, give an array of dtype object:
             ``np.array(["cat", "dog", -1], dtype=object)``.
+        sample_weight : array-like of shape (n,), optional
+            How many copies of it a labelled row stands for, which are the same to the last bit; it need not be whole.
+            A row without a label is left out where it is 0; what else it is does not matter.
 
         Raises
         ------
@@ -175,21 +198,39 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             torch is not installed.
         """
         base = self.bundle if isinstance(self.bundle, Bundle) else load_bundle(self.bundle)
-        rows = self._rows(X, base, reset=True)
-        classes, codes = encode_labels(y, estimator=type(self).__name__)
-        check_consistent_length(rows, codes)
-        names, shares = class_names(classes), self._shares(codes, len(classes))
+        goes_on = self.warm_start and hasattr(self, "bundle_")
+        rows = self._rows(X, base, reset=not goes_on)
+        classes, targets = self._targets(rows, y, sample_weight)
+        if goes_on:
+            has = {"bundle": self._origin, "classes": self.classes_.tolist()}
+            refuse_other_model(has, {"bundle": base.digest, "classes": classes.tolist()})
+        names, shares = class_names(classes), self._shares(targets.class_counts())
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         config = self._config(base, seed)
         with requiring("train", what="FineTuneClassifier"):
             from vaefeat.finetuned import fine_tune
-        self.bundle_, self.n_iter_ = fine_tune(
-            base, rows, codes, classes=names, shares=shares, config=config, progress=self.verbose != 0
+        n_before = self.n_iter_ if goes_on else 0
+
+        def fitted(bundle: Bundle, n_steps: int) -> dict[str, Any]:
+            # Not the device of training, which another machine may lack; but who asks for the CPU means all of it.
+            device = "cpu" if self.device == "cpu" else "auto"
+            encoder = OnnxEncoder(bundle, device=device, threads=config.threads)
+            return {"bundle_": bundle, "encoder_": encoder, "classes_": classes, "n_iter_": n_before + n_steps}
+
+        tasks = FitTasks(self, "steps", X=X, y=y, sample_weight=sample_weight)
+        bundle, n_steps = fine_tune(
+            self.bundle_ if goes_on else base,
+            rows,
+            targets,
+            classes=names,
+            shares=shares,
+            config=config,
+            progress=self.verbose != 0,
+            goes_on=goes_on,
+            observer=ClassifierTasks(tasks, fitted),
         )
-        # Not the device of training, which another machine may lack; but who asks for the CPU means all of it.
-        device = "cpu" if self.device == "cpu" else "auto"
-        self.encoder_ = OnnxEncoder(self.bundle_, device=device, threads=config.threads)
-        self.classes_ = classes
+        self._origin = base.digest
+        tasks.finish(fitted(bundle, n_steps))
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float32]:
@@ -202,15 +243,6 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """
         check_is_fitted(self)
         return self.encoder_.embed(self._rows(X, self.bundle_, reset=False), output="probability")
-
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Give the most probable class of each row, an ndarray of shape (n,)."""
-        probability = self.predict_proba(X)
-        return np.asarray(self.classes_[probability.argmax(axis=1)])
-
-    def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
-        """Give the accuracy on the rows that have a label: in a search, folds hold rows without one, too."""
-        return labelled_accuracy(self.predict(X), y, sample_weight)
 
     def save_bundle(self, path: str | PathLike[str], *, name: str | None = None) -> Bundle:
         """Write the bundle to a folder, for the service and for :class:`vaefeat.VAEFeatures`.
@@ -231,13 +263,12 @@ class FineTuneClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _rows(self, X: ArrayLike, bundle: Bundle, *, reset: bool) -> NDArray[Any]:
         spec = bundle.manifest.input
-        flat = validate_data(self, flat_images(X, spec.shape), dtype="numeric", reset=reset)
-        return spec.prepare(flat)
+        return spec.prepare(checked_rows(self, X, spec, reset=reset))
 
-    def _shares(self, codes: NDArray[np.int64], n_classes: int) -> NDArray[np.float64]:
+    def _shares(self, counts_K: NDArray[np.float64]) -> NDArray[np.float64]:
         if self.class_shares is None:
-            return class_shares(codes, n_classes)
-        return given_shares(self.class_shares, n_classes)
+            return class_shares(counts_K)
+        return given_shares(self.class_shares, len(counts_K))
 
     def _config(self, base: Bundle, seed: int) -> FineTuneConfig:
         own = FineTuneConfig.__dataclass_fields__.keys() - {"augmentations", "seed"}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,11 @@ from vaefeat.inference import denoise
 from vaefeat.model.evaluation import evaluate, fixed_noise
 from vaefeat.model.objectives import OBJECTIVES
 from vaefeat.model_card import model_card, reconstruction_picture
-from vaefeat.observers import shown_activity
+from vaefeat.observers import TaskObserver, shown_activity
 from vaefeat.pretraining import ONE_AT_A_TIME
 from vaefeat.reference import REFERENCE_FILE, Reference
-from vaefeat.weights import restore_vae, weights_of
+from vaefeat.targets import Targets
+from vaefeat.weights import restore_classifier, restore_vae, weights_of
 
 __all__ = ["classifier_bundle", "fine_tune"]
 
@@ -34,12 +37,14 @@ _SUFFIX = "-classifier"
 def fine_tune(
     base: Bundle,
     rows: NDArray[Any],
-    labels: NDArray[np.int64],
+    targets: Targets,
     *,
     classes: tuple[str | int | float | bool, ...],
     shares: NDArray[np.float64],
     config: FineTuneConfig,
     progress: bool = False,
+    goes_on: bool = False,
+    observer: TaskObserver | None = None,
 ) -> tuple[Bundle, int]:
     """Train a classifier from a pretrained bundle.
 
@@ -48,14 +53,18 @@ def fine_tune(
     base : Bundle
     rows : ndarray of shape (n, ...)
         As the bundle takes them.
-    labels : ndarray of shape (n,), int64
-        Index into `classes`, -1 for unlabelled rows.
+    targets : Targets
+        Its codes are indices into `classes`.
     classes : tuple
     shares : ndarray of shape (K,)
         What the share of each class among the unlabelled rows is taken to be.
     config : FineTuneConfig
     progress : bool
         Show a bar on standard error.
+    goes_on : bool
+        Begin with the head of `base`, which is a classifier of these classes, and keep its name.
+    observer : TaskObserver, optional
+        Told of every 50 steps; what training would leave is a Bundle for it.
 
     Returns
     -------
@@ -70,18 +79,28 @@ def fine_tune(
     NonFiniteLossError, ExportError
         See :meth:`vaefeat.finetuning.FineTuner.run` and :func:`classifier_bundle`.
     """
+    head = restore_classifier(base).head if goes_on else None
+    name = base.name if goes_on else _classifier_name(base.name)
     objective = OBJECTIVES[base.manifest.objective](TrainConfig.from_dict(base.manifest.train))
     # Weights are drawn wherever a network is built, also those that are then loaded over.
     with ONE_AT_A_TIME, fixed_noise(config.seed, torch.device("cpu")):
-        tuner = FineTuner(restore_vae(base), rows, labels, shares=shares, objective=objective, config=config)
-        found = tuner.run(progress=progress)
+        tuner = FineTuner(
+            restore_vae(base), rows, targets, shares=shares, objective=objective, config=config, head=head
+        )
+        export = partial(classifier_bundle, base, tuner=tuner, classes=classes, name=name)
+        found = tuner.run(progress=progress, observer=_Exporting(observer, export) if observer else None)
         with shown_activity("export to ONNX, and compare with torch", shown=progress):
-            bundle = classifier_bundle(base, found, tuner, classes=classes)
+            bundle = export(found)
     return bundle, found.n_steps
 
 
 def classifier_bundle(
-    base: Bundle, found: FineTuned, tuner: FineTuner, *, classes: tuple[str | int | float | bool, ...]
+    base: Bundle,
+    found: FineTuned,
+    *,
+    tuner: FineTuner,
+    classes: tuple[str | int | float | bool, ...],
+    name: str,
 ) -> Bundle:
     """Export a fine-tuned classifier and describe it, in memory.
 
@@ -95,6 +114,7 @@ def classifier_bundle(
         Which found it.
     classes : tuple
         In the order of the probabilities.
+    name : str
 
     Returns
     -------
@@ -133,7 +153,7 @@ def classifier_bundle(
     figures = {"elbo": measured.elbo, "log_likelihood": measured.log_likelihood, "kl": measured.kl}
     manifest = replace(
         manifest,
-        name=_classifier_name(manifest.name),
+        name=name,
         outputs={**_without_classes(manifest.outputs), "probability": len(classes)},
         active_units=measured.active,
         classes=classes,
@@ -153,6 +173,22 @@ def classifier_bundle(
         contents[picture] = reconstruction_picture(pictured, denoise(classifier.vae, pictured))
     contents["README.md"] = model_card(manifest, picture=picture).encode()
     return Bundle.of(manifest, contents)
+
+
+class _Exporting(TaskObserver):
+    """Tells another, and makes bundles of what it is shown."""
+
+    def __init__(self, told: TaskObserver, export: Callable[[FineTuned], Bundle]) -> None:
+        self._told, self._export = told, export
+
+    def on_start(self, *, n_tasks: int) -> None:
+        self._told.on_start(n_tasks=n_tasks)
+
+    def on_task_start(self) -> None:
+        self._told.on_task_start()
+
+    def on_task(self, now: Callable[[], FineTuned], *, n_done: int) -> bool | None:
+        return self._told.on_task(lambda: self._export(now()), n_done=n_done)
 
 
 def _sample(tuner: FineTuner) -> NDArray[Any]:

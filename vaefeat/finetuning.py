@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from vaefeat.consistency import AdaptiveThresholds, Alignment, Teacher, consistency_loss
@@ -28,8 +28,10 @@ from vaefeat.model.classifier import Classifier
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.objectives import Objective
 from vaefeat.model.vae import VAE
+from vaefeat.observers import TaskObserver
 from vaefeat.placement import resolve_device, threads_for, using_threads
 from vaefeat.propagation import spread_labels
+from vaefeat.targets import Targets
 from vaefeat.tuning import faster_precision, is_short
 
 __all__ = ["FineTuned", "FineTuner", "Schedule", "Settling", "endless", "layers_joined"]
@@ -77,14 +79,15 @@ class FineTuner:
         Trained in place; what it ends as is not what is served, which is the average over the run.
     rows : ndarray of shape (n, ...)
         As the model takes them, labelled or not.
-    labels : ndarray of shape (n,), int64
-        0 to K - 1, each of them somewhere; -1 for unlabelled rows. A labelled row is never in the stream of unlabelled
-        ones.
+    targets : Targets
+        Labels of 0 to K - 1, each of them somewhere. A labelled row is never in the stream of unlabelled ones.
     shares : ndarray of shape (K,)
         What the share of each class among the unlabelled rows is taken to be.
     objective : Objective
         What the encoder was pretrained with.
     config : FineTuneConfig
+    head : Module, optional
+        A linear layer to begin with, which knows these classes; without it, what the pretrained features say is one.
 
     Raises
     ------
@@ -98,33 +101,40 @@ class FineTuner:
         self,
         vae: VAE,
         rows: NDArray[Any],
-        labels: NDArray[np.int64],
+        targets: Targets,
         *,
         shares: NDArray[np.float64],
         objective: Objective,
         config: FineTuneConfig,
+        head: nn.Module | None = None,
     ) -> None:
         self.config, self.objective, self.shares = config, objective, shares
         self.device = resolve_device(config.device)
         suitable(vae.row_shape, config.augmentations, ids=vae.preprocessing.whole)
         # Where pretraining ended: bundles do not hold the temperature of categories.
         vae.posterior.anneal(1.0, objective.config)
-        self.rows, self.labels = rows, labels
-        self.labelled = np.flatnonzero(labels >= 0)
-        self.unlabelled = np.flatnonzero(labels < 0) if config.unlabelled_weight else self.labelled[:0]
-        self.student = Classifier(vae, len(shares)).to(self.device)
+        self.rows, self.labels, self.weights = rows, targets.codes, targets.weights
+        self.labelled = targets.labelled
+        self.unlabelled = targets.unlabelled if config.unlabelled_weight else self.labelled[:0]
+        self.student = Classifier(vae, len(shares))
+        if head is not None:
+            self.student.head.load_state_dict(head.state_dict())
+        self._has_head = head is not None
+        self.student.to(self.device)
         self.alignment = Alignment(torch.tensor(shares, dtype=torch.float32, device=self.device))
         self.thresholds = AdaptiveThresholds()
         self.schedule = Schedule(config.max_steps)
         self.settling = Settling(config.patience)
 
-    def run(self, *, progress: bool = False) -> FineTuned:
+    def run(self, *, progress: bool = False, observer: TaskObserver | None = None) -> FineTuned:
         """Train to the end.
 
         Parameters
         ----------
         progress : bool
             Show a bar on standard error: loss, and the share of unlabelled rows whose labels were trusted.
+        observer : TaskObserver, optional
+            Told of every 50 steps.
 
         Raises
         ------
@@ -137,14 +147,30 @@ class FineTuner:
         with seeded, using_threads(threads), _shown(self.config.max_steps, shown=progress) as show:
             self._start()
             self.student.vae.network_dtype = getattr(torch, self._precision(n_rows, threads))
-            while self.schedule.step < self.schedule.end:
+            self._run_steps(show, observer or TaskObserver())
+        return self._found(self.teacher.model.cpu())
+
+    def _run_steps(self, show: Callable[[int, float, float], None], observer: TaskObserver) -> None:
+        observer.on_start(n_tasks=math.ceil(self.config.max_steps / _STEPS_PER_CHECK))
+        stop: bool | None = False
+        while self.schedule.step < self.schedule.end and not stop:
+            observer.on_task_start()
+            for _ in range(min(_STEPS_PER_CHECK, self.schedule.end - self.schedule.step)):
                 self._join_layers()
                 show(self.schedule.step, *self._take_step())
                 self.schedule.step += 1
-                if self.schedule.step % _STEPS_PER_CHECK == 0:
-                    self._check()
-        assert isinstance(self.teacher.model, Classifier)
-        return FineTuned(self.teacher.model.cpu(), self.schedule.step, self.schedule.end < self.config.max_steps)
+            if self.schedule.step % _STEPS_PER_CHECK == 0:
+                self._check()
+            # Whoever looks does not draw from the noise of the run.
+            with fixed_noise(self.config.seed, self.device):
+                stop = observer.on_task(self._found_now, n_done=self.schedule.step)
+
+    def _found_now(self) -> FineTuned:
+        return self._found(copy.deepcopy(self.teacher.model).cpu())
+
+    def _found(self, model: nn.Module) -> FineTuned:
+        assert isinstance(model, Classifier)
+        return FineTuned(model, self.schedule.step, self.schedule.end < self.config.max_steps)
 
     @property
     def _n_unlabelled(self) -> int:
@@ -156,7 +182,8 @@ class FineTuner:
         self._labelled_stream = endless(self.labelled, self.config.batch_size, orders)
         self._unlabelled_stream = endless(self.unlabelled, self._n_unlabelled, orders)
         self._watched = orders.permutation(self.unlabelled if len(self.unlabelled) else self.labelled)[:_WATCHED_ROWS]
-        self._start_head(orders)
+        if not self._has_head:
+            self._start_head(orders)
         self.teacher = Teacher(self.student, copy.deepcopy(self.student), decay=self.config.teacher_decay)
         self.student.train()
         self._layers = self.student.layers()
@@ -166,10 +193,13 @@ class FineTuner:
         """Start from what the pretrained features say of the unlabelled rows, too, of which a sample is enough."""
         n_more = max(0, _SPREAD_ROWS - len(self.labelled))
         rows = np.concatenate([self.labelled, orders.permutation(self.unlabelled)[:n_more]])
-        h_NF, labels = self._hidden(rows), self.labels[rows]
+        h_NF, labels, weights = self._hidden(rows), self.labels[rows], self.weights[rows]
+        # A guessed label counts once, whatever its row does.
+        weights[labels < 0] = 1
         if (labels < 0).any():
             labels = spread_labels(h_NF, labels, self.shares)
-        self.student.start_head(h_NF[labels >= 0], labels[labels >= 0])
+        known = labels >= 0
+        self.student.start_head(h_NF[known], labels[known], weights[known])
 
     def _precision(self, n_rows: int, threads: int) -> str:
         """Settle ``auto``, on a step's rows without their changes: no noise is drawn, no row given."""
@@ -211,14 +241,14 @@ class FineTuner:
     def _take_step(self) -> tuple[float, float]:
         chosen = next(self._labelled_stream)
         x_labelled = self._scaled(chosen)
-        labels = torch.from_numpy(self.labels[chosen]).to(self.device)
+        labels, weights = (torch.from_numpy(values[chosen]).to(self.device) for values in (self.labels, self.weights))
         views = [self._strong(x_labelled)]
         if len(self.unlabelled):
             given = next(self._unlabelled_stream)
             x_unlabelled = self._scaled(given)
             views.append(self._strong(x_unlabelled))
         logits_BK = self.student(torch.cat(views))
-        loss = functional.cross_entropy(logits_BK[: len(chosen)], labels)
+        loss = (weights * functional.cross_entropy(logits_BK[: len(chosen)], labels, reduction="none")).mean()
         trusted = math.nan
         if len(self.unlabelled):
             with torch.no_grad():

@@ -28,7 +28,7 @@ from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.preprocessing import Preprocessing
 from vaefeat.model.vae import VAE
 from vaefeat.observers import ProgressBar, shown_activity
-from vaefeat.pretraining import ONE_AT_A_TIME, make_bundle, make_folder, refuse_untrainable
+from vaefeat.pretraining import ONE_AT_A_TIME, make_bundle, make_folder, refuse_untrainable, warn_of_collapse
 from vaefeat.settings import check_choice, check_int, plain_value, unknown_name
 from vaefeat.training import TrainingResult
 
@@ -117,7 +117,7 @@ class GridRun:
             raise NonFiniteLossError(f"got no model from {self.name} to make a bundle of: {self.failed}")
         # The exporter's state belongs to the whole process, as torch's generator does.
         with ONE_AT_A_TIME:
-            return make_bundle(
+            bundle = make_bundle(
                 self.vae,
                 self._rows,
                 self.result,
@@ -125,6 +125,8 @@ class GridRun:
                 name=self.name,
                 data=self._data,
             )
+        warn_of_collapse(bundle)
+        return bundle
 
 
 def pretrain_grid(
@@ -219,6 +221,11 @@ def pretrain_grid(
     names = _names(combinations)
     folder = Path(out) if out is not None else None
     loaded = data if isinstance(data, Rows) else load_rows(data)
+    if loaded.table is not None:
+        raise InputError(
+            f"got {loaded.table} from {loaded.source}, wanted rows of numbers without a gap: grids train no tables; "
+            "train its models one by one, with pretrain"
+        )
     rows = loaded.array
     refuse_untrainable(rows, loaded.source)
     described = {"fingerprint": fingerprint(rows), "n_rows": len(rows)}

@@ -245,7 +245,7 @@ class FewLabelHead(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _shares(self, codes: NDArray[np.int64], n_classes: int) -> NDArray[np.float64]:
         if self.class_shares is None:
-            return class_shares(codes, n_classes)
+            return class_shares(np.bincount(codes[codes >= 0], minlength=n_classes))
         return given_shares(self.class_shares, n_classes)
 
     def _chosen(self, rows: NDArray[Any], codes: NDArray[np.int64], scaler: StandardScaler, random: RandomState) -> str:

@@ -26,7 +26,6 @@ class HeldOut:
 
     Parameters
     ----------
-    vae : VAE
     objective : Objective
     config : TrainConfig
     batch_size : int
@@ -38,7 +37,6 @@ class HeldOut:
 
     def __init__(
         self,
-        vae: VAE,
         objective: Objective,
         config: TrainConfig,
         *,
@@ -46,13 +44,13 @@ class HeldOut:
         world: World,
         device: torch.device,
     ) -> None:
-        self._vae, self._objective, self._config = vae, objective, config
+        self._objective, self._config = objective, config
         self._world, self._device = world, device
         # Without gradients more rows fit than in a step.
         self._at_a_time = max(batch_size, _ROWS_AT_A_TIME)
 
-    def evaluate(self, rows: NDArray[Any]) -> Evaluation:
-        """Measure on rows (m, ...).
+    def evaluate(self, vae: VAE, rows: NDArray[Any]) -> Evaluation:
+        """Measure a model on rows (m, ...).
 
         Raises
         ------
@@ -60,10 +58,10 @@ class HeldOut:
             A single row does not fit.
         """
         if self._world.leads:
-            evaluation = self._measured(rows)
+            evaluation = self._measured(vae, rows)
         if self._world.size == 1:
             return evaluation
-        latent_dim = self._vae.config.latent_dim
+        latent_dim = vae.config.latent_dim
         told = torch.zeros(len(_EVALUATED) + latent_dim, dtype=torch.float64, device=self._device)
         if self._world.leads:
             told[: len(_EVALUATED)] = told.new_tensor([getattr(evaluation, name) for name in _EVALUATED])
@@ -72,12 +70,12 @@ class HeldOut:
         active = tuple(unit for unit in range(latent_dim) if figures[len(_EVALUATED) + unit])
         return Evaluation(**dict(zip(_EVALUATED, figures, strict=False)), active=active)
 
-    def _measured(self, rows: NDArray[Any]) -> Evaluation:
+    def _measured(self, vae: VAE, rows: NDArray[Any]) -> Evaluation:
         """Measure, from the first shortage of memory on with fewer rows at a time; their noise is another then."""
         while True:
             try:
                 return evaluate(
-                    self._vae,
+                    vae,
                     self._objective,
                     rows,
                     kl_weight=self._config.kl_weight,

@@ -1,26 +1,11 @@
-"""Encoded images (PNG, JPEG, WebP) as uint8 rows, and folders of them.
-
-What is done to an image on the way, in this order:
-
-1. Its EXIF orientation is applied.
-2. 16-bit grey keeps the high byte, as Pillow does for 16-bit colour. Keep the full depth in a ``.npy`` file.
-3. Transparent pixels are laid on white.
-4. Black-and-white, grey and grey with alpha become one channel; everything else (palettes and CMYK, too) becomes RGB.
-5. With `image_size`, it is resized (bilinear, antialiased) to exactly that size, whatever its aspect ratio was.
-
-Axes, where a comment names them: n rows, C channels, H height, W width.
-"""
+"""Encoded images (PNG, JPEG, WebP) as uint8 rows, and folders of them; :mod:`vaefeat.image_decoding` does one."""
 
 from __future__ import annotations
 
 import os
-import struct
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -31,20 +16,15 @@ from numpy.typing import NDArray
 from vaefeat.errors import InputError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from vaefeat.image_decoding import Reference
 
-__all__ = ["DecodedImages", "OnError", "Reference", "class_folders", "decode_image", "decode_images", "find_images"]
+__all__ = ["DecodedImages", "OnError", "class_folders", "decode_images", "find_images"]
 
 OnError = Literal["raise", "skip"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_FORMATS = ("PNG", "JPEG", "WEBP")
-_GREY_MODES = ("1", "L", "LA", "I;16")
 # Small blocks keep the threads busy with tiny images and bound what is in flight with large ones.
 _BLOCK = 32
-#: A camera writes ten; a small file of thousands takes hours, because each is a pass over all pixels.
-_MAX_JPEG_SCANS = 100
-_START_OF_SCAN = b"\xff\xda"
 
 
 class DecodedImages(NamedTuple):
@@ -58,22 +38,6 @@ class DecodedImages(NamedTuple):
 
     skipped: tuple[str, ...]
     """Names of the unreadable inputs."""
-
-
-class Reference(NamedTuple):
-    """The image whose form all others must have; without one, the first that is read sets the size."""
-
-    name: str
-
-    size: tuple[int, ...]
-    """Height and width."""
-
-    channels: int | None = None
-    """1 refuses colour, 3 repeats grey, None takes what there is."""
-
-
-class _UnreadableError(Exception):
-    """An image that Pillow could read and this library refuses."""
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -148,6 +112,8 @@ def decode_images(
         An unreadable image (with ``on_error="raise"``), no readable image, images of different sizes without
         `image_size`, or colour where `reference` is grey.
     """
+    from vaefeat.image_decoding import Reference
+
     canvas = _Canvas(count, reference)
     kept: list[int] = []
     skipped: list[str] = []
@@ -218,49 +184,6 @@ def _blocks(items: Iterable[tuple[str, Path | bytes | None]]) -> Iterator[list[t
         yield block
 
 
-def decode_image(
-    encoded: bytes,
-    *,
-    name: str,
-    shape: tuple[int, int, int],
-    max_pixels: int | None = None,
-    room: Callable[[int], AbstractContextManager[object]] | None = None,
-) -> NDArray[np.uint8]:
-    """Decode one image to a row of a given shape.
-
-    Parameters
-    ----------
-    encoded : bytes
-        PNG, JPEG or WebP.
-    name : str
-        For error messages.
-    shape : (int, int, int)
-        Channels (1 or 3), height and width; another size is resized to it, grey is repeated over three channels.
-    max_pixels : int, optional
-        Most pixels of an image, as its header says; by default as many as Pillow allows.
-    room : callable, optional
-        Called with the number of pixels, once the header is read; what it returns is entered while they are in memory.
-
-    Raises
-    ------
-    InputError
-        An image that cannot be read, or one in colour where `shape` is grey.
-    """
-    n_channels, *size = shape
-    try:
-        _check_scans(encoded)
-        pixels = _decode(name, encoded, (size[0], size[1]), None, max_pixels=max_pixels, room=room)
-    except InputError:
-        raise
-    except _unreadable() as error:
-        # What Pillow says of a file that it does not know is the address of an object.
-        reason = "it is none of them" if isinstance(error, _unidentified()) else error
-        raise InputError(f"got {name} that cannot be read ({reason}), wanted a PNG, JPEG or WebP file") from error
-    if pixels.ndim == 3 and n_channels == 1:
-        raise InputError(f"got {name} in colour, wanted grey as the rows that the encoder was trained on; convert it")
-    return np.ascontiguousarray(np.broadcast_to(pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1), shape))
-
-
 def _decode_block(
     block: list[tuple[str, Path | bytes | None]],
     image_size: tuple[int, int] | None,
@@ -268,14 +191,15 @@ def _decode_block(
     reference: Reference | None,
 ) -> list[tuple[str, NDArray[np.uint8] | None]]:
     """Decode in a thread; None stands for an image that is left out."""
-    unreadable = _unreadable()
+    from vaefeat.image_decoding import UNREADABLE, Reference, decode_pixels
+
     decoded: list[tuple[str, NDArray[np.uint8] | None]] = []
     for name, encoded in block:
         try:
-            pixels = _decode(name, encoded, image_size, reference)
+            pixels = decode_pixels(name, encoded, image_size, reference=reference)
         except InputError:
             raise
-        except unreadable as error:
+        except UNREADABLE as error:
             if on_error == "raise":
                 raise InputError(
                     f"got an unreadable image {name} ({error}), wanted PNG, JPEG or WebP; "
@@ -286,105 +210,3 @@ def _decode_block(
             reference = reference or Reference(name, pixels.shape[:2])
             decoded.append((name, pixels))
     return decoded
-
-
-def _unreadable() -> tuple[type[Exception], ...]:
-    """List what Pillow's readers raise on damaged files."""
-    from PIL import Image
-
-    return (
-        _UnreadableError,
-        OSError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        LookupError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,  # raised where warnings are errors
-    )
-
-
-def _unidentified() -> type[Exception]:
-    from PIL import UnidentifiedImageError
-
-    return UnidentifiedImageError
-
-
-def _decode(
-    name: str,
-    encoded: Path | bytes | None,
-    image_size: tuple[int, int] | None,
-    reference: Reference | None,
-    *,
-    max_pixels: int | None = None,
-    room: Callable[[int], AbstractContextManager[object]] | None = None,
-) -> NDArray[np.uint8]:
-    """Decode one image to shape (H, W) or (H, W, 3)."""
-    from PIL import Image, ImageOps
-
-    if encoded is None:
-        raise _UnreadableError("no image: the cell is null")
-    with Image.open(encoded if isinstance(encoded, Path) else BytesIO(encoded), formats=_FORMATS) as image:
-        _check_header(image, max_pixels=max_pixels)
-        must_fit = reference if image_size is None else None
-        # Before the pixels are decoded; the orientation, which in PNG can stand behind them, may yet swap the sides.
-        if must_fit is not None and sorted(image.size) != sorted(must_fit.size):
-            raise _size_error(name, image, must_fit)
-        with nullcontext() if room is None else room(image.width * image.height):
-            ImageOps.exif_transpose(image, in_place=True)
-            if must_fit is not None and image.size[::-1] != must_fit.size:
-                raise _size_error(name, image, must_fit)
-            plain = _to_grey_or_rgb(image)
-            if image_size is not None and plain.size != image_size[::-1]:
-                plain = plain.resize(image_size[::-1], Image.Resampling.BILINEAR)
-            return np.asarray(plain)
-
-
-def _check_scans(encoded: bytes) -> None:
-    """Refuse a JPEG file of very many scans before any of them is read.
-
-    Within a scan's data the marker cannot occur, because a byte 0xff is followed by a zero there.
-    """
-    if encoded[:2] == b"\xff\xd8" and (n_scans := encoded.count(_START_OF_SCAN)) > _MAX_JPEG_SCANS:
-        raise _UnreadableError(f"a JPEG file of {n_scans} scans, wanted at most {_MAX_JPEG_SCANS}")
-
-
-def _check_header(image: Image, *, max_pixels: int | None = None) -> None:
-    """Refuse an image before its pixels are decoded."""
-    from PIL import Image as Pillow
-
-    if max_pixels is not None and image.width * image.height > max_pixels:
-        raise _UnreadableError(
-            f"{image.width} by {image.height} pixels, wanted at most {max_pixels} in all; make it smaller first"
-        )
-    # Pillow itself only warns between this limit and twice as much.
-    limit = Pillow.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        raise _UnreadableError(f"{image.width * image.height} pixels, more than Pillow's MAX_IMAGE_PIXELS of {limit}")
-    # MPO is what many telephones write: a JPEG photo with a preview or a depth map behind it, which is not wanted.
-    if getattr(image, "is_animated", False) and image.format != "MPO":
-        raise _UnreadableError("animated, and it is not clear which picture is meant")
-
-
-def _size_error(name: str, image: Image, reference: Reference) -> InputError:
-    height, width = reference.size
-    return InputError(
-        f"got images of different sizes: {reference.name} is {height} high and {width} wide, {name} is {image.height} "
-        f"high and {image.width} wide; wanted one size, pass image_size=(height, width) to resize them all"
-    )
-
-
-def _to_grey_or_rgb(image: Image) -> Image:
-    """Convert to mode L or RGB."""
-    from PIL import Image as Pillow
-
-    mode = "L" if image.mode in _GREY_MODES else "RGB"
-    if image.mode == "I;16":
-        return Pillow.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        white = Pillow.new("RGBA", image.size, "white")
-        return Pillow.alpha_composite(white, image.convert("RGBA")).convert(mode)
-    return image if image.mode == mode else image.convert(mode)

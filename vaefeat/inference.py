@@ -19,6 +19,9 @@ from torch import Tensor
 from vaefeat.errors import InputError
 from vaefeat.input_spec import InputSpec
 from vaefeat.model.evaluation import importance_weighted_bound
+from vaefeat.model.networks import parameters_device
+from vaefeat.model.vae import VAE
+from vaefeat.table_schema import holds_labels
 from vaefeat.trained import Model, Trained, opened, whole
 
 __all__ = ["Imputation", "anomaly_scores", "denoise", "impute"]
@@ -100,8 +103,9 @@ def impute(
     Parameters
     ----------
     model : VAE, Bundle or path-like
-    rows : array-like of shape (n, ...) or flat (n, n_features)
-        What stands at missing places is not looked at. A row may be missing altogether.
+    rows : array-like of shape (n, ...) or flat (n, n_features), or data frame
+        What stands at missing places is not looked at. A row may be missing altogether. Of a table any column may have
+        missing values; :meth:`vaefeat.table_schema.TableSchema.frame` gives the result its names back.
     missing : array-like of bool, optional
         True where missing: of the shape of `rows`, of one row, or (H, W) for images. When None, where `rows` are
         masked (:mod:`numpy.ma`) or NaN; plain integers are neither, and need it.
@@ -133,10 +137,11 @@ def impute(
             _refuse_correction(trained.vae.config.posterior)
         if isinstance(rows, np.ma.MaskedArray):
             missing = np.ma.getmaskarray(rows) if missing is None else missing
-        array = np.asarray(rows)
+        table = trained.input.table
+        array = np.asarray(rows if table is None or not holds_labels(rows) else table.encode(rows, holes=True))
         holes = _holes(array, missing, trained.input)
         # Any valid value at missing places satisfies the checks; the chain starts elsewhere.
-        valid = trained.input.low if np.isfinite(trained.input.low) else 0.0
+        valid = trained.input.low if np.isfinite(trained.input.low) and table is None else 0.0
         x = trained.scaled(np.where(holes, np.asarray(valid, dtype=array.dtype), array))
         missing_B = torch.from_numpy(holes.reshape(x.shape)).to(trained.device)
         start = _expected_row(trained)
@@ -201,7 +206,7 @@ class _Chains:
         self._missing = missing
         self._x = torch.where(missing, start, x)
         self._z_BL, self._output = torch.empty(0), torch.empty(0)
-        self._tally = _Modes(x) if self._vae.config.likelihood == "tokens" else _Moments(x)
+        self._tally = _Tally(x, _are_names(self._vae))
         self.draws: list[NDArray[np.float32]] = []
         self.n_proposed = self.n_accepted = 0
 
@@ -249,6 +254,25 @@ class _Chains:
         return log_joint_B
 
 
+class _Tally:
+    """Over states, :class:`_Moments` of quantities and :class:`_Modes` of names, where there are any of each."""
+
+    def __init__(self, x: Tensor, names: Tensor) -> None:
+        self._names = names
+        self._moments = None if names.all() else _Moments(x)
+        self._modes = _Modes(x) if names.any() else None
+
+    def add(self, x: Tensor, mean: Tensor) -> None:
+        for tally in (self._moments, self._modes):
+            if tally is not None:
+                tally.add(x, mean)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        found = [tally.result() for tally in (self._moments, self._modes) if tally is not None]
+        (middle, spread), (name, others) = found[0], found[-1]
+        return torch.where(self._names, name, middle), torch.where(self._names, others, spread)
+
+
 class _Moments:
     """Mean and standard deviation over states."""
 
@@ -287,7 +311,15 @@ def _expected_row(trained: Trained) -> Tensor:
     """Give what stands at missing places first, (...) in the scale of the network's input: E[x] from draws of p(z)."""
     likelihood, decoder = trained.vae.likelihood, trained.vae.decoder
     rows = likelihood.mean(decoder(trained.vae.sample_prior(_STARTING_SAMPLES)))
-    return rows.mode(dim=0).values if trained.vae.config.likelihood == "tokens" else rows.mean(dim=0)
+    return torch.where(_are_names(trained.vae), rows.mode(dim=0).values, rows.mean(dim=0))
+
+
+def _are_names(vae: VAE) -> Tensor:
+    """Say which values of a row are names, which have no mean: bool of a shape that fits a row's."""
+    device = parameters_device(vae)
+    if vae.config.columns:
+        return torch.tensor([size > 0 for size in vae.config.columns], device=device)
+    return torch.tensor(vae.config.likelihood == "tokens", device=device)
 
 
 def _refuse_correction(posterior: str) -> None:

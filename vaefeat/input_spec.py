@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -16,11 +16,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vaefeat.errors import BundleError, InputError
+from vaefeat.table_schema import TableSchema, holds_labels
 
 __all__ = ["InputSpec"]
 
 #: A resampled picture may overshoot its range a little; one that was not scaled is far off.
 _FAR_BEYOND_ONE = 2.0
+#: Values; a part and what it becomes stay in the processor's cache until they are compared.
+_CONVERTED_AT_A_TIME = 50_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class InputSpec:
         What the ONNX graph takes. Scaling happens inside the graph.
     low, high : float
         Smallest and largest value among the training rows, in the units of the rows.
+    table : TableSchema or None
+        What the columns are, of a table that has others than numbers, or missing values.
 
     Raises
     ------
@@ -49,33 +54,40 @@ class InputSpec:
     dtype: Literal["uint8", "float32"]
     low: float
     high: float
+    table: TableSchema | None = None
 
     def __post_init__(self) -> None:
         known = self.kind in ("image", "vector") and self.dtype in ("uint8", "float32")
         n_axes = 3 if self.kind == "image" else 1
         sizes = len(self.shape) == n_axes and all(isinstance(size, int) and size > 0 for size in self.shape)
-        if not (known and sizes and isinstance(self.low, int | float) and isinstance(self.high, int | float)):
+        fits = self.table is None or (self.dtype == "float32" and self.shape == (len(self.table.columns),))
+        if not (known and sizes and fits and isinstance(self.low, int | float) and isinstance(self.high, int | float)):
             raise BundleError(f"got an input described by {self.to_dict()}, wanted one of our kinds of rows")
 
     @classmethod
-    def of(cls, rows: NDArray[Any]) -> Self:
-        """Describe training rows of shape (n, F) or (n, C, H, W), dtype uint8 or float32."""
+    def of(cls, rows: NDArray[Any], *, table: TableSchema | None = None) -> Self:
+        """Describe training rows of shape (n, F) or (n, C, H, W), dtype uint8 or float32; NaN only in a table's."""
         return cls(
             kind="image" if rows.ndim == 4 else "vector",
             shape=tuple(int(size) for size in rows.shape[1:]),
             dtype="uint8" if rows.dtype == np.uint8 else "float32",
-            low=float(rows.min()),
-            high=float(rows.max()),
+            low=float(np.nanmin(rows)),
+            high=float(np.nanmax(rows)),
+            table=table,
         )
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Rebuild from :meth:`to_dict`'s JSON form."""
-        return cls(**{**fields, "shape": tuple(fields["shape"])})
+        table = {"table": TableSchema.from_dict(values["table"])} if "table" in values else {}
+        return cls(**{**values, "shape": tuple(values["shape"]), **table})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold."""
-        return {**asdict(self), "shape": list(self.shape)}
+        """Plain values that JSON can hold; the table's columns only where there are some."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        table = {} if self.table is None else {"table": self.table.to_dict()}
+        del values["table"]
+        return {**values, "shape": list(self.shape), **table}
 
     @cached_property  # asked for with every request
     def n_features(self) -> int:
@@ -88,6 +100,10 @@ class InputSpec:
         return self.n_features * np.dtype(self.dtype).itemsize
 
     def __str__(self) -> str:
+        if self.table is not None:
+            return (
+                f"{self.table}, as a data frame or as float32 rows of shape (n, {self.n_features}) with codes and NaN"
+            )
         shape = ", ".join(map(str, self.shape))
         flat = f", or flat (n, {self.n_features})" if self.kind == "image" else ""
         return f"{self.dtype} rows of shape (n, {shape}){flat}"
@@ -108,14 +124,17 @@ class InputSpec:
             return pixels * np.float32(1 / 255)
         return pixels.astype(self.dtype, copy=False)
 
-    def prepare(self, X: ArrayLike) -> NDArray[Any]:
+    def prepare(self, X: ArrayLike, *, holes: bool = False) -> NDArray[Any]:
         """Check rows and convert them, without loss, to what the graph takes.
 
         Parameters
         ----------
         X : array-like of shape (n, ...), or flat (n, n_features)
             uint8 or any real numeric dtype. Floats are accepted by a uint8 bundle where every value is an integer
-            from 0 to 255 (which is what :func:`sklearn.datasets.fetch_openml` returns for images).
+            from 0 to 255 (which is what :func:`sklearn.datasets.fetch_openml` returns for images). Of a table also a
+            data frame, or an array of Python objects; see :meth:`vaefeat.table_schema.TableSchema.encode`.
+        holes : bool
+            Of a table: take missing values in any column.
 
         Returns
         -------
@@ -136,6 +155,10 @@ class InputSpec:
         ):
             # What there is nothing to say of, as most rows that a server gets.
             return np.ascontiguousarray(X)
+        if self.table is not None and holds_labels(X):
+            return self.table.encode(X, holes=holes)
+        if hasattr(X, "toarray"):
+            raise InputError(f"got a sparse {type(X).__name__}, wanted {self}; pass X.toarray()")
         if np.ma.is_masked(X):
             raise InputError(f"got rows with masked values, wanted {self}; fill them first with X.filled(...)")
         try:
@@ -147,6 +170,9 @@ class InputSpec:
         if rows.dtype.kind not in "buif":
             raise InputError(f"got rows of dtype {rows.dtype}, wanted {self}; convert every column to numbers first")
         rows = self._shaped(rows)
+        if self.table is not None:
+            with np.errstate(over="ignore"):
+                return self.table.checked(np.ascontiguousarray(rows, dtype=np.float32), holes=holes)
         if self.dtype == "uint8":
             return np.ascontiguousarray(self._as_uint8(rows))
         return np.ascontiguousarray(self._as_float32(rows))
@@ -162,22 +188,31 @@ class InputSpec:
     def _as_uint8(self, rows: NDArray[Any]) -> NDArray[Any]:
         if rows.dtype == np.uint8:
             return rows
-        if rows.dtype.kind == "f" and self.kind == "image" and 0 < rows.max() <= 1 < self.high:
+        converted = np.empty(rows.shape, dtype=np.uint8)
+        step = -(-_CONVERTED_AT_A_TIME // self.n_features)
+        for start in range(0, len(rows), step):
+            part, into = rows[start : start + step], converted[start : start + step]
+            with np.errstate(invalid="ignore"):
+                into[...] = part
+                # The comparison is also false for NaN, infinity, fractions, negatives and overflow.
+                same = into == part
+            if not same.all():
+                self._refuse_scaled_images(rows, rows.max())
+                row = start + int(np.argwhere(~same)[0][0])
+                raise InputError(
+                    f"got {rows.dtype} rows that are not whole numbers from 0 to 255 (first in row {row}), wanted "
+                    f"{self}; the bundle scales inside its graph, so pass the values as they were in training"
+                )
+        self._refuse_scaled_images(rows, converted.max())
+        return converted
+
+    def _refuse_scaled_images(self, rows: NDArray[Any], highest: np.number[Any]) -> None:
+        """Catch floats up to 1 on their way into a bundle of pixels up to 255: they may be whole, black and white."""
+        if rows.dtype.kind == "f" and self.kind == "image" and 0 < highest <= 1 < self.high:
             raise InputError(
-                f"got {rows.dtype} rows with values up to {rows.max():g}, wanted {self} with values as in training, "
+                f"got {rows.dtype} rows with values up to {highest:g}, wanted {self} with values as in training, "
                 f"up to {self.high:g}; the bundle scales inside its graph: leave out the division by 255"
             )
-        with np.errstate(invalid="ignore"):
-            converted = rows.astype(np.uint8)
-            # The comparison is also false for NaN, infinity, fractions, negatives and overflow.
-            same = converted == rows
-        if not same.all():
-            row = int(np.argwhere(~same)[0][0])
-            raise InputError(
-                f"got {rows.dtype} rows that are not whole numbers from 0 to 255 (first in row {row}), wanted {self}; "
-                "the bundle scales inside its graph, so pass the values as they were in training"
-            )
-        return converted
 
     def _as_float32(self, rows: NDArray[Any]) -> NDArray[Any]:
         if rows.dtype == np.uint8 and self.low >= 0 and self.high <= 1 < rows.max():
@@ -187,21 +222,22 @@ class InputSpec:
             )
         with np.errstate(over="ignore"):
             converted = rows.astype(np.float32, copy=False)
-        # One reduction finds out: a sum is finite only if no term is NaN or infinite (and rarely overflows by itself).
-        with np.errstate(over="ignore", invalid="ignore"):
-            suspicious = not np.isfinite(converted.sum(dtype=np.float64))
-        if suspicious and not (finite := np.isfinite(converted)).all():
-            bad = np.argwhere(~finite)
+        # Either is NaN where a value is, and infinite where one is. A sum would overflow, or has to be in float64,
+        # which takes twice as long as both.
+        with np.errstate(invalid="ignore"):
+            lowest, highest = converted.min(), converted.max()
+        if not (np.isfinite(lowest) and np.isfinite(highest)):
+            bad = np.argwhere(~np.isfinite(converted))
             raise InputError(
                 f"got {len(bad)} NaN or infinite values (first in row {bad[0][0]}), wanted finite float32; "
                 "impute or drop these rows first, for instance with sklearn.impute.SimpleImputer"
             )
-        self._refuse_unscaled_images(converted)
+        self._refuse_unscaled_images(highest)
         return converted
 
-    def _refuse_unscaled_images(self, rows: NDArray[np.float32]) -> None:
+    def _refuse_unscaled_images(self, highest: np.float32) -> None:
         """Catch pixels up to 255 on their way into a bundle of pixels up to 1, which would embed without a word."""
-        if self.kind == "image" and 0 <= self.low <= self.high <= 1 and (highest := rows.max()) > _FAR_BEYOND_ONE:
+        if self.kind == "image" and 0 <= self.low <= self.high <= 1 and highest > _FAR_BEYOND_ONE:
             raise InputError(
                 f"got values up to {highest:g}, wanted {self} with values as in training, from {self.low:g} to "
                 f"{self.high:g}; divide by 255 if that is what was done there"

@@ -5,6 +5,7 @@ B rows without a label, C rows with one, in a minibatch.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -22,10 +23,11 @@ from vaefeat.feeds import Feed, make_feed
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.labelled import LabelledVAE
 from vaefeat.model.networks import count_multiply_adds
-from vaefeat.observers import ProgressBar
+from vaefeat.observers import ProgressBar, TaskObserver
 from vaefeat.optimizers import make_optimizers
 from vaefeat.placement import resolve_device, threads_for_step, using_threads
 from vaefeat.schedules import kl_warmup_factor, learning_rate_factor
+from vaefeat.targets import Targets
 from vaefeat.world import World
 
 __all__ = ["LabelledEpoch", "LabelledTrainer"]
@@ -85,8 +87,8 @@ class LabelledTrainer:
         Trained in place.
     rows : ndarray of shape (n, ...)
         uint8 or float32.
-    labels : ndarray of shape (n,), int64
-        Classes from 0, and -1 for rows without a label; at least one row has one.
+    targets : Targets
+        At least one row has a label.
     config : TrainConfig
         Optimizer, schedules, ``max_epochs``, ``batch_size`` (B), device, seed.
     labelled_batch_size : int
@@ -95,6 +97,8 @@ class LabelledTrainer:
     augmentations : tuple of str
         Names of :mod:`vaefeat.model.augmentation`: each look at a row is at a changed one.
     progress : ProgressBar, optional
+    observer : TaskObserver, optional
+        Told of each epoch.
 
     Raises
     ------
@@ -106,7 +110,7 @@ class LabelledTrainer:
         self,
         model: LabelledVAE,
         rows: NDArray[Any],
-        labels: NDArray[np.int64],
+        targets: Targets,
         config: TrainConfig,
         *,
         labelled_batch_size: int,
@@ -114,18 +118,22 @@ class LabelledTrainer:
         consistency: float = 0.0,
         augmentations: tuple[str, ...] = (),
         progress: ProgressBar | None = None,
+        observer: TaskObserver | None = None,
     ) -> None:
         self.config, self.device = config, resolve_device(config.device)
         self.model = model.to(self.device)
         self.classification_weight, self.consistency = classification_weight, consistency
         self.augmentations, self.progress = augmentations, progress
-        known = labels >= 0
-        self.labels = torch.from_numpy(labels[known]).to(self.device)
+        self.observer = observer or TaskObserver()
+        known = targets.labelled
+        self.labels = torch.from_numpy(targets.codes[known]).to(self.device)
+        self.weights = torch.from_numpy(targets.weights[known]).to(self.device)
         self.labelled_rows = torch.from_numpy(rows[known]).to(self.device)
         # Places among the rows with labels, so that rows and labels stay together.
         places = np.arange(len(self.labels))
         self.labelled = self._feed(places, min(labelled_batch_size, len(places)), stream=1)
-        self.unlabelled = self._feed(rows[~known], config.batch_size, stream=0) if not known.all() else None
+        others = targets.unlabelled
+        self.unlabelled = self._feed(rows[others], config.batch_size, stream=0) if len(others) else None
         self.steps_per_epoch = (self.unlabelled or self.labelled).steps_per_epoch
         self.total_steps = config.max_epochs * self.steps_per_epoch
         self.optimizers = make_optimizers(model, config)
@@ -144,15 +152,25 @@ class LabelledTrainer:
             self.progress.on_start(epochs=self.config.max_epochs, steps_per_epoch=self.steps_per_epoch, epoch=0)
         try:
             with fixed_noise(self.config.seed, self.device), using_threads(self.threads):
-                self.model.train()
                 labelled = self._come_round()
+                self.observer.on_start(n_tasks=self.config.max_epochs)
                 for epoch in range(self.config.max_epochs):
+                    self.observer.on_task_start()
+                    self.model.train()
                     self._run_epoch(epoch, labelled)
+                    # Whoever looks does not draw from the noise of the run.
+                    with fixed_noise(self.config.seed, self.device):
+                        stop = self.observer.on_task(self._copy, n_done=epoch + 1)
+                    if stop:
+                        break
         finally:
             self.model.eval()
             if self.progress:
                 self.progress.on_end()
         return tuple(self.history)
+
+    def _copy(self) -> LabelledVAE:
+        return copy.deepcopy(self.model).cpu().eval()
 
     def _feed(self, rows: NDArray[Any], batch_size: int, *, stream: int) -> Feed:
         """Feed all rows: nothing is held out, and the two streams have orders of their own."""
@@ -187,11 +205,11 @@ class LabelledTrainer:
             optimizer.zero_grad()
         n_unlabelled, n_labelled = 0 if rows is None else len(rows), len(places)
         n_rows = n_unlabelled + n_labelled
-        y_C = self.labels[places]
+        y_C, weight_C = self.labels[places], self.weights[places]
         x = self.model.observe(self.labelled_rows[places], self.augmentations)
         terms = self.model.labelled(x, y_C, kl_weight=kl_weight)
-        log_q = terms.log_q.gather(1, y_C[:, None]).mean()
-        labelled_bound = terms.bound.mean()
+        log_q = (weight_C * terms.log_q.gather(1, y_C[:, None]).squeeze(1)).mean()
+        labelled_bound = (weight_C * terms.bound).mean()
         objective = labelled_bound * (n_labelled / n_rows) + self.classification_weight * log_q
         (-objective).backward()
         figures = [objective.detach(), labelled_bound.new_zeros(()), labelled_bound.detach(), log_q.detach()]

@@ -15,7 +15,15 @@ from sklearn.utils.validation import check_consistent_length, column_or_1d
 
 from vaefeat.errors import InputError
 
-__all__ = ["UNLABELLED", "class_names", "class_shares", "encode_labels", "given_shares", "labelled_accuracy"]
+__all__ = [
+    "UNLABELLED",
+    "class_names",
+    "class_shares",
+    "encode_labels",
+    "given_shares",
+    "labelled_accuracy",
+    "labelled_rows",
+]
 
 #: scikit-learn's mark for a row without a label.
 UNLABELLED = -1
@@ -25,7 +33,9 @@ _LOST = {"-1", "None", "nan"}
 _SURPRISE = 0.01
 
 
-def encode_labels(y: ArrayLike | None, *, estimator: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
+def encode_labels(
+    y: ArrayLike | None, *, estimator: str, unlabelled: int | None = UNLABELLED
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """Tell classes and unlabelled rows apart.
 
     Parameters
@@ -35,6 +45,8 @@ def encode_labels(y: ArrayLike | None, *, estimator: str) -> tuple[NDArray[Any],
         ``np.array(["cat", -1, "dog"])`` would turn -1 into a text.
     estimator : str
         Its name, for error messages.
+    unlabelled : int or None
+        The number that marks rows without a label. None where every number is a class, -1 too.
 
     Returns
     -------
@@ -61,7 +73,7 @@ def encode_labels(y: ArrayLike | None, *, estimator: str) -> tuple[NDArray[Any],
             "turns it into text beside strings: give np.array(labels, dtype=object), and another name to a class of "
             "that name"
         )
-    known = ~_unlabelled(values)
+    known = ~_unlabelled(values, unlabelled)
     if not known.any():
         raise InputError(
             f"got no label among {len(values)} rows, wanted some of at least 2 classes; for rows without any label, "
@@ -81,14 +93,21 @@ def encode_labels(y: ArrayLike | None, *, estimator: str) -> tuple[NDArray[Any],
     if len(classes) < 2:
         raise InputError(
             f"got labels of one class only ({classes.tolist()[0]!r}) among {len(values)} rows, wanted at least 2; "
-            "-1 is no class but a missing label: rename the class that it stands for"
+            "-1 is no class but a missing label: rename the class that it stands for, or give unlabelled=None to a "
+            "classifier that has this setting"
         )
     encoded = np.full(len(values), UNLABELLED, dtype=np.int64)
     encoded[known] = codes
     return classes, encoded
 
 
-def labelled_accuracy(predicted: NDArray[Any], y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+def labelled_accuracy(
+    predicted: NDArray[Any],
+    y: ArrayLike,
+    sample_weight: ArrayLike | None = None,
+    *,
+    unlabelled: int | None = UNLABELLED,
+) -> float:
     """Give the share of labelled rows whose class was predicted; rows marked as unlabelled say nothing.
 
     Raises
@@ -100,11 +119,16 @@ def labelled_accuracy(predicted: NDArray[Any], y: ArrayLike, sample_weight: Arra
         y = np.array(y, dtype=object)
     values = column_or_1d(y)
     check_consistent_length(predicted, values)
-    known = ~_unlabelled(values)
+    known = ~_unlabelled(values, unlabelled)
     if not known.any():
         raise InputError(f"got no label among {len(values)} rows to score, wanted at least one")
     weights = None if sample_weight is None else np.asarray(sample_weight)[known]
     return float(accuracy_score(_natural(values[known]), predicted[known], sample_weight=weights))
+
+
+def labelled_rows(y: ArrayLike) -> NDArray[np.bool_]:
+    """Tell which rows (n,) have a label: all but those with -1, None or NaN."""
+    return ~_unlabelled(column_or_1d(np.asarray(y, dtype=object)))
 
 
 def class_names(classes: NDArray[Any]) -> tuple[str | int | float | bool, ...]:
@@ -121,17 +145,17 @@ def class_names(classes: NDArray[Any]) -> tuple[str | int | float | bool, ...]:
     return plain
 
 
-def class_shares(codes: NDArray[np.int64], n_classes: int) -> NDArray[np.float64]:
-    """Guess the share of each class (K,) among all rows from the labelled ones.
+def class_shares(counts_K: ArrayLike) -> NDArray[np.float64]:
+    """Guess the share of each class (K,) among all rows from how many of the labelled ones are of it.
 
     Equal shares, unless the counts would be improbable under them (a chi-squared test at 1 %): a few labels drawn by
     hand are as many of each class, or as good as.
     """
-    counts = np.bincount(codes[codes >= 0], minlength=n_classes)
+    counts = np.asarray(counts_K, dtype=np.float64)
     if chisquare(counts).pvalue >= _SURPRISE:
-        return np.full(n_classes, 1 / n_classes)
+        return np.full(len(counts), 1 / len(counts))
     # One more of each: a class that is rare is not one that is impossible.
-    return np.asarray((counts + 1) / (counts.sum() + n_classes), dtype=np.float64)
+    return np.asarray((counts + 1) / (counts.sum() + len(counts)))
 
 
 def given_shares(shares: ArrayLike, n_classes: int) -> NDArray[np.float64]:
@@ -156,19 +180,23 @@ def _natural(values: NDArray[Any]) -> NDArray[Any]:
     return plain if values.dtype == object and plain.dtype.kind in "biuf" else values
 
 
-def _unlabelled(values: NDArray[Any]) -> NDArray[np.bool_]:
+def _unlabelled(values: NDArray[Any], mark: int | None) -> NDArray[np.bool_]:
     if values.dtype == object:
-        return np.array([_is_missing(value) for value in values], dtype=bool)
+        return np.array([_is_missing(value, mark) for value in values], dtype=bool)
     if values.dtype.kind == "f":
-        return np.asarray(np.isnan(values) | (values == UNLABELLED))
+        return np.asarray(np.isnan(values) | _marked(values, mark))
     if values.dtype.kind == "i":
-        return np.asarray(values == UNLABELLED)
+        return _marked(values, mark)
     return np.zeros(len(values), dtype=bool)
 
 
-def _is_missing(value: object) -> bool:
+def _marked(values: NDArray[Any], mark: int | None) -> NDArray[np.bool_]:
+    return np.zeros(len(values), dtype=bool) if mark is None else np.asarray(values == mark)
+
+
+def _is_missing(value: object, mark: int | None) -> bool:
     # pandas' mark compares as neither equal nor different.
     if value is None or type(value).__name__ == "NAType":
         return True
     number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return number and (value == UNLABELLED or math.isnan(value))  # type: ignore[arg-type]  # it is a number
+    return number and (value == mark or math.isnan(value))  # type: ignore[arg-type]  # it is a number

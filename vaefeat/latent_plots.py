@@ -17,7 +17,15 @@ from numpy.typing import ArrayLike, NDArray
 
 from vaefeat.drawing import BLUE, GREY, INK, ORANGE, PALE, draw_title, figure, style
 
-__all__ = ["aggregate_posterior", "draw_map", "kl_per_latent", "latent_map", "learning_curves", "rate_distortion"]
+__all__ = [
+    "aggregate_posterior",
+    "draw_map",
+    "kl_per_latent",
+    "latent_map",
+    "learning_curves",
+    "rate_distortion",
+    "trade_off",
+]
 
 _MOST_BARS, _FEWEST_BARS, _MOST_PANELS = 40, 12, 12
 _ACTIVE_NATS = 0.01
@@ -192,6 +200,53 @@ def rate_distortion(
     axes.set(xlabel="rate: KL divergence (nats per row)", ylabel="distortion: -log p(x|z) (nats per row)")
     draw_title(axes, "Rate and distortion")
     return made
+
+
+def trade_off(
+    bounds: ArrayLike,
+    errors: ArrayLike,
+    spreads: ArrayLike,
+    settings: Mapping[str, Sequence[Any]],
+    *,
+    n_labels: int,
+) -> Figure:
+    """Show what features are worth against how well the model fits, a point a model and a panel a setting.
+
+    Parameters
+    ----------
+    bounds : array-like of shape (n,)
+        Held-out ELBO, in nats per row.
+    errors, spreads : array-like of shape (n,)
+        Of a classifier with few labels, in percent: mean and standard deviation over draws.
+    settings : mapping of str to sequence of n values
+        What colours the points of each panel.
+    n_labels : int
+    """
+    x, y, around = (np.asarray(values, dtype=np.float64) for values in (bounds, errors, spreads))
+    with style():
+        made = Figure(figsize=(0.6 + 4.6 * len(settings), 4.0), layout="constrained")
+        panels = made.subplots(1, len(settings), sharey=True, squeeze=False)[0]
+    for axes, (name, values) in zip(panels, settings.items(), strict=True):
+        kinds = list(dict.fromkeys(map(str, sorted(values, key=_sorting))))
+        colours = mpl.colormaps["viridis"](np.linspace(0.0, 0.9, max(2, len(kinds))))
+        axes.errorbar(x, y, around, fmt="none", ecolor=PALE, elinewidth=1, zorder=0)
+        for kind, colour in zip(kinds, colours, strict=False):
+            those = np.array([str(value) == kind for value in values])
+            axes.scatter(x[those], y[those], s=40, color=colour, label=kind, zorder=2)
+        best = int(y.argmin())
+        axes.scatter(x[best], y[best], s=130, facecolor="none", edgecolor=ORANGE, linewidth=1.8, zorder=1)
+        axes.margins(0.1)
+        axes.set_xlabel("held-out ELBO (nats per row)")
+        axes.legend(title=name, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+    panels[0].set_ylabel(f"error with {n_labels} labels (%)")
+    draw_title(panels[0], "What features are worth against the bound")
+    return made
+
+
+def _sorting(value: Any) -> tuple[bool, Any]:
+    """Put numbers in their order, and texts behind them."""
+    number = isinstance(value, int | float)
+    return not number, value if number else str(value)
 
 
 def learning_curves(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vaefeat.bundle import Bundle, Manifest
 
-__all__ = ["model_card", "reconstruction_picture", "renamed"]
+__all__ = ["model_card", "pipeline_card", "reconstruction_picture", "renamed"]
 
 _CELL_PIXELS = 56
 _COLUMNS = 12
@@ -76,6 +76,38 @@ weights. `bundle.json` lists every file with its SHA-256 and the whole configura
 """
 
 
+def pipeline_card(manifest: Manifest) -> str:
+    """Describe the bundle of a whole pipeline in Markdown."""
+    assert manifest.pipeline is not None
+    encoder, parity = manifest.pipeline["encoder"], manifest.pipeline["parity"]
+    steps = " -> ".join(step["class"] for step in manifest.pipeline["steps"])
+    difference, tied = parity["outputs"]["probabilities"]["max_abs_difference"], parity["labels"]["tied"]
+    labels = f"{tied} labels, each of two as probable" if tied else "no label"
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    return f"""# {manifest.name}
+
+A classifier: it turns {manifest.input} into labels and probabilities. Scaling is inside the graph.
+
+| | |
+|---|---|
+| encoder | {encoder["name"]} (`{encoder["digest"][:19]}...`), its {encoder["output"]} |
+| steps behind it | {steps or "none"} |
+{_class_names(manifest)}\
+| ONNX Runtime differs from scikit-learn in | on {parity["n_rows"]:,} rows {labels} and \
+probabilities by at most {difference:.2g} |
+| made with | {versions} |
+
+`pipeline.onnx` needs nothing but ONNX Runtime:
+
+```python
+import onnxruntime
+
+session = onnxruntime.InferenceSession("pipeline.onnx")
+label, probabilities = session.run(None, {{"rows": rows}})
+```
+"""
+
+
 def _bound(manifest: Manifest) -> str:
     metrics = manifest.metrics
     # A fine-tuned encoder is measured on rows that it may have seen.
@@ -99,13 +131,18 @@ def _collapse(manifest: Manifest) -> str:
 def _classes(manifest: Manifest) -> str:
     if not manifest.classes:
         return ""
-    run, names = manifest.data["finetuning"], [str(name) for name in manifest.classes]
-    shown = names if len(names) <= _CLASSES_SHOWN else [*names[:_CLASSES_SHOWN], "..."]
+    run = manifest.data["finetuning"]
     return (
-        f"| classes | {len(names)}: {', '.join(shown)} |\n"
+        f"{_class_names(manifest)}"
         f"| fine-tuned on | {run['n_labelled']:,} labelled and {run['n_unlabelled']:,} unlabelled rows, "
         f"{run['n_steps']:,} steps |\n"
     )
+
+
+def _class_names(manifest: Manifest) -> str:
+    names = [str(name) for name in manifest.classes]
+    shown = names if len(names) <= _CLASSES_SHOWN else [*names[:_CLASSES_SHOWN], "..."]
+    return f"| classes | {len(names)}: {', '.join(shown)} |\n"
 
 
 def _precision(manifest: Manifest) -> str:
@@ -114,7 +151,10 @@ def _precision(manifest: Manifest) -> str:
         return ""
     errors = ""
     if "error" in found:
-        errors = f", error with 10 labels a class {found['error_int8']:.2f} % against {found['error']:.2f} %"
+        coarse = found[f"error_{found['format']}"]
+        errors = f", error with 10 labels a class {coarse:.2f} % against {found['error']:.2f} %"
+    if "probability_difference" in found:
+        errors += f", probabilities by {found['probability_difference']:.3f} at most"
     return (
         f"| arithmetic | {found['format']}; means differ from float32's by {found['difference']:.3f} deviations"
         f"{errors} |\n"

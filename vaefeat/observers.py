@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vaefeat.errors import requiring
 
-__all__ = ["EpochRecord", "EventLog", "Observer", "ProgressBar", "shown_activity"]
+if TYPE_CHECKING:
+    from vaefeat.bundle import Bundle
+
+__all__ = ["EpochRecord", "EventLog", "Observer", "ProgressBar", "TaskObserver", "shown_activity"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +62,15 @@ class Observer:
     def on_start(self, *, epochs: int, steps_per_epoch: int, epoch: int) -> None:
         """Take note that training starts, or continues after `epoch` epochs."""
 
+    def on_model(self, export: Callable[[], Bundle]) -> None:
+        """Take note of what makes a bundle of the model as it stands after an epoch, in a second or so.
+
+        The bundle is the one that training would leave if it ended there.
+        """
+
+    def on_epoch_start(self, *, epoch: int) -> None:
+        """Take note that an epoch begins, or goes on where it was stopped; `epoch` is counted from 1."""
+
     def on_steps(
         self, *, epoch: int, step: int, elbo: float, log_likelihood: float, kl: float, rows_per_s: float
     ) -> None:
@@ -67,11 +79,34 @@ class Observer:
     def on_note(self, text: str) -> None:
         """Take note of something in words, such as how steps are computed, and why."""
 
-    def on_epoch(self, record: EpochRecord) -> None:
-        """Take note that an epoch is over."""
+    def on_epoch(self, record: EpochRecord) -> bool | None:
+        """Take note that an epoch is over; True ends the training of a model after it."""
+        return None
 
     def on_end(self) -> None:
         """Take note that training is over, for whatever reason."""
+
+
+class TaskObserver:
+    """Told what happens in the training of a classifier; every method does nothing until overridden."""
+
+    def on_start(self, *, n_tasks: int) -> None:
+        """Take note that training starts, of so many parts at most."""
+
+    def on_task_start(self) -> None:
+        """Take note that a part begins."""
+
+    def on_task(self, now: Callable[[], Any], *, n_done: int) -> bool | None:
+        """Take note that a part is over; True ends the training.
+
+        Parameters
+        ----------
+        now : callable
+            Gives what training would leave if it ended here.
+        n_done : int
+            Epochs or steps up to here.
+        """
+        return None
 
 
 class ProgressBar(Observer):

@@ -37,6 +37,7 @@ from vaefeat.latent_plots import (
     latent_map,
     learning_curves,
     rate_distortion,
+    trade_off,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ __all__ = [
     "rate_distortion",
     "samples",
     "sweeps",
+    "trade_off",
 ]
 
 #: Inches that one image takes in a figure of few, and the width that many must share.

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -22,22 +23,25 @@ from vaefeat.bundle import Bundle, Manifest, check_name, load_bundle
 from vaefeat.combinations import refuse_pair
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.data import Rows, fingerprint, load_rows
-from vaefeat.errors import BundleError, InputError, OutOfMemoryError, TrainingError
+from vaefeat.errors import BundleError, ConfigError, InputError, OutOfMemoryError, TrainingError
 from vaefeat.export import export_decoder, export_encoder, measure_parity
 from vaefeat.inference import denoise
 from vaefeat.input_spec import InputSpec
 from vaefeat.memory import ran_out_of_memory
 from vaefeat.model.diagnostics import diagnose
 from vaefeat.model.evaluation import fixed_noise
+from vaefeat.model.likelihoods import refuse_rows
 from vaefeat.model.networks import network_name
 from vaefeat.model.vae import VAE, likelihood_name
 from vaefeat.model_card import model_card, reconstruction_picture
 from vaefeat.observers import EventLog, Observer, ProgressBar, shown_activity
 from vaefeat.presets import choose_settings, plain_changes, refuse_changes
 from vaefeat.reference import REFERENCE_FILE, Reference
+from vaefeat.settings import refuse_other_model
 from vaefeat.streams import RowStream
+from vaefeat.table_schema import TableSchema
 from vaefeat.training import Trainer, TrainingResult
-from vaefeat.weights import weights_of
+from vaefeat.weights import restore_vae, weights_of
 from vaefeat.world import World
 
 __all__ = [
@@ -49,6 +53,7 @@ __all__ = [
     "make_folder",
     "pretrain",
     "refuse_untrainable",
+    "warn_of_collapse",
 ]
 
 #: Inside the output folder: what training leaves besides the bundle.
@@ -80,13 +85,15 @@ def pretrain(
     resume: bool = False,
     progress: bool = True,
     observers: Sequence[Observer] = (),
+    start: Bundle | None = None,
 ) -> Bundle:
     """Train a variational auto-encoder on unlabelled rows and export its encoder.
 
     Parameters
     ----------
-    data : path-like, array-like, Rows or Blocks
-        Anything that :func:`vaefeat.data.load_rows` reads. Labels in it are not looked at. What
+    data : path-like, array-like, data frame, Rows or Blocks
+        Anything that :func:`vaefeat.data.load_rows` reads, which also says what makes a table of it; what it gives can
+        be given here. Labels in it are not looked at. What
         :func:`vaefeat.blocks.open_blocks` opens is read while training, block by block, and never held in memory
         whole.
     preset : {"features", "textbook"}
@@ -106,6 +113,9 @@ def pretrain(
         Show a progress bar on standard error.
     observers : sequence of Observer
         Told what happens.
+    start : Bundle, optional
+        Weights and scaling to begin with, from a model of the same settings and rows of the same kind. The optimizer
+        and all schedules begin anew.
 
     Returns
     -------
@@ -154,6 +164,13 @@ def pretrain(
     model, train = choose_settings(
         source.sample, n_rows=source.n_rows, preset=preset, effort=effort, model=model, train=train
     )
+    if source.table is not None:
+        if model.columns not in ((), source.table.sizes):
+            raise ConfigError(
+                f"got columns={model.columns} for {source.table}, whose columns are {source.table.sizes}; leave them "
+                "out: they are read off the data"
+            )
+        model = replace(model, columns=source.table.sizes, optional_columns=source.table.optional_columns)
     refuse_pair(model, train)
     if resume and folder is None:
         raise InputError("got resume=True without out=, wanted the folder that holds the checkpoint")
@@ -170,15 +187,23 @@ def pretrain(
         watching.append(EventLog(folder / TRAINING_FOLDER))
     with ONE_AT_A_TIME:
         with fixed_noise(train.seed, torch.device("cpu")):
-            vae = _built(model, source.sample)
+            vae = _built(model, source.sample) if start is None else _continued(start, model, source)
         trainer = Trainer(
             vae,
             source.rows,
             train,
             checkpoint=checkpoint,
-            identity={"model": model.to_dict(), "data": source.identity},
+            identity={"model": model.to_dict(), "data": source.identity, **({"start": start.digest} if start else {})},
             observers=watching,
         )
+        described: dict[str, Any] = {
+            "train": train,
+            "name": name,
+            "data": {"fingerprint": source.identity["fingerprint"], "n_rows": source.n_rows},
+            "table": source.table,
+        }
+        for observer in watching if world.size == 1 else ():
+            observer.on_model(partial(_bundle_of_now, trainer, source.sample, **described))
         result = trainer.run(resume=resume)
         if folder is not None and not world.leads:
             world.wait(trainer.device)
@@ -186,19 +211,19 @@ def pretrain(
         if folder is not None:
             _write_history(folder / TRAINING_FOLDER / HISTORY_FILE, result)
         with shown_activity("export to ONNX, and compare with torch", shown=progress and world.leads):
-            bundle = make_bundle(
-                vae,
-                source.sample,
-                result,
-                train=train,
-                name=name,
-                data={"fingerprint": source.identity["fingerprint"], "n_rows": source.n_rows},
-            )
+            bundle = make_bundle(vae, source.sample, result, **described)
+    warn_of_collapse(bundle)
     if folder is None:
         return bundle
     saved = bundle.save(folder)
     world.wait(trainer.device)
     return saved
+
+
+def _bundle_of_now(trainer: Trainer, rows: NDArray[Any], **described: Any) -> Bundle:
+    with fixed_noise(trainer.config.seed, torch.device("cpu")):
+        vae, result = trainer.end_of_copy()
+        return make_bundle(vae, rows, result, **described)
 
 
 def _split_of(train: TrainConfig | Mapping[str, Any] | None) -> TrainConfig:
@@ -218,6 +243,24 @@ def _built(model: ModelConfig, rows: NDArray[Any]) -> VAE:
             f"a model of latent_dim={model.latent_dim}, hidden_dims={model.hidden_dims} and "
             f"channels={model.channels} does not fit into memory; make it smaller"
         ) from error
+
+
+def _continued(start: Bundle, model: ModelConfig, source: _Source) -> VAE:
+    """Take weights and scaling from a bundle, for a model of the same settings."""
+    given, taken = InputSpec.of(source.sample, table=source.table), start.manifest.input
+    has = {"shape of rows": taken.shape, "dtype of rows": taken.dtype, "table": _unscaled(taken.table)}
+    asked = {"shape of rows": given.shape, "dtype of rows": given.dtype, "table": _unscaled(given.table)}
+    refuse_other_model(has | start.manifest.model, asked | _resolved(model, given.shape).to_dict())
+    refuse_rows(model.likelihood, model, source.sample)
+    vae = restore_vae(start)
+    # The axes of the features are chosen anew when training ends.
+    vae.basis = None
+    return vae
+
+
+def _resolved(model: ModelConfig, row_shape: tuple[int, ...]) -> ModelConfig:
+    """Name what `auto` stands for."""
+    return replace(model, likelihood=likelihood_name(model, row_shape), network=network_name(model, row_shape))
 
 
 def _warn_of_checkpoint(folder: Path, *, resume: bool) -> None:
@@ -242,6 +285,7 @@ class _Source:
     n_rows: int
     name: str
     identity: dict[str, Any]
+    table: TableSchema | None = None
 
     @classmethod
     def opened(cls, data: Any, train: TrainConfig) -> _Source:
@@ -250,11 +294,19 @@ class _Source:
             identity = {"fingerprint": stream.fingerprint(), "order": stream.layout()}
             return cls(stream, stream.sample, stream.n_rows, stream.source, identity)
         loaded = data if isinstance(data, Rows) else load_rows(data)
-        return cls(loaded.array, loaded.array, len(loaded), loaded.source, {"fingerprint": fingerprint(loaded.array)})
+        identity = {"fingerprint": fingerprint(loaded.array)}
+        return cls(loaded.array, loaded.array, len(loaded), loaded.source, identity, loaded.table)
 
 
 def make_bundle(
-    vae: VAE, rows: NDArray[Any], result: TrainingResult, *, train: TrainConfig, name: str, data: dict[str, Any]
+    vae: VAE,
+    rows: NDArray[Any],
+    result: TrainingResult,
+    *,
+    train: TrainConfig,
+    name: str,
+    data: dict[str, Any],
+    table: TableSchema | None = None,
 ) -> Bundle:
     """Export a trained model and describe it, in memory.
 
@@ -268,9 +320,10 @@ def make_bundle(
     name : str
     data : dict
         What the manifest says of the training rows: their fingerprint and number.
+    table : TableSchema, optional
+        What their columns are.
 
-    The graphs are compared with torch on held-out rows first; see :func:`vaefeat.export.measure_parity`. Where the
-    posterior has collapsed, the logger ``vaefeat`` warns, and says what to try.
+    The graphs are compared with torch on held-out rows first; see :func:`vaefeat.export.measure_parity`.
     """
     vae = vae.cpu().eval()
     shown = np.array(result.heldout_rows[:_PARITY_ROWS])
@@ -279,23 +332,16 @@ def make_bundle(
         "decoder.onnx": export_decoder(vae),
         "weights.safetensors": weights_of(vae),
     }
-    model = replace(
-        vae.config,
-        likelihood=likelihood_name(vae.config, vae.row_shape),
-        network=network_name(vae.config, vae.row_shape),
-    )
+    model = _resolved(vae.config, vae.row_shape)
     evaluation = result.evaluation
     # One held-out row, all that a handful leaves, does not tell what varies.
     looked_at = shown if len(shown) > 1 else rows
     # The variance of a flow's mean over the rows is only known through samples, and two would drown it in noise.
     n_samples = 16 if model.posterior in {"planar", "iaf"} else 2
     found = diagnose(vae, np.array(looked_at[:_DIAGNOSED_ROWS]), n_samples=n_samples, seed=train.seed)
-    # Latents that a good model leaves unused are no reason to worry; a code that says next to nothing is.
-    if found.severe:
-        _LOG.warning("%s: %s", name, found.advice)
     manifest = Manifest(
         name=name,
-        input=InputSpec.of(rows),
+        input=InputSpec.of(rows, table=_scaled(table, vae)),
         outputs={"mean": model.latent_dim, "logvar": model.latent_dim, "hidden": vae.encoder.hidden_dim},
         latent_dim=model.latent_dim,
         active_units=evaluation.active,
@@ -328,6 +374,13 @@ def make_bundle(
     return Bundle.of(manifest, contents)
 
 
+def warn_of_collapse(bundle: Bundle) -> None:
+    """Warn, by the logger ``vaefeat``, where the posterior has collapsed, and say what to try."""
+    # Latents that a good model leaves unused are no reason to worry; a code that says next to nothing is.
+    if advice := bundle.manifest.metrics["advice"]:
+        _LOG.warning("%s: %s", bundle.name, advice)
+
+
 def make_folder(folder: Path) -> None:
     """Find out before an hour of training whether its result can be written."""
     try:
@@ -357,11 +410,26 @@ def refuse_untrainable(rows: NDArray[Any], source: str) -> None:
             f"got {len(rows)} row from {source} to train on, wanted at least 2: one to train on and one to measure"
         )
     # all() stops at the first row that differs, which for nearly every data set is the second.
-    if all(bool((rows[start : start + 4096] == rows[0]).all()) for start in range(0, len(rows), 4096)):
+    chunks = (rows[start : start + 4096] for start in range(0, len(rows), 4096))
+    if all(bool(((chunk == rows[0]) | ((chunk != chunk) & (rows[0] != rows[0]))).all()) for chunk in chunks):
         raise InputError(
             f"got {len(rows)} rows from {source} that are all the same, wanted rows that differ: "
             "there is nothing to learn from constant columns alone"
         )
+
+
+def _scaled(table: TableSchema | None, vae: VAE) -> TableSchema | None:
+    if table is None:
+        return None
+    scaling = vae.preprocessing
+    return table.scaled(scaling.shift.tolist(), (1 / scaling.scale).tolist())
+
+
+def _unscaled(table: TableSchema | None) -> TableSchema | None:
+    """Leave out what is of rows and not of columns."""
+    if table is None:
+        return None
+    return replace(table, columns=tuple(replace(column, mean=None, std=None) for column in table.columns))
 
 
 def _version(library: str) -> str:

@@ -9,7 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Readings"]
+from vaefeat.errors import NonFiniteLossError
+
+__all__ = ["Readings", "refuse_non_finite"]
+
+_TERMS = ("objective", "log-likelihood", "KL divergence", "gradient")
 
 
 class _Reading(NamedTuple):
@@ -46,3 +50,26 @@ class Readings:
                     return
             self._pending.popleft()
             yield reading.first_step, reading.figures
+
+
+def refuse_non_finite(
+    terms: Tensor, *, epoch: int, first: int, steps_per_epoch: int, learning_rate: float, kept: str
+) -> None:
+    """Refuse steps' objectives, log-likelihoods, KL divergences and gradients (steps, 4) that are no numbers.
+
+    Raises
+    ------
+    NonFiniteLossError
+        Names the first of them, and says what is `kept`.
+    """
+    finite = torch.isfinite(terms)
+    if finite.all():
+        return
+    step, term = (int(index) for index in torch.nonzero(~finite)[0])
+    # The objective holds the other two.
+    term = next((i for i in (1, 2) if not finite[step, i]), term)
+    raise NonFiniteLossError(
+        f"the {_TERMS[term]} became {terms[step, term].item()} in epoch {epoch}, batch {first + step + 1} of "
+        f"{steps_per_epoch}{kept}. Lower learning_rate (now {learning_rate:g}) or gradient_clip, and look for extreme "
+        "values in the rows"
+    )

@@ -6,6 +6,7 @@ import asyncio
 import io
 import math
 import threading
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,12 +16,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from vaefeat.errors import InputError, RemoteError
 from vaefeat.remote_card import MODELS_ASK, Card, pinning, read_cards
-from vaefeat.remote_exchange import Ask, RefusedError, Steps, Terms, answered
+from vaefeat.remote_exchange import Ask, Pause, RefusedError, Retries, Steps, Terms, answered
 from vaefeat.remote_lines import AsyncLine, Line
 
 __all__ = ["AsyncRemoteEncoder", "RemoteEncoder"]
 
 _NPY = "application/x-npy"
+#: For how long a pinned version may be missing: processes behind one address load a new one seconds apart.
+_SWAP_S = 10.0
 
 
 class _Parts:
@@ -84,20 +87,37 @@ class _RemoteModel:
                 content=_npy(rows[part]),
             )
             try:
-                answer = yield from answered(ask, self._terms)
+                answer = yield from self._answered(ask)
             except RefusedError as refused:
                 yield from self._mended(refused, n_rows=part.stop - part.start)
                 parts.give_back(part)
             else:
                 features[part] = self._read_features(answer, wanted=features[part].shape)
 
+    def _answered(self, ask: Ask) -> Steps[httpx.Response]:
+        """Ask for the pinned version; where it is not to be had, ask again for a while, over other connections.
+
+        Of several processes behind one address, one may still have to load what another has already.
+        """
+        swap = Retries(min(self._terms.patience_s, _SWAP_S))
+        while True:
+            try:
+                return (yield from answered(ask, self._terms))
+            except RefusedError as refused:
+                if refused.status != 404 or self._card.versions is None:
+                    raise
+                pause_s = swap.pause_s()
+                if pause_s is None:
+                    raise RemoteError(self._other_bundle(f"the refusal {str(refused)!r}")) from refused
+            yield Pause(pause_s)
+            # Over this one, the same process would answer.
+            ask = replace(ask, headers={**ask.headers, "connection": "close"})
+
     def _mended(self, refused: RefusedError, *, n_rows: int) -> Steps[None]:
         """Find what to do about a refusal: cut smaller, where the request was too large.
 
         Either the server's limits are smaller than they were, or something in between has a limit of its own.
         """
-        if refused.status == 404 and self._card.versions is not None:
-            raise RemoteError(self._other_bundle(f"the refusal {str(refused)!r}")) from refused
         if refused.status != 413 or n_rows == 1:
             raise refused
         if self._rows_per_request >= n_rows:  # else another hand has been here

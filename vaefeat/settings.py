@@ -18,11 +18,13 @@ __all__ = [
     "Settings",
     "check_bool",
     "check_choice",
+    "check_columns",
     "check_int",
     "check_number",
     "check_text",
     "check_tuple",
     "plain_value",
+    "refuse_other_model",
     "unknown_name",
     "with_overrides",
 ]
@@ -106,6 +108,22 @@ def _toml_value(text: str) -> Any:
         return text
 
 
+def refuse_other_model(has: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuse to go on training with settings that weights depend on and that are not theirs.
+
+    Raises
+    ------
+    ConfigError
+        Names the first setting that differs.
+    """
+    for name in asked:
+        if has.get(name) != asked[name]:
+            raise ConfigError(
+                f"got {name}={asked[name]!r}, but the weights to go on from have {name}={has.get(name)!r}; set it "
+                "back, or begin anew (warm_start=False)"
+            )
+
+
 def check_text(name: str, value: object) -> None:
     """Refuse what is no text."""
     if not isinstance(value, str):
@@ -117,6 +135,17 @@ def check_tuple(name: str, value: object) -> tuple[object, ...]:
     if not isinstance(value, tuple) or not value:
         raise ConfigError(f"got {name}={value!r}, wanted a tuple of at least one width, such as (256,)")
     return value
+
+
+def check_columns(columns: object, optional: object) -> None:
+    """Refuse what is no description of a table's columns."""
+    for name, value in (("columns", columns), ("optional_columns", optional)):
+        if not isinstance(value, tuple):
+            raise ConfigError(f"got {name}={value!r}, wanted a tuple of whole numbers, () for none")
+        for number in value:
+            check_int(f"every number in {name}", number, at_least=0)
+    if not set(optional) <= set(range(len(columns))):  # type: ignore[arg-type, call-overload]  # both are tuples now
+        raise ConfigError(f"got optional_columns={optional!r} of {len(columns)} columns")  # type: ignore[arg-type]
 
 
 def check_int(name: str, value: object, *, at_least: int) -> None:

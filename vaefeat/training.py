@@ -10,6 +10,7 @@ Kingma and Welling 2013, Auto-Encoding Variational Bayes, arXiv:1312.6114, algor
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -49,7 +50,7 @@ from vaefeat.model.objectives import OBJECTIVES
 from vaefeat.model.vae import VAE
 from vaefeat.observers import EpochRecord, Observer
 from vaefeat.placement import resolve_device, threads_for, using_threads
-from vaefeat.readings import Readings
+from vaefeat.readings import Readings, refuse_non_finite
 from vaefeat.schedules import kl_warmup_factor, learning_rate_factor
 from vaefeat.settings import unknown_name
 from vaefeat.step import Knobs, TrainingStep
@@ -61,7 +62,6 @@ __all__ = ["Trainer", "TrainingResult"]
 
 #: Reading a figure from a GPU waits for it: losses are collected on the device and read this often.
 _STEPS_PER_READING = 50
-_TERMS = ("objective", "log-likelihood", "KL divergence", "gradient")
 #: What may differ between a run and its continuation without changing the result.
 _FREE_SETTINGS = {"device", "threads", "checkpoint_every", "checkpoint_seconds"}
 
@@ -148,12 +148,11 @@ class Trainer:
         self.take_step = TrainingStep(
             vae, self.objective, config, n_train=self.feed.n_train, world=self.world, full=self.feed.batch_size
         )
-        self.judge = HeldOut(
-            vae, self.objective, config, batch_size=self.batch_size, world=self.world, device=self.device
-        )
+        self.judge = HeldOut(self.objective, config, batch_size=self.batch_size, world=self.world, device=self.device)
         self.checkpoint = checkpoint
         self.observers = observers if self.world.leads else ()
-        self.identity = {"train": _binding(config), **(identity or {})}
+        binding = {key: value for key, value in config.to_dict().items() if key not in _FREE_SETTINGS}
+        self.identity = {"train": binding, **(identity or {})}
         self.threads = config.threads or threads_for(
             self.vae,
             self.batch_size // self.world.size,
@@ -201,13 +200,20 @@ class Trainer:
             self.world.refuse_disagreement(repr((self.identity, self.epoch, self.step)), self.device)
             with self._observed():
                 self._run_epochs()
-            self.vae.load_state_dict(self.best_weights)
-            self.vae.eval()
-            self.objective.finish(self.vae, self.sample)
-            evaluation = self._evaluate()
-        return TrainingResult(
-            tuple(self.history), evaluation, self.feed.heldout, self.feed.heldout_rows, self.engine or Engine()
-        )
+            return self._end(self.vae)
+
+    def end_of_copy(self) -> tuple[VAE, TrainingResult]:
+        """Give what training would leave if it ended now, after an epoch; for runs of one process."""
+        with fixed_noise(self.config.seed, self.device):
+            vae = copy.deepcopy(self.vae)
+            return vae, self._end(vae)
+
+    def _end(self, vae: VAE) -> TrainingResult:
+        vae.load_state_dict(self.best_weights)
+        vae.eval()
+        self.objective.finish(vae, self.sample)
+        feed, evaluation = self.feed, self._evaluate(vae)
+        return TrainingResult(tuple(self.history), evaluation, feed.heldout, feed.heldout_rows, self.engine or Engine())
 
     @contextmanager
     def _observed(self) -> Iterator[None]:
@@ -236,6 +242,8 @@ class Trainer:
         return self.stopped_early or self.epoch == self.config.max_epochs
 
     def _run_epoch(self, stop: StopRequest) -> None:
+        for observer in self.observers:
+            observer.on_epoch_start(epoch=self.epoch + 1)
         self.vae.train()
         with closing(self.feed.epoch(self.epoch, self.step)) as feed:
             minibatches: Iterator[Tensor] = feed
@@ -280,7 +288,14 @@ class Trainer:
     def _read(self, started: float, *, wait: bool = False) -> None:
         """Take note of the figures that have arrived."""
         for first, figures in self.readings.arrived(wait=wait):
-            self._refuse_non_finite(figures[:, :4], first)
+            refuse_non_finite(
+                figures[:, :4],
+                epoch=self.epoch + 1,
+                first=first,
+                steps_per_epoch=self.steps_per_epoch,
+                learning_rate=self.config.learning_rate,
+                kept=f"; the last good checkpoint is {self.checkpoint}" if self.has_checkpoint else "",
+            )
             _, log_likelihood, kl, _, n_rows = figures.sum(dim=0).tolist()
             self.sums += figures[:, :3].sum(dim=0)
             elapsed, self._read_at = time.perf_counter() - max(started, self._read_at), time.perf_counter()
@@ -338,23 +353,9 @@ class Trainer:
     def _kl_weight(self, step: int) -> float:
         return self.config.kl_weight * kl_warmup_factor(step, self.total_steps, self.config.kl_warmup)
 
-    def _refuse_non_finite(self, terms: Tensor, first_step: int) -> None:
-        finite = torch.isfinite(terms)
-        if finite.all():
-            return
-        step, term = (int(index) for index in torch.nonzero(~finite)[0])
-        # The objective holds the other two.
-        term = next((i for i in (1, 2) if not finite[step, i]), term)
-        kept = f"; the last good checkpoint is {self.checkpoint}" if self.has_checkpoint else ""
-        raise NonFiniteLossError(
-            f"the {_TERMS[term]} became {terms[step, term].item()} in epoch {self.epoch + 1}, batch "
-            f"{first_step + step + 1} of {self.steps_per_epoch}{kept}. Lower learning_rate (now "
-            f"{self.config.learning_rate:g}) or gradient_clip, and look for extreme values in the rows"
-        )
-
     def _close_epoch(self, rows_per_s: float, started: float) -> None:
         _, log_likelihood, kl = (self.sums / self.feed.n_train).tolist()
-        evaluation = self._evaluate()
+        evaluation = self._evaluate(self.vae)
         last_step = self.epoch * self.steps_per_epoch + self.step - 1
         self.epoch, self.step = self.epoch + 1, 0
         self.sums.zero_()
@@ -375,8 +376,10 @@ class Trainer:
         )
         self.history.append(record)
         self._judge(record, last_step)
-        for observer in self.observers:
-            observer.on_epoch(record)
+        # Every one of them is told, whatever the others answer, and none draws from the noise of the run.
+        with fixed_noise(self.config.seed, self.device):
+            answers = [observer.on_epoch(record) for observer in self.observers]
+        self.stopped_early |= self.world.any(any(answers), self.device)
 
     def _judge(self, record: EpochRecord, last_step: int) -> None:
         """Keep the best weights, or the last; stop when none were better for `patience` epochs after the warm-up."""
@@ -395,9 +398,9 @@ class Trainer:
             warm_epoch = math.ceil(self.config.kl_warmup * self.config.max_epochs)
             self.stopped_early = self.epoch - max(self.best_epoch, warm_epoch) >= self.config.patience
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self, vae: VAE) -> Evaluation:
         self.objective.anneal((self.epoch * self.steps_per_epoch + self.step) / self.total_steps)
-        return self.judge.evaluate(self.feed.heldout_rows)
+        return self.judge.evaluate(vae, self.feed.heldout_rows)
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: tensor.detach().clone() for name, tensor in self.vae.state_dict().items()}
@@ -444,7 +447,3 @@ class Trainer:
         self.history = [EpochRecord(**record) for record in meta["history"]]
         if meta["engine"] is not None:
             self.engine = Engine(meta["engine"]["precision"], meta["engine"]["compiled"])
-
-
-def _binding(config: TrainConfig) -> dict[str, Any]:
-    return {key: value for key, value in config.to_dict().items() if key not in _FREE_SETTINGS}

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_consistent_length, check_is_fitted, validate_data
 
 from vaefeat.bundle import Bundle, load_bundle
+from vaefeat.callbacks import ClassifierTasks, FitTasks, with_callbacks
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.errors import ConfigError, InputError, requiring
 from vaefeat.estimator_inputs import flat_images, plain_settings, training_rows
 from vaefeat.input_spec import InputSpec
-from vaefeat.labels import encode_labels
-from vaefeat.settings import check_int, check_number, unknown_name
+from vaefeat.labels import UNLABELLED
+from vaefeat.partly_labelled import PartlyLabelledClassifier
+from vaefeat.settings import check_int, check_number, refuse_other_model, unknown_name
 
 if TYPE_CHECKING:
     from vaefeat.model.labelled import LabelledVAE
@@ -43,7 +44,7 @@ _TRAIN_OPTIONS = (
 )
 
 
-class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+class VAEClassifier(PartlyLabelledClassifier):
     """A generative semi-supervised classifier: a VAE of rows and classes, trained end to end.
 
     Of rows without a label every class is tried, and weighed with the classifier's own opinion; see
@@ -81,6 +82,12 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Where rows are changed at each look: weight of the classes that the classifier is certain of in unchanged rows,
         as labels of the changed ones, relative to the weight of the labels given (Sohn et al. 2020, arXiv:2001.07685).
         0 is the objective of the papers alone.
+    class_weight : mapping of labels to weights, "balanced" or None
+        Of each class's labels in the loss, times `sample_weight`. ``balanced`` makes all classes weigh alike. The prior
+        p(y) does not feel it.
+    unlabelled : int or None
+        The number that stands in `y` for a missing label, beside None and NaN. None where each number is a class: with
+        labels -1 and 1, say.
     augmentations : "auto" or tuple of str
         How rows are changed at each look, labelled ones and others: names of
         :mod:`vaefeat.model.augmentation`. ``auto`` is ``("affine", "erasing")`` for images (small rotations, shears,
@@ -100,6 +107,9 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     train_options : mapping, optional
         Any of these fields of :class:`vaefeat.config.TrainConfig`: optimizer, momentum, weight_decay, lr_warmup,
         lr_schedule, gradient_clip, kl_weight, threads.
+    warm_start : bool
+        Go on from the fitted weights when fitted again, with the same networks and classes. The scaling of the rows
+        stays, the optimizer and the schedules begin anew, and epochs add up.
     random_state : int, RandomState or None
         The same number, rows, labels and machine give the same model.
     verbose : int
@@ -143,6 +153,11 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     ((1797, 10), (5, 64))
     """
 
+    model_: LabelledVAE
+    input_: InputSpec
+    n_iter_: int
+    _built_with: dict[str, Any]
+
     def __init__(
         self,
         model: str = "m2",
@@ -158,6 +173,8 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         model_options: Mapping[str, Any] | None = None,
         classification_weight: float = 50.0,
         consistency: float = 1.0,
+        class_weight: Mapping[Any, float] | str | None = None,
+        unlabelled: int | None = UNLABELLED,
         augmentations: str | tuple[str, ...] = "auto",
         max_epochs: int = 20,
         batch_size: int = 100,
@@ -166,6 +183,7 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         kl_warmup: float = 0.0,
         device: str = "auto",
         train_options: Mapping[str, Any] | None = None,
+        warm_start: bool = False,
         random_state: int | np.random.RandomState | None = None,
         verbose: int = 0,
     ) -> None:
@@ -181,6 +199,8 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.model_options = model_options
         self.classification_weight = classification_weight
         self.consistency = consistency
+        self.class_weight = class_weight
+        self.unlabelled = unlabelled
         self.augmentations = augmentations
         self.max_epochs = max_epochs
         self.batch_size = batch_size
@@ -189,10 +209,12 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.kl_warmup = kl_warmup
         self.device = device
         self.train_options = train_options
+        self.warm_start = warm_start
         self.random_state = random_state
         self.verbose = verbose
 
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+    @with_callbacks
+    def fit(self, X: ArrayLike, y: ArrayLike, *, sample_weight: ArrayLike | None = None) -> Self:
         """Train on all rows, and on the labels that there are.
 
         Parameters
@@ -201,6 +223,9 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             uint8, or anything that becomes float32. At least two rows.
         y : array-like of shape (n,)
             Labels of at least two classes, and -1 for rows without one.
+        sample_weight : array-like of shape (n,), optional
+            How many copies of it a labelled row stands for, which are the same to the last bit; it need not be whole.
+            A row without a label is left out where it is 0; what else it is does not matter.
 
         Raises
         ------
@@ -211,20 +236,29 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         TrainingError
             The objective became NaN or infinite.
         """
-        rows = training_rows(self, X, self.image_shape)
-        classes, codes = encode_labels(y, estimator=type(self).__name__)
-        check_consistent_length(rows, codes)
+        goes_on = self.warm_start and hasattr(self, "model_")
+        rows = training_rows(self, X, self.image_shape, reset=not goes_on)
+        classes, targets = self._targets(rows, y, sample_weight)
         self._refuse_settings()
         encoder = None if self.encoder is None else _opened(self.encoder)
         if encoder is not None:
             rows = encoder.manifest.input.prepare(rows)
+        built = self._built(rows, classes, encoder)
+        if goes_on:
+            refuse_other_model(self._built_with, built)
         with requiring("train", what="Training"):
             from vaefeat.classification import train_classifier
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        self.model_: LabelledVAE = train_classifier(
+        n_before, spec = self.n_iter_ if goes_on else 0, encoder.manifest.input if encoder else InputSpec.of(rows)
+
+        def fitted(model: LabelledVAE, n_epochs: int) -> dict[str, Any]:
+            return {"model_": model, "input_": spec, "classes_": classes, "n_iter_": n_before + n_epochs}
+
+        tasks = FitTasks(self, "epoch", X=X, y=y, sample_weight=sample_weight)
+        model, n_epochs = train_classifier(
             self.model,
             rows,
-            codes,
+            targets,
             model=self._model_config(),
             train=self._train_config(seed),
             auxiliary_dim=self.auxiliary_dim,
@@ -234,10 +268,11 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             consistency=self.consistency,
             augmentations=self.augmentations,
             progress=self.verbose != 0,
+            observer=ClassifierTasks(tasks, fitted),
+            start=self.model_ if goes_on else None,
         )
-        self.input_ = encoder.manifest.input if encoder else InputSpec.of(rows)
-        self.classes_: NDArray[Any] = classes
-        self.n_iter_ = int(self.max_epochs)
+        self._built_with = built
+        tasks.finish(fitted(model, n_epochs))
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
@@ -252,12 +287,6 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         from vaefeat.classification import class_probabilities
 
         return class_probabilities(self.model_, rows)
-
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Give each row's most probable class, (n,)."""
-        probabilities = self.predict_proba(X)
-        found: NDArray[Any] = self.classes_[probabilities.argmax(axis=1)]
-        return found
 
     def sample(self, y: Any = None, n_samples: int | None = None) -> NDArray[np.float32]:
         """Generate rows: draw a style from p(z), and decode it with a class.
@@ -358,6 +387,17 @@ class VAEClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         for name in self.train_options or {}:
             if name not in _TRAIN_OPTIONS:
                 raise unknown_name("train_options key", name, _TRAIN_OPTIONS)
+
+    def _built(self, rows: NDArray[Any], classes: NDArray[Any], encoder: Bundle | None) -> dict[str, Any]:
+        """Name everything that the weights are made for."""
+        return {
+            "model": self.model,
+            "classes": classes.tolist(),
+            "dtype of rows": str(rows.dtype),
+            "encoder": encoder.digest if encoder else None,
+            "auxiliary_dim": self.auxiliary_dim,
+            **self._model_config().to_dict(),
+        }
 
     def _model_config(self) -> ModelConfig:
         names = ("network", "hidden_dims", "channels", "likelihood")

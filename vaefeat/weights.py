@@ -11,6 +11,7 @@ from vaefeat.bundle import Bundle
 from vaefeat.config import ModelConfig
 from vaefeat.errors import BundleError, ConfigError, InputError
 from vaefeat.model.classifier import Classifier
+from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.vae import VAE
 
 __all__ = ["restore_classifier", "restore_vae", "weights_of"]
@@ -31,7 +32,9 @@ def restore_vae(bundle: Bundle) -> VAE:
     """
     weights = bundle.read("weights.safetensors")
     try:
-        vae = VAE(ModelConfig.from_dict(bundle.manifest.model), bundle.manifest.input.shape)
+        # Weights are drawn, and loaded over.
+        with fixed_noise(0, torch.device("cpu")):
+            vae = VAE(ModelConfig.from_dict(bundle.manifest.model), bundle.manifest.input.shape)
         tensors = safetensors.torch.load(weights)
         if "basis" in tensors:
             vae.basis = torch.empty(vae.config.latent_dim, vae.config.latent_dim)

@@ -131,6 +131,8 @@ class Admission:
         if exchange in self._present:
             del self._present[exchange]
             self.in_flight_bytes -= exchange.announced_bytes
+            if exchange.key is not None and not exchange.body_is_read:
+                self.rates.give_back(exchange.key, bytes=exchange.announced_bytes - exchange.received_bytes)
             exchange.unwatch()
 
     def _look_for_clients(self) -> None:

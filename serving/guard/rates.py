@@ -4,6 +4,9 @@ A bucket fills at its key's rate up to what the key may send at once, two second
 admitted. A request larger than the whole bucket is admitted when the bucket is full and leaves a debt, so that large
 requests are slowed to the rate, not shut out for ever.
 
+Bytes are traffic: those that a client has sent count, whatever becomes of its request, and those of a body that was
+refused unread do not. Rows count where they are going to be computed.
+
 Rates hold for one process: with several replicas, each has its own buckets.
 """
 
@@ -64,6 +67,11 @@ class RateLimiter:
             del self._buckets[next(iter(self._buckets))]
         return buckets.take(now, (rows, key.rows_per_s), (bytes, key.bytes_per_s))
 
+    def give_back(self, key: Key, *, bytes: int) -> None:
+        """Give back bytes that were taken, and did not come."""
+        if (buckets := self._buckets.get(key.id)) is not None:
+            buckets.give_back(bytes)
+
 
 class _Buckets:
     """What one key has used beyond what has flowed back: rows and bytes; 0 is a full bucket."""
@@ -91,6 +99,9 @@ class _Buckets:
                 if rate is not None:
                     self._used[place] += amount
         return wait_s
+
+    def give_back(self, n_bytes: int) -> None:
+        self._used[1] = max(0.0, self._used[1] - n_bytes)
 
 
 def rate_limited(wait_s: float) -> RequestError:

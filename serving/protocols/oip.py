@@ -12,7 +12,7 @@ schedule policy extensions, https://github.com/triton-inference-server/server/tr
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ import orjson
 from numpy.typing import NDArray
 
 from serving.errors import CodecError, shown
+from serving.protocols.number_lists import count
 from serving.protocols.tensors import (
     IMAGES,
     ROWS,
@@ -30,24 +31,20 @@ from serving.protocols.tensors import (
     images_from_texts,
     rows_from_bytes,
     rows_from_values,
+    tensor_of,
 )
 from vaefeat import __version__
 
 if TYPE_CHECKING:
-    from serving.models import ServedModel
-    from serving.service import Embedded
     from vaefeat.input_spec import InputSpec
 
 __all__ = [
     "EXTENSIONS",
-    "InferEncoder",
     "InferRequest",
     "decode_infer",
-    "describe_model",
+    "default_outputs",
     "describe_server",
     "encode_error",
-    "failures_text",
-    "marked_failures",
     "parse_json_length",
     "parse_priority",
     "parse_timeout",
@@ -56,7 +53,6 @@ __all__ = [
 
 #: Of the protocol's extensions, those that are here whatever else the service has.
 EXTENSIONS = ("binary_tensor_data", "parameters", "schedule_policy")
-_DEFAULT_OUTPUT = "mean"
 _MAX_ID = 1024
 #: kserve's client repeats in the body what the address says; the address counts.
 _REQUEST_KEYS = {"id", "parameters", "inputs", "outputs", "model_name", "model_version"}
@@ -134,7 +130,7 @@ def parse_json_length(header: bytes | None, *, body_length: int) -> int | None:
 
 
 def decode_infer(
-    body: bytes, *, json_length: int | None, spec: InputSpec, outputs: Mapping[str, int], max_rows: int
+    body: bytes, *, json_length: int | None, spec: InputSpec, outputs: Collection[str], max_rows: int
 ) -> InferRequest:
     """Read the body of a request to infer.
 
@@ -146,8 +142,8 @@ def decode_infer(
         From :func:`parse_json_length`. With 0, the body is `rows` in the bundle's own dtype, as many as there are.
     spec : InputSpec
         What the bundle takes.
-    outputs : mapping of str to int
-        What it gives, with widths.
+    outputs : collection of str
+        What it gives.
     max_rows : int
         Most rows or images in one request.
 
@@ -160,7 +156,7 @@ def decode_infer(
     """
     if json_length == 0:
         raw = _raw_rows(body, spec=spec, max_rows=max_rows)
-        return InferRequest(None, raw, None, ((_DEFAULT_OUTPUT, True),), 0, None)
+        return InferRequest(None, raw, None, tuple((name, True) for name in default_outputs(outputs)), 0, None)
     fields = _parse(body if json_length is None else body[:json_length], spec=spec, max_rows=max_rows)
     parameters = _parameters(fields, "the request")
     tensor = _only_input(fields.get("inputs"))
@@ -188,11 +184,16 @@ def decode_infer(
     )
 
 
+def default_outputs(outputs: Collection[str]) -> tuple[str, ...]:
+    """Give what is answered where a request names no output: the mean, or all that a pipeline has."""
+    return ("mean",) if "mean" in outputs else tuple(outputs)
+
+
 def _raw_rows(body: bytes, *, spec: InputSpec, max_rows: int) -> NDArray[Any]:
     n, rest = divmod(len(body), spec.row_bytes)
     if rest or not n:
         raise CodecError(f"got a raw body of {len(body)} bytes, wanted {spec} of {spec.row_bytes} bytes each")
-    datatype, shape = _tensor_of(spec)
+    datatype, shape = tensor_of(spec)
     check_input(ROWS, datatype, [n, *shape], spec=spec, max_rows=max_rows)
     return rows_from_bytes(body, datatype=datatype, shape=[n, *shape], spec=spec)
 
@@ -206,7 +207,7 @@ def _parse(text: bytes, *, spec: InputSpec, max_rows: int) -> dict[str, Any]:
         lists_in_a_row = 1 + int(np.cumprod(spec.shape[:-1], dtype=np.int64).sum())
         bounds = {b"[": max_rows * lists_in_a_row, b",": max_rows * spec.n_features, b'"': 2 * max_rows, b"{": 0}
         for mark, bound in bounds.items():
-            if text.count(mark) > bound + _SHORT_JSON:
+            if count(text, mark) > bound + _SHORT_JSON:
                 raise CodecError(
                     f"got JSON with more {mark.decode()} than {max_rows} rows take, wanted one input and at most "
                     f"{max_rows} rows in it; send them in several requests"
@@ -288,9 +289,9 @@ def _flag(parameters: dict[str, Any], name: str, *, default: bool) -> bool:
     return value
 
 
-def _asked_outputs(asked: object, binary: bool, outputs: Mapping[str, int]) -> tuple[tuple[str, bool], ...]:
+def _asked_outputs(asked: object, binary: bool, outputs: Collection[str]) -> tuple[tuple[str, bool], ...]:
     if asked is None or asked == []:
-        return ((_DEFAULT_OUTPUT, binary),)
+        return tuple((name, binary) for name in default_outputs(outputs))
     if not isinstance(asked, list):
         raise CodecError(f"got the outputs {shown(asked)}, wanted a list of objects with a name")
     tensors = [_object(output, _OUTPUT_KEYS, "an output") for output in asked]
@@ -328,111 +329,9 @@ def parse_timeout(value: object) -> float | None:
     return value / 1e6
 
 
-class InferEncoder:
-    """Writes the answers of one model; what is the same in all of them is written once.
-
-    Parameters
-    ----------
-    model : ServedModel
-    """
-
-    def __init__(self, model: ServedModel) -> None:
-        fields = {"model_name": model.name, "model_version": model.version, "parameters": {"digest": model.digest}}
-        self._start = orjson.dumps(fields)[:-2]  # still within the parameters
-        self._outputs = {
-            name: orjson.dumps({"name": name, "datatype": "FP32"})[:-1] + b',"shape":[' for name in model.outputs
-        }
-
-    def encode(self, request: InferRequest, embedded: Embedded) -> tuple[bytes, list[tuple[bytes, bytes]]]:
-        """Write an answer.
-
-        Parameters
-        ----------
-        request : InferRequest
-        embedded : Embedded
-            With all the outputs that `request` names.
-
-        Returns
-        -------
-        body : bytes
-            Data in JSON are flat lists of the shortest decimals that read back as the same float32. The features of an
-            image that could not be decoded are NaN as bytes and null in JSON, so that nobody takes them for features;
-            the parameter ``errors`` holds JSON text, the message of each by its index.
-        headers : list of (bytes, bytes)
-            Content-Type, and Inference-Header-Content-Length where there are bytes after the JSON.
-        """
-        parts = [self._start]
-        if embedded.errors:
-            parts += [b',"errors":', orjson.dumps(failures_text(embedded))]
-        parts.append(b"}")
-        if request.id is not None:
-            parts += [b',"id":', orjson.dumps(request.id)]
-        separator, blobs = b',"outputs":[', []
-        for name, binary in request.outputs:
-            tensor = marked_failures(embedded, name)
-            parts += [separator, self._outputs[name], b"%d,%d]" % tensor.shape]
-            if binary:
-                parts.append(b',"parameters":{"binary_data_size":%d}}' % tensor.nbytes)
-                blobs.append(tensor.data)
-            else:
-                parts += [b',"data":', orjson.dumps(tensor.ravel(), option=orjson.OPT_SERIALIZE_NUMPY), b"}"]
-            separator = b","
-        parts.append(b"]}")
-        text = b"".join(parts)
-        if not blobs:
-            return text, [(b"content-type", b"application/json")]
-        headers = [
-            (b"content-type", b"application/octet-stream"),
-            (b"inference-header-content-length", b"%d" % len(text)),
-        ]
-        return b"".join([text, *blobs]), headers
-
-
-def marked_failures(embedded: Embedded, output: str) -> NDArray[np.float32]:
-    """Features of one output, C-contiguous, with NaN for the images that could not be decoded."""
-    features = np.ascontiguousarray(embedded.features[output], np.dtype("<f4"))
-    if embedded.errors:
-        features = features.copy()
-        features[list(embedded.errors)] = np.nan
-    return features
-
-
-def failures_text(embedded: Embedded) -> str:
-    """JSON text with the message of each failed image by its index; a parameter's value can be no object."""
-    return orjson.dumps(embedded.errors, option=orjson.OPT_NON_STR_KEYS).decode()
-
-
 def describe_server(*, extensions: Iterable[str] = EXTENSIONS) -> dict[str, Any]:
     """Metadata of the server, in the words of the protocol."""
     return {"name": "vaefeat", "version": __version__, "extensions": list(extensions)}
-
-
-def describe_model(model: ServedModel, *, versions: Iterable[str]) -> dict[str, Any]:
-    """Metadata of a model, in the words of the protocol.
-
-    Parameters
-    ----------
-    model : ServedModel
-    versions : iterable of str
-        All that are served under its name.
-    """
-    datatype, shape = _tensor_of(model.input)
-    inputs = [{"name": ROWS, "datatype": datatype, "shape": [-1, *shape]}]
-    if model.input.kind == "image":
-        inputs.append({"name": IMAGES, "datatype": "BYTES", "shape": [-1]})
-    # The default output first, which sorting by "is not it" gives.
-    names = sorted(model.outputs, key=lambda name: name != _DEFAULT_OUTPUT)
-    return {
-        "name": model.name,
-        "versions": list(versions),
-        "platform": "onnx_onnxv1",
-        "inputs": inputs,
-        "outputs": [{"name": name, "datatype": "FP32", "shape": [-1, model.outputs[name]]} for name in names],
-    }
-
-
-def _tensor_of(spec: InputSpec) -> tuple[str, tuple[int, ...]]:
-    return {"uint8": "UINT8", "float32": "FP32"}[spec.dtype], spec.shape
 
 
 def encode_error(message: str) -> bytes:

@@ -11,28 +11,32 @@ See :mod:`serving.protocols.oip_messages`; https://grpc.io/docs/guides/health-ch
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
 import serving.protocols.oip_messages as messages
-from serving.errors import CodecError, RequestError, SetupError, as_request_error
-from serving.guard.keys import require_scope
+from serving.errors import CodecError, RequestError, SetupError
+from serving.guard.calls import CallGuard, Reader, key_of
 from serving.protocols.oip import (
     InferRequest,
-    describe_model,
+    default_outputs,
     describe_server,
-    failures_text,
-    marked_failures,
     parse_priority,
     parse_timeout,
     refuse_parameters,
 )
-from serving.protocols.oip_call import InferCall
+from serving.protocols.oip_call import InferCall, told_to
+from serving.protocols.oip_outputs import (
+    as_bytes,
+    describe_model,
+    failures_text,
+    labels_of,
+    marked_failures,
+    output_tensors,
+)
 from serving.protocols.tensors import (
     IMAGES,
     check_input,
@@ -41,11 +45,12 @@ from serving.protocols.tensors import (
     rows_from_bytes,
     rows_from_numbers,
 )
+from vaefeat.predictor import LABEL
 
 if TYPE_CHECKING:
-    from serving.guard.keys import Key, KeyRing
+    from serving.guard.keys import KeyRing
     from serving.guard.rates import RateLimiter
-    from serving.models import ServedModel
+    from serving.served_model import ServedModel
     from serving.service import Embedded, Service
     from serving.watching.recorder import Recorder
     from vaefeat.input_spec import InputSpec
@@ -59,8 +64,6 @@ __all__ = [
     "encode_model_infer",
     "start_grpc",
 ]
-
-_log = logging.getLogger("serving")
 
 _INFERENCE_SERVICE = "inference.GRPCInferenceService"
 _HEALTH_SERVICE = "grpc.health.v1.Health"
@@ -78,28 +81,15 @@ _CONTENTS = {
     "FP64": "fp64_contents",
     "BYTES": "bytes_contents",
 }
-_CODES = {
-    401: grpc.StatusCode.UNAUTHENTICATED,
-    403: grpc.StatusCode.PERMISSION_DENIED,
-    404: grpc.StatusCode.NOT_FOUND,
-    408: grpc.StatusCode.DEADLINE_EXCEEDED,
-    409: grpc.StatusCode.FAILED_PRECONDITION,
-    429: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    500: grpc.StatusCode.INTERNAL,
-    503: grpc.StatusCode.UNAVAILABLE,
-    504: grpc.StatusCode.DEADLINE_EXCEEDED,
-}
-#: A status travels in the trailers, which gRPC bounds at 8 KiB.
-_MAX_DETAILS = 2000
-#: Calls that are answered at the same time; further ones are RESOURCE_EXHAUSTED. gRPC reads a message whole before
-#: anyone is asked, so this and the size of a message bound the memory.
+#: Calls that are answered at the same time; further ones are RESOURCE_EXHAUSTED.
 _MAX_CALLS = 64
+_WINDOW_BYTES = 65_536
 #: How often Watch looks whether something changed, in seconds.
 _WATCH_EVERY_S = 0.5
 
 
 def decode_model_infer(
-    message: Any, *, spec: InputSpec, outputs: Mapping[str, int], max_rows: int
+    message: Any, *, spec: InputSpec, outputs: Collection[str], max_rows: int
 ) -> InferRequest:  # the message's class is made at run time
     """Read a ModelInferRequest; parameters as :func:`serving.protocols.oip.decode_infer`.
 
@@ -126,7 +116,7 @@ def decode_model_infer(
     else:
         values = _typed_contents(tensor, datatype)
         if name != IMAGES:
-            rows = rows_from_numbers(values, datatype=datatype, shape=shape, spec=spec)
+            rows = rows_from_numbers([values], datatype=datatype, shape=shape, spec=spec)
         elif len(values) == n:
             images = list(values)
         else:
@@ -139,7 +129,7 @@ def decode_model_infer(
         message.id or None,
         rows,
         images,
-        tuple((name, True) for name in names) or (("mean", True),),
+        tuple((name, True) for name in names or default_outputs(outputs)),
         parse_priority(_parameter(message, "priority")),
         parse_timeout(_parameter(message, "timeout")),
     )
@@ -180,7 +170,8 @@ def _parameter(message: Any, name: str) -> Any:
 def encode_model_infer(model: ServedModel, request: InferRequest, embedded: Embedded) -> Any:
     """Write a ModelInferResponse with raw contents.
 
-    The features of images that could not be decoded are NaN, as :class:`serving.protocols.oip.InferEncoder` has it.
+    The features of images that could not be decoded are NaN, as :class:`serving.protocols.oip_outputs.InferEncoder` has
+    it; where labels are asked for, such images are an error.
     """
     response = messages.ModelInferResponse(
         model_name=model.name, model_version=model.version, id=request.id or "", parameters={}
@@ -188,10 +179,11 @@ def encode_model_infer(model: ServedModel, request: InferRequest, embedded: Embe
     response.parameters["digest"].string_param = model.digest
     if embedded.errors:
         response.parameters["errors"].string_param = failures_text(embedded)
+    tensors = output_tensors(model)
     for name, _ in request.outputs:
-        features = marked_failures(embedded, name)
-        response.outputs.add(name=name, datatype="FP32", shape=features.shape)
-        response.raw_output_contents.append(features.tobytes())
+        tensor = labels_of(embedded, model.classes) if name == LABEL else marked_failures(embedded, name)
+        response.outputs.add(name=name, datatype=tensors[name][0], shape=tensor.shape)
+        response.raw_output_contents.append(bytes(as_bytes(tensor)))
     return response
 
 
@@ -230,7 +222,7 @@ class InferenceServicer:
 
     async def ModelReady(self, request: Any, context: Any) -> Any:
         """Tell whether one model works."""
-        async with _told_to(context):
+        async with told_to(context):
             try:
                 self._service.find(request.name, request.version)
             except RequestError as error:
@@ -240,14 +232,14 @@ class InferenceServicer:
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:
         """Describe the server; of the protocol's extensions, only parameters and priorities are for gRPC."""
-        async with _told_to(context):
-            self._key_of(context)
+        async with told_to(context):
+            key_of(context, self._keys)
             return messages.ServerMetadataResponse(**describe_server(extensions=("parameters", "schedule_policy")))
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:
         """Describe a model."""
-        async with _told_to(context):
-            self._key_of(context)
+        async with told_to(context):
+            key_of(context, self._keys)
             model = self._service.find(request.name, request.version)
             return messages.ModelMetadataResponse(**describe_model(model, versions=self._service.versions(model.name)))
 
@@ -256,13 +248,14 @@ class InferenceServicer:
         call = InferCall(context, n_bytes=request.ByteSize(), rates=self._rates)
         if self._recorder is not None:
             self._recorder.begin(call)
-        async with _told_to(context, self._recorder, call):
-            call.key = self._key_of(context)
+        async with told_to(context, self._recorder, call):
+            call.key = key_of(context, self._keys)
+            call.admit_bytes()
             model = self._service.find(request.model_name or None, request.model_version)
             call.model, call.version = model.name, model.version
             limits = self._service.limits
             decode = partial(
-                decode_model_infer, request, spec=model.input, outputs=model.outputs, max_rows=limits.max_rows
+                decode_model_infer, request, spec=model.input, outputs=model.names, max_rows=limits.max_rows
             )
             # Typed contents are read number by number; many would hold up everybody else.
             inline = request.raw_input_contents or call.announced_bytes <= limits.inline_bytes
@@ -278,42 +271,10 @@ class InferenceServicer:
             call.served = model
             return encode_model_infer(model, asked, call.embedded)
 
-    def _key_of(self, context: Any) -> Key | None:
-        if self._keys is None:
-            return None
-        metadata = {name: value.encode() for name, value in context.invocation_metadata() if isinstance(value, str)}
-        return require_scope(self._keys.identify(metadata.get("authorization"), metadata.get("x-api-key")), "embed")
-
 
 def _sooner(timeout_s: float | None, deadline_s: float | None) -> float | None:
     given = [seconds for seconds in (timeout_s, deadline_s) if seconds is not None]
     return min(given, default=None)
-
-
-@asynccontextmanager
-async def _told_to(
-    context: Any, recorder: Recorder | None = None, call: InferCall | None = None
-) -> AsyncIterator[None]:
-    """End the call with the status of whatever is raised inside, and take note of it."""
-    try:
-        yield
-    except Exception as error:
-        refusal = as_request_error(error)
-        defect = error if refusal is not error and refusal.status == 500 else None
-        if recorder is not None and call is not None:
-            recorder.end(call, refusal.status, failure=refusal, cause=defect)
-        elif defect is not None:
-            _log.exception("a gRPC request failed")
-        # The frames in it hold this one and the message, which would wait for the garbage collector.
-        error.__traceback__ = None
-        await context.abort(
-            _CODES.get(refusal.status, grpc.StatusCode.INVALID_ARGUMENT),
-            refusal.message[:_MAX_DETAILS],
-            tuple((name, value) for name, value in refusal.headers.items() if name == "retry-after"),
-        )
-    else:
-        if recorder is not None and call is not None:
-            recorder.end(call, 200)
 
 
 class HealthServicer:
@@ -351,13 +312,13 @@ class HealthServicer:
 def add_GRPCInferenceServiceServicer_to_server(servicer: Any, server: Any) -> None:
     """Register what has the calls of :class:`InferenceServicer`, as generated code does.
 
-    Ray Serve's ``grpc_servicer_functions`` takes this function too.
+    Ray Serve's ``grpc_servicer_functions`` takes this function.
     """
     _register(server, _INFERENCE_SERVICE, {name: _unary(getattr(servicer, name), name) for name in _CALLS})
 
 
 def add_HealthServicer_to_server(servicer: Any, server: Any) -> None:
-    """Register what has the calls of :class:`HealthServicer`."""
+    """Register what has the calls of :class:`HealthServicer`, for Ray Serve as well."""
     check = _unary(servicer.Check, "HealthCheck")
     watch = grpc.unary_stream_rpc_method_handler(servicer.Watch, check.request_deserializer, check.response_serializer)
     _register(server, _HEALTH_SERVICE, {"Check": check, "Watch": watch})
@@ -369,6 +330,34 @@ def _unary(call: Any, messages_of: str) -> Any:
         request_deserializer=getattr(messages, f"{messages_of}Request").FromString,
         response_serializer=getattr(messages, f"{messages_of}Response").SerializeToString,
     )
+
+
+def _add_guarded(guard: CallGuard, inference: InferenceServicer, health: HealthServicer, server: Any) -> None:
+    """Register both services' calls behind a guard, which reads their messages."""
+
+    def guarded(call: Any, messages_of: str, **reading: bool) -> Any:
+        reader = Reader(getattr(messages, f"{messages_of}Request").FromString, **reading)
+        serializer = getattr(messages, f"{messages_of}Response").SerializeToString
+        return grpc.stream_unary_rpc_method_handler(guard.unary(call, reader), response_serializer=serializer)
+
+    def of_inference(name: str, **reading: bool) -> tuple[str, Any]:
+        return name, guarded(getattr(inference, name), name, **reading)
+
+    calls = [
+        of_inference("ServerLive", keyed=False, empty=True),
+        of_inference("ServerReady", keyed=False, empty=True),
+        of_inference("ModelReady", keyed=False),
+        of_inference("ServerMetadata"),
+        of_inference("ModelMetadata"),
+        of_inference("ModelInfer", infers=True),
+    ]
+    _register(server, _INFERENCE_SERVICE, dict(calls))
+    check = guarded(health.Check, "HealthCheck", keyed=False)
+    reader = Reader(messages.HealthCheckRequest.FromString, keyed=False)
+    watch = grpc.stream_stream_rpc_method_handler(
+        guard.streaming(health.Watch, reader), response_serializer=check.response_serializer
+    )
+    _register(server, _HEALTH_SERVICE, {"Check": check, "Watch": watch})
 
 
 def _register(server: Any, name: str, handlers: dict[str, Any]) -> None:
@@ -394,7 +383,7 @@ async def start_grpc(
     address : str
         Host and port, ``127.0.0.1:8001``.
     max_message_bytes : int
-        Largest request; 64 of them may be in memory at the same time.
+        Largest request. What requests take together, :class:`serving.guard.calls.CallGuard` bounds.
     keys : KeyRing, optional
     rates : RateLimiter, optional
     recorder : Recorder, optional
@@ -417,14 +406,16 @@ async def start_grpc(
         options=[
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
+            # What a client may send of a message before the guard reads it; by default it grows with the connection.
+            ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
+            ("grpc.http2.bdp_probe", 0),
             # Of two services on one port, each would get some of the connections, without a word.
             ("grpc.so_reuseport", int(shared)),
         ],
     )
-    add_GRPCInferenceServiceServicer_to_server(
-        InferenceServicer(service, keys=keys, rates=rates, recorder=recorder), server
-    )
-    add_HealthServicer_to_server(HealthServicer(service), server)
+    inference = InferenceServicer(service, keys=keys, rates=rates, recorder=recorder)
+    guard = CallGuard(service, max_message_bytes=max_message_bytes, keys=keys, recorder=recorder)
+    _add_guarded(guard, inference, HealthServicer(service), server)
     try:
         server.add_insecure_port(address)
     except RuntimeError as error:

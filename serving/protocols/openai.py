@@ -15,7 +15,6 @@ import binascii
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,12 +22,12 @@ import orjson
 from numpy.typing import NDArray
 
 from serving.errors import CodecError, RequestError, shown
+from serving.protocols.number_lists import count, read_numbers
 
 __all__ = ["EmbeddingsRequest", "decode_embeddings", "encode_embeddings", "error_form"]
 
 _KEYS = {"model", "input", "messages", "encoding_format", "dimensions", "modality", "user"}
 _DATA_URI = re.compile(r"data:([a-zA-Z0-9.+/-]{0,64})((?:;[a-zA-Z0-9=._+-]{1,64})*),")
-_NUMBERS = {int, float, bool}
 _ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 #: Objects, lists, keys and texts that one item may bring along, which is what bounds the memory of a parsed body.
 _MARKS_PER_ITEM = 12
@@ -76,10 +75,10 @@ def decode_embeddings(body: bytes, *, max_items: int, max_values: int) -> Embedd
     # Before it is parsed: lists of two bytes and numbers of one take tens of times that in memory.
     marks = _FEW_MARKS + _MARKS_PER_ITEM * max_items
     if (
-        body.count(b"{") + body.count(b"[") > marks
-        or body.count(b":") > marks
-        or body.count(b'"') > 2 * marks
-        or body.count(b",") > marks + max_values
+        count(body, b"{") + count(body, b"[") > marks
+        or count(body, b":") > marks
+        or count(body, b'"') > 2 * marks
+        or count(body, b",") > marks + max_values
     ):
         raise CodecError(f"got more lists, objects, texts or numbers than {max_items} items need; send fewer at a time")
     try:
@@ -157,13 +156,14 @@ def _items(values: Mapping[str, Any], max_items: int) -> NDArray[Any] | list[byt
 def _rows(given: list[Any]) -> NDArray[Any]:
     if not all(isinstance(row, list) for row in given):
         raise _refused("got lists of numbers among other items, wanted one kind", "input")
-    # NumPy would read texts as numbers, and null as NaN.
-    if not set(map(type, chain.from_iterable(given))) <= _NUMBERS:
-        raise _refused("got lists that do not hold numbers, wanted a flat list of numbers for each row", "input")
+    if len(set(map(len, given))) > 1:
+        raise CodecError("got rows of different lengths, wanted one length for all")
     try:
-        return np.asarray(given, dtype=np.float64)
-    except (ValueError, OverflowError) as error:
-        raise CodecError("got rows of different lengths, wanted one length for all") from error
+        return read_numbers(given, (len(given), len(given[0]))).astype(np.float64, copy=False)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _refused(
+            "got lists that do not hold numbers, wanted a flat list of numbers for each row", "input"
+        ) from error
 
 
 def _conversations(messages: Any) -> list[Any]:

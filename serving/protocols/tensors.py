@@ -7,15 +7,14 @@ images, ``images``, BYTES of shape [n], each of which is a PNG, JPEG or WebP fil
 from __future__ import annotations
 
 import binascii
-from array import array
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.errors import CodecError, RequestError, shown
+from serving.protocols.number_lists import innermost, pack, with_gaps
 from vaefeat.input_spec import InputSpec
 
 __all__ = [
@@ -24,12 +23,12 @@ __all__ = [
     "ROWS",
     "check_input",
     "check_outputs",
-    "flatten",
     "images_from_bytes",
     "images_from_texts",
     "rows_from_bytes",
     "rows_from_numbers",
     "rows_from_values",
+    "tensor_of",
 ]
 
 ROWS = "rows"
@@ -51,8 +50,13 @@ NUMPY: Mapping[str, np.dtype[Any]] = {
 }
 #: As they are read: any byte may have been sent for a BOOL.
 _STORED = {**NUMPY, "BOOL": np.dtype("u1")}
-#: Of :mod:`array`, whose items refuse what they cannot hold.
-_TYPECODES = {datatype: "B" if datatype == "BOOL" else dtype.char for datatype, dtype in NUMPY.items()}
+#: Of :mod:`struct`, whose items refuse what they cannot hold; but what FP32 cannot hold is infinity, and told later.
+_TYPECODES = dict(zip(NUMPY, "BBHIQbhiqedd", strict=True))
+
+
+def tensor_of(spec: InputSpec) -> tuple[str, tuple[int, ...]]:
+    """Give the datatype and shape of a row."""
+    return {"uint8": "UINT8", "float32": "FP32"}[spec.dtype], spec.shape
 
 
 def check_input(name: object, datatype: object, shape: Sequence[Any], *, spec: InputSpec, max_rows: int) -> int:
@@ -111,7 +115,7 @@ def _taken(spec: InputSpec) -> str:
     return f"{rows}; or {IMAGES!r}, BYTES of shape (n,), PNG, JPEG or WebP files" if spec.kind == "image" else rows
 
 
-def check_outputs(names: Sequence[object], *, outputs: Mapping[str, int]) -> None:
+def check_outputs(names: Sequence[object], *, outputs: Collection[str]) -> None:
     """Refuse outputs that the bundle has not, and those that are asked for twice.
 
     Raises
@@ -186,26 +190,32 @@ def rows_from_values(data: object, *, datatype: str, shape: Sequence[int], spec:
     """
     if datatype == "FP16":
         raise CodecError("got FP16 in JSON, which the protocol does not allow; send FP32, or send it as binary data")
-    values, nesting = flatten(data)
-    if nesting != [len(values)] and nesting != list(shape):
-        raise CodecError(f"got data nested as {nesting}, wanted {shown(list(shape))} or one flat list")
-    return rows_from_numbers(values, datatype=datatype, shape=shape, spec=spec)
+    lists, nesting = innermost(data)
+    if len(nesting) > 1 and nesting != tuple(shape):
+        raise CodecError(f"got data nested as {shown(list(nesting))}, wanted {shown(list(shape))} or one flat list")
+    if spec.table is not None and datatype in {"FP32", "FP64"}:
+        lists = with_gaps(lists)
+    return rows_from_numbers(lists, datatype=datatype, shape=shape, spec=spec)
 
 
-def rows_from_numbers(values: Sequence[Any], *, datatype: str, shape: Sequence[int], spec: InputSpec) -> NDArray[Any]:
-    """Read numbers that follow each other in row-major order; else as :func:`rows_from_values`."""
-    wanted = shape[0] * spec.n_features
-    if len(values) != wanted:
-        raise CodecError(f"got {len(values)} values for the shape {shown(list(shape))}, wanted {wanted}")
+def rows_from_numbers(
+    lists: Sequence[Sequence[Any]], *, datatype: str, shape: Sequence[int], spec: InputSpec
+) -> NDArray[Any]:
+    """Read numbers in row-major order, in lists of one length whatever that is; else as :func:`rows_from_values`."""
+    wanted, n_values = shape[0] * spec.n_features, len(lists) * len(lists[0])
+    if n_values != wanted:
+        raise CodecError(f"got {n_values} values for the shape {shown(list(shape))}, wanted {wanted}")
     try:
-        # NumPy's own conversion turns numbers next to one long text into as many long texts, and cuts fractions off.
-        packed = array(_TYPECODES[datatype], values)
-    except (TypeError, OverflowError) as error:
+        packed = pack(lists, _TYPECODES[datatype])
+    except (TypeError, ValueError, OverflowError) as error:
         raise CodecError(f"got data that {datatype} cannot hold ({error}), wanted numbers of that datatype") from error
+    if datatype == "FP32":
+        with np.errstate(over="ignore"):
+            return np.ndarray(tuple(shape), "<f8", packed).astype("<f4")
     return _of_bytes(packed, datatype=datatype, shape=shape)
 
 
-def _of_bytes(buffer: bytes | array[Any], *, datatype: str, shape: Sequence[int], offset: int = 0) -> NDArray[Any]:
+def _of_bytes(buffer: bytes, *, datatype: str, shape: Sequence[int], offset: int = 0) -> NDArray[Any]:
     rows: NDArray[Any] = np.ndarray(tuple(shape), _STORED[datatype], buffer, offset)
     if datatype == "BOOL":
         if rows.max() > 1:
@@ -213,25 +223,6 @@ def _of_bytes(buffer: bytes | array[Any], *, datatype: str, shape: Sequence[int]
         return rows.view(bool)
     # ONNX Runtime gets the address, and the length of what comes before the values is the client's choice.
     return rows if rows.flags.aligned else rows.copy()
-
-
-def flatten(data: object) -> tuple[list[Any], list[int]]:
-    """Give all values of nested lists in one list, and how they were nested.
-
-    Raises
-    ------
-    CodecError
-        No list, or lists of different lengths or depths.
-    """
-    if not isinstance(data, list):
-        raise CodecError(f"got data of type {type(data).__name__}, wanted a list of numbers, nested or flat")
-    nesting = [len(data)]
-    while data and type(data[0]) is list:
-        if set(map(type, data)) != {list} or len(lengths := set(map(len, data))) != 1:
-            raise CodecError("got data with lists of different lengths or depths, wanted one shape throughout")
-        nesting += lengths
-        data = list(chain.from_iterable(data))
-    return data, nesting
 
 
 def images_from_bytes(blob: bytes, *, offset: int = 0, n: int) -> list[bytes]:

@@ -6,7 +6,8 @@ import time
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Protocol
 
-from serving.models import Models, ServedModel
+from serving.models import Models
+from serving.served_model import ServedModel
 from serving.watching.logs import RequestLog, RequestRecord
 from serving.watching.metrics import Metrics, ModelMetrics
 from serving.watching.timing import server_timing
@@ -79,7 +80,8 @@ class Recorder:
     def batch(self, batch: Batch) -> None:
         """Take note of a batch."""
         if isinstance(batch.model, ServedModel) and batch.error is None:
-            self._of(batch.model).computed(rows=batch.n_rows, padded_rows=0, device_s=batch.device_s)
+            padded_rows = batch.model.padding(batch.n_rows)
+            self._of(batch.model).computed(rows=batch.n_rows, padded_rows=padded_rows, device_s=batch.device_s)
 
     def end(
         self, exchange: Recorded, status: int, *, failure: RequestError | None = None, cause: Exception | None = None
@@ -131,6 +133,12 @@ class Recorder:
         """Take note of what was refused before it became an exchange."""
         self.metrics.refused(error.kind)
         self.metrics.answered("other", error.status)
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """Write the figures down, of all models that are held; see :meth:`serving.watching.metrics.Metrics.render`."""
+        for model in self._models.held:
+            self._of(model)
+        return self.metrics.render(accept)
 
     def _of(self, model: ServedModel) -> ModelMetrics:
         if self._generation != self._models.generation:

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.methods import METHODS, USES, app, quoting, shrink
+from benchmarks.methods import METHODS, USES, app, quoting
+from benchmarks.small_images import TABLE, shrink, tabulated
 from vaefeat import ModelConfig, TrainConfig
 from vaefeat.combinations import refuse_pair
 from vaefeat.config import _TRAIN_CHOICES
@@ -97,6 +98,15 @@ def test_shrunken_images_are_the_means_of_blocks() -> None:
     small = shrink(rows)
     assert small.shape == (3, 1, 7, 7)
     assert small[2, 0, 5, 6] == round(rows[2, 0, 20:24, 24:28].mean())
+
+
+def test_tabulated_images_are_quantities_yes_or_no_and_shades_with_gaps() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (50, 1, 28, 28), dtype=np.uint8)
+    rows, pixels = tabulated(images), shrink(images).reshape(50, -1)
+    assert 0.08 < np.isnan(rows).mean() < 0.12
+    np.testing.assert_array_equal(TABLE.checked(rows), rows)
+    wanted = np.where(np.arange(49) % 3 == 1, pixels > 127, np.where(np.arange(49) % 3 == 2, pixels // 64, pixels))
+    np.testing.assert_array_equal(rows[~np.isnan(rows)], wanted[~np.isnan(rows)])
 
 
 @pytest.mark.parametrize(("setting", "name"), EVERY_NAME)

@@ -20,7 +20,7 @@ from benchmarks.serve_contenders import CONTENDERS
 from benchmarks.serve_payloads import SHAPES, Payloads, Workload, bundle_and_rows, encoded
 from benchmarks.serve_report import TARGETS, described
 from vaefeat.errors import ConfigError
-from vaefeat.images import decode_image
+from vaefeat.image_decoding import decode_image
 
 ROOT = Path(__file__).parents[2]
 #: Of the issue; others may be added.
@@ -107,6 +107,13 @@ def test_payloads_of_all_kinds_expect_what_the_encoder_gives(folder: Path) -> No
     assert sent["inputs"][0]["data"] == rows[:8].reshape(8, -1).tolist()
     with pytest.raises(FileNotFoundError, match=r"make .venv-peers/.ready"):
         payloads.of_ours(Workload(8, 1, "oip_binary"))
+
+
+def test_payloads_for_a_gpu_allow_what_it_rounds_and_for_a_cpu_nothing(folder: Path, tmp_path: Path) -> None:
+    rows = np.load(folder / "rows.npy")
+    for device, allowed in (("cpu", [0.0, 0.0]), ("cuda", [1e-4, 1e-4])):
+        payloads = Payloads(folder / "bundle", rows, tmp_path, device=device)
+        assert [payloads.of_ours(Workload(8, 1, kind)).tolerance for kind in ("raw", "json")] == allowed
 
 
 def test_payloads_refuse_rows_that_their_features_do_not_tell_apart(folder: Path) -> None:

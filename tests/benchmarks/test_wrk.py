@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.wrk import WRK, run_wrk
-from serving.models import Models, Place
+from serving.models import Models
+from serving.served_model import Place
 from tests.serving.running import running
 
 pytestmark = pytest.mark.skipif(WRK is None, reason="wrk is not installed; apt-get install wrk")

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from serving.protocols.oip import InferEncoder, InferRequest, decode_infer
+from serving.protocols.oip import InferRequest, decode_infer
+from serving.protocols.oip_outputs import InferEncoder
 from tests.e2e.test_clients import run
 from vaefeat.input_spec import InputSpec
 
@@ -55,7 +56,11 @@ def test_tritonclient_reads_what_infer_encoder_writes_bit_for_bit(tmp_path: Path
         for name, width in [("mean", 3), ("logvar", 3), ("hidden", 7)]
     }
     model: Any = SimpleNamespace(
-        name="digits", version="ab", digest="sha256:ab", outputs={name: f.shape[1] for name, f in features.items()}
+        name="digits",
+        version="ab",
+        digest="sha256:ab",
+        outputs={name: f.shape[1] for name, f in features.items()},
+        classes=(),
     )
     asked = InferRequest("é", None, None, (("hidden", True), ("mean", False), ("logvar", True)), 0, None)
     embedded: Any = SimpleNamespace(features=features, errors={})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import httpx
 import numpy as np
+import pandas as pd
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -12,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from pipelines.server import running_server
 from vaefeat import ModelConfig, OnnxEncoder, RemoteEncoder, TrainConfig, VAEFeatures, pretrain
 from vaefeat.data import load_rows
+from vaefeat.errors import InputError
 
 N_ROWS = 1000
 
@@ -49,3 +52,29 @@ def test_library_pipeline_and_service_give_the_same_bits(
         over_http = VAEFeatures(address, output=output).fit_transform(flat)
     np.testing.assert_array_equal(got.view(np.uint32), wanted.view(np.uint32))
     np.testing.assert_array_equal(over_http.view(np.uint32), wanted.view(np.uint32))
+
+
+def test_frame_rows_and_json_of_a_table_give_the_same_bits_over_http(
+    table_bundle: Path, wine_table: pd.DataFrame
+) -> None:
+    wanted = OnnxEncoder(table_bundle, device="cpu").embed(wine_table)
+    rows = load_rows(wine_table).array
+    with running_server(table_bundle, engine="local", start_timeout_s=120) as address:
+        with RemoteEncoder(address, batch_size=50) as remote:
+            got = {"frame": remote.embed(wine_table), "rows": remote.embed(rows)}
+            with pytest.raises(InputError, match="category 'zz' in column 'hue'"):
+                remote.embed(wine_table.assign(hue="zz"))
+        got["pipeline"] = VAEFeatures(address).fit_transform(wine_table)
+        # The server itself, without a client that knows the columns: null is a missing value.
+        body = {"rows": [[None if value != value else value for value in row] for row in rows.tolist()]}
+        answer = httpx.post(f"{address}/v1/embed", json=body)
+        got["json"] = np.array(answer.json()["embeddings"], dtype=np.float32)
+        tensor = {"name": "rows", "datatype": "FP32", "shape": list(rows.shape), "data": body["rows"]}
+        inferred = httpx.post(f"{address}/v2/models/wine/infer", json={"inputs": [tensor]}).json()
+        mean = next(output for output in inferred["outputs"] if output["name"] == "mean")
+        got["open inference"] = np.array(mean["data"], dtype=np.float32).reshape(mean["shape"])
+        refused = httpx.post(f"{address}/v1/embed", json={"rows": [[7.0, *body["rows"][0][1:]]]})
+    for door, features in got.items():
+        np.testing.assert_array_equal(features.view(np.uint32), wanted.view(np.uint32), err_msg=door)
+    assert refused.status_code == 422
+    assert "got 7 in column 'alcohol'" in refused.text

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from serving.app import Application
-from serving.models import Models, Place
+from serving.models import Models
+from serving.served_model import Place
 from serving.service import Service
 from serving.settings import Limits
 from vaefeat.bundle import Bundle, Manifest
@@ -55,7 +58,7 @@ def talk() -> Callable[..., Any]:
     return run
 
 
-def save_logarithm(folder: Path, *, of_rest: bool) -> Path:
+def save_logarithm(folder: Path, *, of_rest: bool, high: float = 9.0) -> Path:
     """Save an encoder of vectors whose mean is log(x), or log(1 - x), which is finite for rows of zeros."""
     rows = helper.make_tensor_value_info("rows", onnx.TensorProto.FLOAT, ["batch", 2])
     mean = helper.make_tensor_value_info("mean", onnx.TensorProto.FLOAT, ["batch", 2])
@@ -64,12 +67,35 @@ def save_logarithm(folder: Path, *, of_rest: bool) -> Path:
     nodes.append(helper.make_node("Log", ["rest" if of_rest else "rows"], ["mean"]))
     graph = helper.make_graph(nodes, "encoder", [rows], [mean], initializer=[one] if of_rest else [])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    manifest = Manifest(
-        name=folder.name,
-        input=InputSpec(kind="vector", shape=(2,), dtype="float32", low=0.0, high=9.0),
-        outputs={"mean": 2},
-        latent_dim=2,
-        active_units=(0, 1),
+    spec = InputSpec(kind="vector", shape=(2,), dtype="float32", low=0.0, high=high)
+    Bundle.of(_manifest(folder.name, spec, 2), {"encoder.onnx": model.SerializeToString()}).save(folder)
+    return folder
+
+
+def save_slow(folder: Path, *, n_layers: int) -> Path:
+    """Save an encoder whose every layer takes a batch of 256 rows some tenths of a second on one processor."""
+    width = 2048
+    weight = numpy_helper.from_array(np.eye(width, dtype=np.float32), "weight")
+    rows = helper.make_tensor_value_info("rows", onnx.TensorProto.FLOAT, ["batch", 1])
+    mean = helper.make_tensor_value_info("mean", onnx.TensorProto.FLOAT, ["batch", width])
+    names = ["wide", *(f"layer{n}" for n in range(1, n_layers)), "mean"]
+    widen = numpy_helper.from_array(np.ones((1, width), np.float32), "widen")
+    nodes = [helper.make_node("MatMul", ["rows", "widen"], ["wide"])]
+    nodes += [helper.make_node("MatMul", [one, "weight"], [next_]) for one, next_ in itertools.pairwise(names)]
+    graph = helper.make_graph(nodes, "encoder", [rows], [mean], initializer=[widen, weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    spec = InputSpec(kind="vector", shape=(1,), dtype="float32", low=0.0, high=1.0)
+    Bundle.of(_manifest(folder.name, spec, width), {"encoder.onnx": model.SerializeToString()}).save(folder)
+    return folder
+
+
+def _manifest(name: str, spec: InputSpec, width: int) -> Manifest:
+    return Manifest(
+        name=name,
+        input=spec,
+        outputs={"mean": width},
+        latent_dim=width,
+        active_units=tuple(range(width)),
         objective="elbo",
         model={},
         train={},
@@ -78,8 +104,6 @@ def save_logarithm(folder: Path, *, of_rest: bool) -> Path:
         parity={},
         versions={},
     )
-    Bundle.of(manifest, {"encoder.onnx": model.SerializeToString()}).save(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

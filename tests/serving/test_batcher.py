@@ -296,12 +296,79 @@ def test_batcher_whose_queue_is_full_of_bulk_work_takes_interactive_rows() -> No
         jobs.append(batcher.submit(model, rows_of(0, 75), ("mean",), timeout_s=10, bulk=True))
         with pytest.raises(RequestError, match="75 rows wait"):
             batcher.submit(model, rows_of(0, 1), ("mean",), timeout_s=10, bulk=True)
-        batcher.rate = 1.0  # bulk work for 75 s is none of the business of who goes before it
+        # Bulk work for 75 s is none of the business of who goes before it.
+        batcher.queue.learn(model, 1.0, weight=1.0)
         jobs.append(batcher.submit(model, rows_of(0, 5), ("mean",), timeout_s=10))
         gate.set()
         await asyncio.gather(*(job.future for job in jobs))
 
     run(talk, lanes=1, queued=100)
+
+
+def test_batcher_of_two_models_cuts_interactive_rows_of_either_before_bulk_rows_of_the_other() -> None:
+    gate = threading.Event()
+    urgent, patient = Arithmetic(3.0, gate=gate), Arithmetic(5.0, gate=gate)
+    order: list[str] = []
+
+    async def talk(batcher: RowBatcher) -> None:
+        def submit(model: Arithmetic, name: str, *, bulk: bool) -> Job:
+            job = batcher.submit(model, rows_of(0, 16), ("mean",), timeout_s=10, bulk=bulk)
+            job.future.add_done_callback(lambda _: order.append(name))
+            return job
+
+        jobs = [submit(patient, "first", bulk=True)]
+        await asyncio.to_thread(patient.begun.wait)
+        jobs += [submit(patient, f"bulk{i}", bulk=True) for i in range(5)]
+        jobs += [submit(urgent, f"fast{i}", bulk=False) for i in range(18)]
+        gate.set()
+        await asyncio.gather(*(job.future for job in jobs))
+
+    run(talk, lanes=1)
+    bulk = [place for place, name in enumerate(order) if name.startswith("bulk")]
+    assert bulk[:2] == [9, 18], f"not every ninth batch: {order}"
+    assert order[1:9] == [f"fast{i}" for i in range(8)]
+
+
+def test_batcher_of_two_models_knows_how_fast_each_is() -> None:
+    gate = threading.Event()
+    fast, slow = Arithmetic(3.0, gate=gate), Arithmetic(5.0)
+
+    async def talk(batcher: RowBatcher) -> tuple[float, float, str]:
+        jobs = [batcher.submit(fast, rows_of(0, 1), ("mean",), timeout_s=10)]
+        await asyncio.to_thread(fast.begun.wait)
+        for model, rate in ((fast, 1600.0), (slow, 16.0)):
+            jobs.append(batcher.submit(model, rows_of(0, 160), ("mean",), timeout_s=10))
+            batcher.queue.learn(model, rate, weight=1.0)
+        waits = [batcher.queue.wait_s(model, bulk=False) for model in (fast, slow)]
+        with pytest.raises(RequestError) as refused:
+            batcher.submit(slow, rows_of(0, 1), ("mean",), timeout_s=5)
+        jobs.append(batcher.submit(fast, rows_of(0, 1), ("mean",), timeout_s=20))
+        gate.set()
+        await asyncio.gather(*(job.future for job in jobs))
+        return waits[0], waits[1], refused.value.headers["retry-after"]
+
+    fast_s, slow_s, retry_after = run(talk, lanes=1)
+    # 160 rows at 16 a second, and those of the other model in turn with them: ten batches of each.
+    assert slow_s == pytest.approx(10.0 + 0.1)
+    assert fast_s == pytest.approx(0.1 + 10.0)
+    assert retry_after == "11"
+
+
+def test_batcher_with_a_short_line_waits_for_one_batch_of_another_model_s_long_one() -> None:
+    gate = threading.Event()
+    short, long = Arithmetic(3.0), Arithmetic(5.0, gate=gate)
+
+    async def talk(batcher: RowBatcher) -> float:
+        jobs = [batcher.submit(long, rows_of(0, 1), ("mean",), timeout_s=10)]
+        await asyncio.to_thread(long.begun.wait)
+        jobs.append(batcher.submit(long, rows_of(0, 1600), ("mean",), timeout_s=10))
+        batcher.queue.learn(long, 16.0, weight=1.0)
+        wait_s = batcher.queue.wait_s(short, bulk=False)
+        gate.set()
+        await asyncio.gather(*(job.future for job in jobs))
+        return wait_s
+
+    assert run(talk, lanes=1) == pytest.approx(1.0)
 
 
 def test_batcher_lets_go_of_models_that_are_asked_no_more() -> None:

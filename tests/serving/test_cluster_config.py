@@ -17,8 +17,9 @@ from ray.serve.schema import ServeDeploySchema
 from serving.cluster import ClusterArgs, ClusterReplica, build
 from serving.errors import ModelError, SetupError
 from serving.guard.middleware import guards
-from serving.models import Models, Place
+from serving.models import Models
 from serving.protocols.oip_grpc import InferenceServicer
+from serving.served_model import Place
 from serving.service import Service
 from serving.settings import Limits
 

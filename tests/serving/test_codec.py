@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import pickle
 import tracemalloc
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from serving.codec import decode_json, decode_npy, encode_json, encode_npy
+from serving.codec import decode_json, decode_npy, encode_json, encode_npy, is_plain, plain, view_npy
 from serving.errors import CodecError
+from vaefeat.errors import InputError
+from vaefeat.input_spec import InputSpec
 
 NUMBERS = (
     hnp.boolean_dtypes()
@@ -30,6 +32,25 @@ def saved(array: Any, **options: Any) -> bytes:
     file = io.BytesIO()
     np.save(file, array, **options)
     return file.getvalue()
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_decode_npy_of_truth_values_that_are_neither_0_nor_1_is_refused(order: Literal["C", "F"]) -> None:
+    body = bytearray(saved(np.ones((3, 4), bool, order=order)))
+    assert decode_npy(bytes(body)).all()
+    body[-5] = 2
+    with pytest.raises(CodecError, match="truth values up to 2"):
+        decode_npy(bytes(body))
+
+
+def test_npy_is_plain_only_where_nothing_has_to_be_copied() -> None:
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    assert is_plain(view_npy(saved(array)))
+    assert is_plain(view_npy(saved(array.astype(np.uint8))))
+    for other in (np.asfortranarray(array), array.astype(">f4"), array > 3):
+        viewed = view_npy(saved(other))
+        assert not is_plain(viewed)
+        np.testing.assert_array_equal(plain(viewed), other)
 
 
 @given(ARRAYS, st.booleans())
@@ -150,6 +171,14 @@ def test_decode_json_with_everything_gives_all_three() -> None:
     np.testing.assert_array_equal(body.rows, [[1, 2.5], [3, 4]])
 
 
+def test_decode_json_of_null_is_a_missing_number_which_only_tables_take() -> None:
+    body = decode_json(b'{"rows": [[null, 2], [1, 2]]}', max_lists=10, max_values=10)
+    np.testing.assert_array_equal(body.rows, [[np.nan, 2], [1, 2]])
+    for dtype in ("uint8", "float32"):
+        with pytest.raises(InputError, match="row 0"):
+            InputSpec(kind="vector", shape=(2,), dtype=dtype, low=0, high=9).prepare(body.rows)
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -165,7 +194,6 @@ def test_decode_json_with_everything_gives_all_three() -> None:
         b'{"rows": [[1, 2], [3]]}',
         b'{"rows": [[1, [2]]]}',
         b'{"rows": [["1", "2"]]}',
-        b'{"rows": [[null, 2]]}',
         b'{"rows": [[{}, 2]]}',
         b'{"rows": [[1]], "other": 1}',
         b'{"rows": [[1]], "model": 1}',

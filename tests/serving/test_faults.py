@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import hashlib
+import socket
 import threading
 import time
 import weakref
@@ -22,7 +23,13 @@ from serving.errors import RequestError, overloaded
 from serving.exchange import Exchange
 from serving.guard.admission import Admission
 from serving.guard.keys import Key, KeyRing
+from serving.guard.rates import RateLimiter
+from serving.models import Models
+from serving.served_model import Place
+from serving.service import Service
 from serving.settings import Limits
+from tests.serving.conftest import save_slow
+from tests.serving.running import running
 from vaefeat.bundle import Bundle, load_bundle
 
 NPY = {"content-type": "application/x-npy"}
@@ -71,6 +78,63 @@ def test_a_device_that_hangs_takes_the_service_out(
     assert "has not computed the reference" in ready.json()["reason"]
 
 
+@pytest.mark.parametrize("path", ["/v1/embed", "/v2/models/digits/infer"])
+def test_a_request_that_finds_the_queue_full_is_refused_before_its_body_is_read(
+    digits_bundle: Path, digits_rows: NDArray[np.uint8], gate: threading.Event, path: str
+) -> None:
+    models = Models.from_bundles([digits_bundle], place=Place(device="cpu", threads=1))
+    with running(models, limits=Limits(max_queued_rows=10)) as served:
+        hold(models.find("digits"), gate)
+
+        def ask(head: str, body: bytes) -> socket.socket:
+            connection = served.connect()
+            lines = f"POST {head} HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\n"
+            connection.sendall(f"{lines}Content-Length: 640\r\n\r\n".encode() + body)
+            return connection
+
+        body = digits_rows[:10].tobytes()
+        with ask("/v1/embed", body), ask("/v1/embed", body):
+            batcher = served.service.batcher
+            deadline = time.monotonic() + 10
+            while batcher.queued_rows < 10 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            with ask(path, b"") as third:
+                assert third.recv(20).startswith(b"HTTP/1.1 503")
+            gate.set()
+
+
+def test_bytes_that_were_sent_count_and_those_that_were_not_read_do_not(
+    talk: Talk, digits_bundle: Path, digits_rows: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.toml"
+    secret = hashlib.sha256(b"ci").hexdigest()
+    file.write_text(f'[keys.ci]\nsha256 = "{secret}"\nscopes = ["embed"]\nrows_per_s = 5\nbytes_per_s = 1000\n')
+    file.chmod(0o600)
+    headers = {"content-type": "application/octet-stream", "x-api-key": "ci"}
+
+    async def conversation(client: Any) -> None:
+        rates = client.app.admission.rates = RateLimiter(clock=lambda: 0.0)
+        key = client.app.admission.keys.identify(None, b"ci")
+
+        async def post() -> int:
+            answer = await client.post("/v1/embed", content=digits_rows[:10].tobytes(), headers=headers)
+            return int(answer.status_code)
+
+        # Of 10 rows and 2,000 bytes at once, the first takes all the rows and 640 bytes, the others bytes alone.
+        assert [await post() for _ in range(3)] == [200, 429, 429]
+        assert rates.take(key, bytes=81) > 0.0
+        rates.give_back(key, bytes=1000)
+
+        def full(_: Any) -> None:
+            raise overloaded("full")
+
+        client.app._native._require_room = full
+        assert [await post() for _ in range(5)] == [503] * 5
+        assert rates.take(key, bytes=1080) == 0.0
+
+    talk(conversation, digits_bundle, keys=KeyRing.from_file(file))
+
+
 def test_what_a_device_computed_after_it_was_found_to_be_wrong_is_no_answer(
     talk: Talk, digits_bundle: Path, digits_rows: NDArray[np.uint8], gate: threading.Event
 ) -> None:
@@ -86,6 +150,29 @@ def test_what_a_device_computed_after_it_was_found_to_be_wrong_is_no_answer(
     answer = talk(conversation, digits_bundle)
     assert answer.status_code == 503
     assert "its canary died" in answer.json()["error"]["message"]
+
+
+def test_a_stop_during_the_warm_up_does_not_wait_for_it(tmp_path: Path) -> None:
+    models = Models.from_bundles([save_slow(tmp_path / "slow", n_layers=100)], place=Place(device="cpu", threads=1))
+
+    def loading() -> set[threading.Thread]:
+        return {thread for thread in threading.enumerate() if thread.name.startswith("loader")}
+
+    others = loading()
+
+    async def stop_early() -> float:
+        service = Service(models, Limits(), lanes=1)
+        await service.start()
+        # The first batches are small; so long, and one of many is under way.
+        await asyncio.sleep(2.0)
+        assert not service.ready
+        await service.stop()
+        begun = time.monotonic()
+        await until(lambda: loading() <= others)
+        assert not service.failure
+        return time.monotonic() - begun
+
+    assert asyncio.run(stop_early()) < 2
 
 
 def test_a_service_that_has_stopped_is_not_ready(talk: Talk, digits_bundle: Path) -> None:
@@ -156,7 +243,11 @@ def test_a_load_whose_client_hangs_up_is_told_to_the_other_processes_all_the_sam
             return load(name)
 
         service.models.load, service.alone = slow, False
-        service.changed = lambda: told.append("the others")
+
+        async def tell() -> None:
+            told.append("the others")
+
+        service.changed = tell
         await client.app(scope, receive, send)
         await until(lambda: bool(told))
 
@@ -172,8 +263,8 @@ def test_a_reload_that_fails_in_any_way_leaves_what_was_served(
         def fail(name: str) -> None:
             raise error
 
-        client.app.service.models.load = fail
-        await client.app.service.reload()
+        client.app.service.models.reload = fail
+        assert "digits" in (await client.app.service.reload())[0]
         return int((await client.get("/readyz")).status_code)
 
     assert talk(conversation, digits_bundle) == 200

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from serving.protocols.oip import InferEncoder, InferRequest, describe_model, describe_server, encode_error
+from serving.protocols.oip import InferRequest, describe_server, encode_error
+from serving.protocols.oip_outputs import InferEncoder, describe_model
 from vaefeat.input_spec import InputSpec
 
 IMAGE = InputSpec(kind="image", shape=(1, 2, 3), dtype="uint8", low=0.0, high=255.0)
@@ -28,6 +29,7 @@ class Model:
     digest: str = "sha256:" + "ab" * 32
     input: InputSpec = IMAGE
     outputs: Mapping[str, int] = field(default_factory=lambda: {"hidden": 5, "logvar": 2, "mean": 2})
+    classes: tuple[str | int | float | bool, ...] = ()
 
 
 @dataclass

@@ -18,23 +18,28 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 from serving.errors import CodecError, RequestError, SetupError
 from serving.guard.keys import KeyRing
 from serving.guard.rates import RateLimiter
-from serving.models import Models, Place
+from serving.models import Models
 from serving.protocols import oip_messages as messages
 from serving.protocols.oip_grpc import decode_model_infer, start_grpc
+from serving.served_model import Place
 from serving.service import Service
 from serving.settings import Limits
 from serving.watching.recorder import Recorder
-from vaefeat import OnnxEncoder
+from vaefeat import OnnxEncoder, VAEFeatures, export_pipeline
 from vaefeat.input_spec import InputSpec
 
 IMAGE = InputSpec(kind="image", shape=(1, 2, 3), dtype="uint8", low=0.0, high=255.0)
 OUTPUTS = {"mean": 2, "logvar": 2}
 INFERENCE = "inference.GRPCInferenceService"
 HEALTH = "grpc.health.v1.Health"
+NAMES = np.array(["null", "eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun"])
 
 
 def decoded(message: Any) -> Any:
@@ -219,6 +224,30 @@ def within(digits_bundle: Path, talk: Callable[[Client, Service], Awaitable[None
 def digits(rows: NDArray[np.uint8], **more: Any) -> Any:
     tensor = {"name": "rows", "datatype": "UINT8", "shape": list(rows.shape)}
     return messages.ModelInferRequest(model_name="digits", inputs=[tensor], raw_input_contents=[rows.tobytes()], **more)
+
+
+def test_model_infer_of_a_pipeline_gives_labels_and_probabilities(
+    digits_bundle: Path, digits_rows: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    pipe = make_pipeline(VAEFeatures(digits_bundle, device="cpu"), LogisticRegression(max_iter=2000))
+    pipe.fit(digits_rows, NAMES[load_digits().target])
+    export_pipeline(pipe, tmp_path, X=digits_rows, name="digits")
+    rows = digits_rows[:5]
+
+    async def talk(client: Client, service: Service) -> None:
+        described = await client("ModelMetadata", messages.ModelMetadataRequest(name="digits"))
+        answer = await client("ModelInfer", digits(rows))
+        for output, more in zip(answer.outputs, ([], [10]), strict=True):
+            assert list(output.shape) == [5, *more]
+        told = [[(o.name, o.datatype) for o in message.outputs] for message in (described, answer)]
+        assert told == [[("label", "BYTES"), ("probabilities", "FP32")]] * 2
+        labels, probabilities = answer.raw_output_contents
+        wanted = [name.encode() for name in pipe.predict(rows)]
+        assert labels == b"".join(struct.pack("<I", len(name)) + name for name in wanted)
+        got = np.frombuffer(probabilities, "<f4").reshape(5, 10)
+        np.testing.assert_allclose(got, pipe.predict_proba(rows), rtol=0, atol=1e-6)
+
+    within(tmp_path, talk)
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:

@@ -109,3 +109,17 @@ def test_rate_limited_answers_429_with_whole_seconds() -> None:
     error = rate_limited(1.2)
     assert (error.status, error.kind, error.headers["retry-after"]) == (429, "rate_limited", "2")
     assert rate_limited(0.001).headers["retry-after"] == "1"
+
+
+def test_limiter_given_back_bytes_that_did_not_come_admits_them_again() -> None:
+    clock = Clock()
+    limiter = RateLimiter(clock=clock)
+    limited = key(bytes=100)
+    assert limiter.take(limited, bytes=200) == 0.0
+    assert limiter.take(limited, bytes=50) > 0.0
+    limiter.give_back(limited, bytes=50)
+    assert limiter.take(limited, bytes=50) == 0.0
+    limiter.give_back(limited, bytes=10**6)  # never more than a full bucket
+    assert limiter.take(limited, bytes=200) == 0.0
+    assert limiter.take(limited, bytes=1) > 0.0
+    limiter.give_back(key("another"), bytes=1)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
+from serving.address import base_url
 from serving.asked import Asked
-from serving.desk import Desk, reloads
+from serving.desk import Desk, ask_for_reload, fetch, reloads
 from serving.errors import EngineError, ModelError
 from serving.settings import ServiceSettings
+from vaefeat.bundle import Bundle, load_bundle
 
 pytest.importorskip("ray")
 
@@ -42,6 +48,147 @@ def test_desk_counts_the_replicas_that_are_there(desk: Desk, tmp_path: Path) -> 
         return found
 
     assert asyncio.run(come_and_go()) == [0, 1, 2, 1, 0]
+
+
+def asked_while(path: Path, *replicas: Callable[[Any], Awaitable[None]]) -> float:
+    """Have all replicas load again, each of which answers as it is told to; gives the seconds that it took."""
+
+    async def ask() -> float:
+        listening = [reloads(path) for _ in replicas]
+        for told in listening:
+            (await anext(told))([])
+
+        async def serve(told: Any, answering: Callable[[Any], Awaitable[None]]) -> None:
+            await answering(await anext(told))
+
+        serving = [asyncio.create_task(serve(*pair)) for pair in zip(listening, replicas, strict=True)]
+        begun = time.monotonic()
+        try:
+            await ask_for_reload(path)
+        finally:
+            for task in serving:
+                task.cancel()
+            await asyncio.gather(*serving, return_exceptions=True)
+            for told in listening:
+                await told.aclose()  # type: ignore[attr-defined]  # it is a generator
+        return time.monotonic() - begun
+
+    return asyncio.run(ask())
+
+
+async def at_once(answer: Callable[[list[str]], None]) -> None:
+    answer([])
+
+
+async def after_a_while(answer: Callable[[list[str]], None]) -> None:
+    await asyncio.sleep(0.4)
+    answer([])
+
+
+async def badly(answer: Callable[[list[str]], None]) -> None:
+    answer(["model 'digits' was not loaded:\nno memory"])
+
+
+async def never(answer: Callable[[list[str]], None]) -> None:
+    await asyncio.sleep(60)
+
+
+def test_reload_of_all_replicas_is_over_when_the_last_has_loaded(desk: Desk, tmp_path: Path) -> None:
+    assert asked_while(tmp_path / "desk") < 5, "nobody is there, and nobody is waited for"
+    assert 0.4 <= asked_while(tmp_path / "desk", at_once, after_a_while, at_once) < 5
+
+
+def test_reload_that_a_replica_cannot_do_tells_whoever_asked_why(desk: Desk, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="not everywhere: model 'digits' was not loaded: no memory"):
+        asked_while(tmp_path / "desk", at_once, badly)
+    assert asked_while(tmp_path / "desk", at_once) < 5, "an answer belongs to one reload"
+
+
+def test_reload_that_a_replica_never_answers_ends_and_says_so(tmp_path: Path) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        Desk(tmp_path / "desk", listener, reload_s=0.3),
+        pytest.raises(ModelError, match=r"1 of 2 processes did not answer within 0\.3 s"),
+    ):
+        asked_while(tmp_path / "desk", at_once, never)
+
+
+def test_reload_with_a_replica_that_dies_meanwhile_waits_for_the_others_only(desk: Desk, tmp_path: Path) -> None:
+    dying = socket.socket(socket.AF_UNIX)
+    dying.connect(str(tmp_path / "desk"))
+    dying.sendall(b"L")
+    assert dying.recv(10) == b"0\n"
+    threading.Timer(0.3, dying.close).start()
+    assert 0.3 <= asked_while(tmp_path / "desk", at_once) < 5
+
+
+def test_desk_answers_while_another_caller_says_nothing(desk: Desk, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(str(tmp_path / "desk"))
+        begun = time.monotonic()
+        listener, errors = fetch(tmp_path / "desk")
+        assert time.monotonic() - begun < 5
+        listener.close()
+        errors.close()
+
+
+def test_desk_answers_again_after_files_were_short(tmp_path: Path) -> None:
+    """In a process of its own, which is left without a file descriptor for a while."""
+    program = f"""
+import os, resource, socket, time
+from pathlib import Path
+from serving.desk import Desk, fetch
+path = Path({str(tmp_path / "desk")!r})
+with socket.create_server(("127.0.0.1", 0)) as listener, Desk(path, listener):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    caller = socket.socket(socket.AF_UNIX)
+    taken = []
+    try:
+        while True:
+            taken.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        pass
+    caller.connect(str(path))  # accept has no file for it
+    time.sleep(0.5)
+    for file in taken:
+        os.close(file)
+    fetch(path)
+    print("answered")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "answered\n", done.stderr
+
+
+@contextlib.contextmanager
+def two_replicas(
+    bundle: Path, desk: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[deployment.EmbeddingReplica, deployment.EmbeddingReplica]]:
+    """Start two replicas in this process, without Ray."""
+    monkeypatch.setattr(deployment, "start_logging", lambda _, *, stream: stream.close())
+    monkeypatch.setattr(deployment, "_keep_on_loopback", lambda: None)
+    settings = ServiceSettings(bundles=(bundle,), device="cpu", threads=1, replicas=2)
+    pair = deployment.EmbeddingReplica(settings, str(desk)), deployment.EmbeddingReplica(settings, str(desk))
+    try:
+        yield pair
+    finally:
+        for replica in pair:
+            replica.__del__()
+
+
+def test_load_answers_when_the_new_version_is_to_be_had_from_every_replica(
+    desk: Desk, digits_bundle: Path, variant: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_bundle(digits_bundle).save(tmp_path / "digits")
+    url = base_url(desk._listener)
+    with two_replicas(tmp_path / "digits", tmp_path / "desk", monkeypatch) as (one, other):
+        variant().save(tmp_path / "digits")
+        # It accepts no connection for a second, so the other replica gets the request.
+        other._service.batcher._loop.call_soon_threadsafe(time.sleep, 1.0)
+        time.sleep(0.1)
+        loaded = httpx.post(f"{url}/v2/repository/models/digits/load", content=b"", timeout=20)
+        assert loaded.status_code == 200
+        version = loaded.json()["version"]
+        assert [replica._service.versions("digits")[0] for replica in (one, other)] == [version] * 2
 
 
 def test_watch_without_a_replica_for_long_ends_the_service(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +218,7 @@ def test_gpus_are_shared_out_so_that_every_replica_finds_a_place(
 def test_replica_whose_event_loop_is_stuck_is_not_healthy(
     desk: Desk, digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deployment, "start_logging", lambda *_, **__: None)
+    monkeypatch.setattr(deployment, "start_logging", lambda _, *, stream: stream.close())
     monkeypatch.setattr(deployment, "_keep_on_loopback", lambda: None)
     monkeypatch.setattr(deployment, "_STUCK_S", 0.5)
     replica: Any = deployment.EmbeddingReplica(

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,13 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.codec import decode_npy, encode_npy
+from serving.codec import decode_npy, encode_npy, plain
 from serving.errors import ModelError
 from serving.guard.keys import KeyRing
+from serving.images import _BYTES_PER_TASK, part_images
 from serving.settings import Limits
 from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.encoder import OnnxEncoder
@@ -39,6 +43,48 @@ def png(row: NDArray[np.uint8], *, size: tuple[int, int] | None = None) -> bytes
 @pytest.fixture(scope="module")
 def wanted(digits_bundle: Path, digits_rows: NDArray[np.uint8]) -> NDArray[np.float32]:
     return OnnxEncoder(digits_bundle, device="cpu").embed(digits_rows)
+
+
+def test_metrics_tell_of_models_that_nobody_has_asked(
+    talk: Talk, digits_bundle: Path, variant: Callable[..., Bundle], tmp_path: Path
+) -> None:
+    variant(name="second").save(tmp_path / "second")
+
+    async def conversation(client: Any) -> str:
+        return str((await client.get("/metrics")).text)
+
+    families = text_string_to_metric_families(talk(conversation, digits_bundle, tmp_path / "second"))
+    told = {s.labels["model"] for family in families for s in family.samples if s.name == "vaefeat_models_info"}
+    assert told == {"digits", "second"}
+
+
+def test_rows_in_fortran_order_are_put_in_order_in_a_thread_where_they_are_many(
+    talk: Talk,
+    digits_bundle: Path,
+    digits_rows: NDArray[np.uint8],
+    wanted: NDArray[np.float32],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: list[str] = []
+
+    def noted(array: NDArray[Any]) -> NDArray[Any]:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return plain(array)
+
+    monkeypatch.setattr("serving.native.plain", noted)
+
+    def npy(rows: NDArray[np.uint8]) -> bytes:
+        file = io.BytesIO()
+        np.save(file, rows)
+        return file.getvalue()
+
+    async def conversation(client: Any) -> None:
+        for rows in (digits_rows, np.asfortranarray(digits_rows), np.asfortranarray(digits_rows[:5])):
+            answer = await client.post("/v1/embed", content=npy(rows), headers=NPY)
+            np.testing.assert_array_equal(decode_npy(answer.content), wanted[: len(rows)])
+
+    talk(conversation, digits_bundle, limits=Limits(inline_bytes=65_536))
+    assert threads == ["MainThread", "codec", "MainThread"]
 
 
 def test_a_row_s_vector_is_the_same_bits_whatever_request_it_came_in(
@@ -302,3 +348,15 @@ def test_figures_tell_what_was_served_and_refused(
     assert samples["vaefeat_refused_total", None, None, "not_found", None] == 1
     shift = samples["vaefeat_drift_mean_shift", None, None, None, "digits"]
     assert shift < 0.3, "rows like the trained ones were taken for drift"
+
+
+@given(st.lists(st.integers(0, 2 * _BYTES_PER_TASK), max_size=40), st.integers(1, 9))
+def test_part_images_gives_tasks_in_order_by_number_and_bytes(sizes: list[int], most: int) -> None:
+    tasks = list(part_images([bytes(size) for size in sizes], most=most))
+    assert [position for start, stop in tasks for position in range(start, stop)] == list(range(len(sizes)))
+    for start, stop in tasks:
+        assert stop - start <= most
+        # None was added to a task that had its share.
+        assert sum(sizes[start : stop - 1]) < _BYTES_PER_TASK
+    # None ended before it had one.
+    assert all(stop - start == most or sum(sizes[start:stop]) >= _BYTES_PER_TASK for start, stop in tasks[:-1])

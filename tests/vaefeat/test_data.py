@@ -66,6 +66,7 @@ def test_load_rows_argument_that_does_not_apply_is_refused(argument: dict[str, A
 def test_array_with_max_rows_is_cut_before_it_is_checked() -> None:
     rows = load_rows(np.array([[1.0, 2.0], [3.0, 4.0], [np.nan, 0.0]]), max_rows=2)
     np.testing.assert_array_equal(rows.array, np.array([[1, 2], [3, 4]], np.float32))
+    assert rows.table is None
 
 
 def test_dataframe_with_infinity_names_the_column() -> None:
@@ -74,9 +75,9 @@ def test_dataframe_with_infinity_names_the_column() -> None:
         load_rows(frame)
 
 
-def test_dataframe_with_text_says_how_to_select_numbers() -> None:
+def test_dataframe_with_text_that_is_to_be_no_table_says_how_to_select_numbers() -> None:
     with pytest.raises(InputError, match=r"df\.select_dtypes\('number'\)"):
-        load_rows(pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}))
+        load_rows(pd.DataFrame({"a": [1, 2], "b": ["x", "y"]}), table=False)
 
 
 def test_npy_of_float32_stays_a_read_only_memory_map(tmp_path: Path) -> None:
@@ -118,9 +119,11 @@ def test_missing_path_is_named() -> None:
 
 
 def test_file_of_another_format_lists_what_is_read(tmp_path: Path) -> None:
-    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(InputError, match=r"rows\.csv, wanted a \.npy, \.npz, \.parquet or IDX file, or a folder"):
-        load_rows(tmp_path / "rows.csv")
+    (tmp_path / "rows.txt").write_text("a,b\n1,2\n")
+    with pytest.raises(
+        InputError, match=r"rows\.txt, wanted a \.npy, \.npz, \.parquet, \.csv or IDX file, or a folder"
+    ):
+        load_rows(tmp_path / "rows.txt")
 
 
 def test_single_image_file_points_to_its_folder(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from vaefeat import doctor
 from vaefeat.doctor import Examination, examine
 from vaefeat.errors import CompileError
 from vaefeat.processors import available_cpus, available_memory
+from vaefeat.runtime import choose_device
 from vaefeat.step import TrainingStep
 
 
@@ -34,6 +35,21 @@ def test_examination_measures_both_precisions_of_both_networks(found: Examinatio
     assert found.facts["processors"].startswith(str(available_cpus()))
     assert found.facts["torch.compile"] == "does not work: no compiler here"
     assert found.advice
+
+
+def test_examination_says_where_bundles_are_embedded() -> None:
+    found = Examination()
+    doctor._look_at_runtime(found, torch.device("cpu"))
+    device, reason = choose_device("auto")
+    assert found.facts["ONNX Runtime"].endswith(f"{device}: {reason}")
+    assert not found.advice
+
+
+def test_onnx_runtime_that_misses_what_torch_finds_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "choose_device", lambda device: ("cpu", "CUDA's libraries do not load"))
+    found = Examination()
+    doctor._look_at_runtime(found, torch.device("cuda"))
+    assert found.advice == ["torch finds a CUDA device and ONNX Runtime does not: CUDA's libraries do not load"]
 
 
 def test_machine_without_a_compiler_is_told_to_install_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,6 +128,17 @@ class TestVAEFeatures:
             with pytest.raises(InputError, match="whole numbers from 0 to 255"):
                 features.transform(bad)
 
+    @pytest.mark.parametrize(("bad", "what"), [(np.nan, "NaN"), (-np.inf, "infinity")])
+    def test_values_that_are_not_finite_are_refused_in_the_words_of_scikit_learn(
+        self, digits_bundle: Path, X: NDArray[np.uint8], bad: float, what: str
+    ) -> None:
+        features = VAEFeatures(digits_bundle).fit(X)
+        rows = X.astype(np.float64)
+        rows[70, 3] = bad
+        for given in (rows, pd.DataFrame(rows), rows.reshape(-1, 1, 8, 8), rows.astype(object)):
+            with pytest.raises(ValueError, match=f"^Input X contains {what}.*"):
+                features.transform(given)
+
     def test_wrong_settings_are_refused_in_fit_and_not_before(
         self, digits_bundle: Path, tmp_path: Path, X: NDArray[np.uint8]
     ) -> None:

@@ -25,6 +25,7 @@ from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.objectives import ELBO
 from vaefeat.model.vae import VAE
 from vaefeat.propagation import spread_labels
+from vaefeat.targets import Targets
 
 
 @pytest.mark.parametrize("max_steps", [1, 2, 3, 10, 1000])
@@ -122,7 +123,9 @@ def tuner(model: ModelConfig | None = None, **settings: Any) -> FineTuner:
     rows, labels = table()
     vae = VAE.for_rows(model or ModelConfig(latent_dim=2, hidden_dims=(8, 6)), rows)
     config = FineTuneConfig(**{"batch_size": 6, "unlabelled_ratio": 3.0, "device": "cpu", "threads": 1, **settings})
-    return FineTuner(vae, rows, labels, shares=np.full(3, 1 / 3), objective=ELBO(TrainConfig()), config=config)
+    return FineTuner(
+        vae, rows, Targets.of(labels), shares=np.full(3, 1 / 3), objective=ELBO(TrainConfig()), config=config
+    )
 
 
 @pytest.mark.parametrize("elbo_weight", [0.0, 0.7])
@@ -206,7 +209,7 @@ def test_teacher_sees_weakly_changed_rows_and_the_student_strongly_changed_ones(
     vae = VAE.for_rows(ModelConfig(latent_dim=2, hidden_dims=(8,), network="mlp"), digits_rows[:40])
     labels = np.where(np.arange(40) < 20, np.arange(40) % 2, -1)
     tuned = FineTuner(
-        vae, digits_rows[:40], labels, shares=np.full(2, 0.5), objective=ELBO(TrainConfig()), config=config
+        vae, digits_rows[:40], Targets.of(labels), shares=np.full(2, 0.5), objective=ELBO(TrainConfig()), config=config
     )
     tuned._start()
     tuned._join_layers()

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from vaefeat.data import load_rows
 from vaefeat.errors import InputError
@@ -249,6 +250,26 @@ def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
     exif[EXIF_ORIENTATION] = orientation
     row = _decode_one(_encoded(Image.fromarray(np.ascontiguousarray(turned)), kind, exif=exif, quality=100))
     np.testing.assert_allclose(row[0].astype(int), upright, atol=3)
+
+
+@pytest.mark.parametrize("place", ["XML:com.adobe.xmp", "Raw profile type exif", "JPEG", "WEBP"])
+def test_orientation_that_only_xmp_or_a_text_tells_is_applied_as_pillow_does(place: str) -> None:
+    xmp = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><d tiff:Orientation="6"/></x:xmpmeta>'
+    lying = Image.fromarray(_noise(4, 6))
+    if place in ("JPEG", "WEBP"):
+        content = _encoded(lying, place, xmp=xmp.encode())
+    else:
+        exif = Image.Exif()
+        exif[EXIF_ORIENTATION] = 6
+        profile = exif.tobytes()
+        texts = PngInfo()
+        texts.add_itxt(place, xmp if "xmp" in place else f"\nexif\n{len(profile):8}\n{profile.hex()}\n")
+        content = _encoded(lying, "PNG", pnginfo=texts)
+    row = _decode_one(content)
+    with Image.open(BytesIO(content)) as image:
+        turned = ImageOps.exif_transpose(image)
+    assert row.shape == (3, 6, 4)
+    np.testing.assert_array_equal(row, np.asarray(turned.convert("RGB")).transpose(2, 0, 1))
 
 
 def test_exif_orientation_decides_whether_sizes_are_mixed() -> None:

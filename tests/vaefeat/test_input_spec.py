@@ -59,6 +59,23 @@ def test_prepare_floats_that_are_no_pixels_names_the_row(bad: float, dtype: str)
         PIXELS.prepare(rows)
 
 
+def test_prepare_one_wrong_value_far_down_is_found_in_its_row() -> None:
+    # Many parts are converted one after another, and the last one is short.
+    rows = np.tile(ROWS, (10_000, 1)).astype(np.float64)
+    np.testing.assert_array_equal(PIXELS.prepare(rows).reshape(rows.shape), rows)
+    rows[19_999, 5] += 0.5
+    with pytest.raises(InputError, match=r"\(first in row 19999\)"):
+        PIXELS.prepare(rows)
+
+
+@pytest.mark.parametrize("first", [1.0, 0.5], ids=["black and white", "grey"])
+def test_prepare_floats_up_to_one_into_pixels_up_to_255_are_refused(first: float) -> None:
+    rows = np.zeros((2, 6))
+    rows[0, 0], rows[1, 5] = first, 1.0
+    with pytest.raises(InputError, match=r"values up to 1, .*leave out the division by 255"):
+        PIXELS.prepare(rows)
+
+
 @pytest.mark.parametrize(("bad", "dtype"), [(256, "int64"), (-1, "int8"), (-1, "int64"), (2**32, "uint64")])
 def test_prepare_integers_that_are_no_pixels_are_refused(bad: int, dtype: str) -> None:
     rows = np.minimum(ROWS, 100).astype(dtype)
@@ -123,7 +140,6 @@ def test_prepare_no_rows_is_refused(shape: tuple[int, ...]) -> None:
         np.array([[1, 2, 3, 4, 5, None]]),
         ROWS.astype(np.complex64),
         ROWS.astype("datetime64[s]"),
-        OneHotEncoder().fit_transform(ROWS),
         None,
     ],
     ids=lambda rows: type(rows).__name__ if not isinstance(rows, np.ndarray) else str(rows.dtype),
@@ -132,6 +148,12 @@ def test_prepare_no_rows_is_refused(shape: tuple[int, ...]) -> None:
 def test_prepare_what_is_not_real_numbers_is_refused_by_dtype(rows: Any, spec: InputSpec) -> None:
     with pytest.raises(InputError, match=r"got rows of dtype .*convert every column to numbers"):
         spec.prepare(rows)
+
+
+@pytest.mark.parametrize("spec", [PIXELS, TABLE], ids=["uint8", "float32"])
+def test_prepare_sparse_rows_are_refused_with_what_to_do(spec: InputSpec) -> None:
+    with pytest.raises(InputError, match=r"got a sparse csr_matrix, .*pass X\.toarray\(\)"):
+        spec.prepare(OneHotEncoder().fit_transform(ROWS.reshape(len(ROWS), -1)))
 
 
 @pytest.mark.parametrize(

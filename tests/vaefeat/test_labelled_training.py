@@ -14,6 +14,7 @@ from vaefeat import ModelConfig, TrainConfig
 from vaefeat.errors import NonFiniteLossError
 from vaefeat.labelled_training import LabelledEpoch, LabelledTrainer
 from vaefeat.model.labelled import M2, Terms
+from vaefeat.targets import Targets
 
 CONFIG = ModelConfig(latent_dim=2, network="mlp", hidden_dims=(8,))
 UNIFORM = torch.full((3,), 1 / 3).log()
@@ -56,7 +57,7 @@ def trained(
     model = Recording(CONFIG, (4,), log_prior_K=UNIFORM)
     config = TrainConfig(**{"batch_size": 8, "max_epochs": 3, "device": "cpu", **settings})
     trainer = LabelledTrainer(
-        model, rows, labels, config, labelled_batch_size=labelled_batch_size, classification_weight=10.0
+        model, rows, Targets.of(labels), config, labelled_batch_size=labelled_batch_size, classification_weight=10.0
     )
     return model, trainer.run()
 
@@ -113,7 +114,7 @@ def test_step_maximises_both_bounds_and_the_weighted_log_probability_of_labels(c
     trainer = LabelledTrainer(
         model,
         rows,
-        labels,
+        Targets.of(labels),
         config,
         labelled_batch_size=10,
         classification_weight=7.0,
@@ -185,7 +186,7 @@ def test_guessed_classes_count_where_they_are_certain_and_rows_are_changed() -> 
     trainer = LabelledTrainer(
         model,
         rows,
-        labels,
+        Targets.of(labels),
         TrainConfig(device="cpu"),
         labelled_batch_size=4,
         classification_weight=1.0,

@@ -91,10 +91,10 @@ def test_class_shares_of_labels_drawn_evenly_or_nearly_so_are_equal() -> None:
     evenly = np.repeat(np.arange(10), 10)
     by_chance = np.random.default_rng(0).integers(0, 10, 100)
     for codes in (evenly, by_chance, np.arange(1000)):
-        shares = class_shares(codes, codes.max() + 1)
+        shares = class_shares(np.bincount(codes))
         np.testing.assert_allclose(shares, 1 / len(shares))
 
 
 def test_class_shares_of_labels_that_chance_does_not_explain_are_theirs() -> None:
     codes = np.concatenate([np.zeros(95, dtype=np.int64), np.ones(5, dtype=np.int64), np.full(900, -1)])
-    np.testing.assert_allclose(class_shares(codes, 2), [96 / 102, 6 / 102])
+    np.testing.assert_allclose(class_shares(np.bincount(codes[codes >= 0])), [96 / 102, 6 / 102])

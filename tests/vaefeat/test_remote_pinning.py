@@ -21,6 +21,7 @@ from vaefeat.errors import InputError, RemoteError
 from vaefeat.remote import AsyncRemoteEncoder, RemoteEncoder
 
 ROWS = np.random.default_rng(0).integers(0, 256, size=(9, 1, 8, 8), dtype=np.uint8)
+GONE = answering(404, b'{"error": {"type": "unknown_model", "message": "no such version"}}')
 HEX, OTHER_HEX = DIGEST.removeprefix("sha256:"), OTHER_DIGEST.removeprefix("sha256:")
 
 
@@ -46,10 +47,25 @@ def test_encoder_of_a_server_with_versions_asks_for_the_pinned_one(server: Fault
 
 def test_encoder_whose_version_the_server_holds_no_more_says_so(server: Faulty) -> None:
     server.card["versions"] = [HEX]
-    with RemoteEncoder(server.url) as encoder:
-        server.always = answering(404, b'{"error": {"type": "unknown_model", "message": "no such version"}}')
+    with RemoteEncoder(server.url, patience_s=0.5) as encoder:
+        server.always = GONE
         with pytest.raises(RemoteError, match=f"serves another bundle.*no such version.*wanted {DIGEST}"):
             encoder.embed(ROWS)
+
+
+def test_encoder_whose_version_another_process_has_comes_to_it_over_a_new_connection(server: Faulty) -> None:
+    server.card["versions"] = [HEX]
+    # The first two connections lead to a process that has not loaded it yet.
+    server.always = lambda exchange: exchange.faulty.n_connections < 3 and GONE(exchange)
+    with RemoteEncoder(server.url) as encoder:
+        np.testing.assert_array_equal(encoder.embed(ROWS), features_of(ROWS))
+
+
+def test_encoder_without_patience_takes_a_missing_version_for_gone(server: Faulty) -> None:
+    server.card["versions"] = [HEX]
+    server.faults.append(GONE)
+    with RemoteEncoder(server.url, patience_s=0) as encoder, pytest.raises(RemoteError, match="serves another bundle"):
+        encoder.embed(ROWS)
 
 
 def test_encoder_with_a_digest_that_is_not_served_is_refused_at_once(server: Faulty) -> None:

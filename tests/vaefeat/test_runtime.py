@@ -166,12 +166,29 @@ def test_threads_below_one_are_refused(threads: int) -> None:
 
 @pytest.mark.parametrize("device", ["gpu", "CPU", "cuda:0", "", None])
 def test_unknown_device_is_refused(device: Any) -> None:
-    with pytest.raises(DeviceError, match=f"got device={device!r}, wanted 'auto', 'cpu' or 'cuda'"):
+    with pytest.raises(DeviceError, match=f"got device={device!r}, wanted 'auto', 'cpu', 'cuda' or 'tensorrt'"):
         open_graph(PLAIN.SerializeToString(), what="x", device=device)
 
 
-@pytest.mark.parametrize(("asked", "given"), [(None, available_cpus()), (1, 1), (3, 3)])
-def test_threads_are_those_asked_for_or_one_for_each_processor(asked: int | None, given: int) -> None:
+@pytest.mark.parametrize(
+    ("asked", "told", "given"),
+    [
+        (None, None, available_cpus()),
+        (None, "1", 1),
+        (None, "1,4", 1),
+        (None, "1000", available_cpus()),
+        (None, "0", available_cpus()),
+        (None, "many", available_cpus()),
+        (1, None, 1),
+        (3, "1", 3),
+    ],
+)
+def test_threads_are_those_asked_for_or_openmps_or_one_for_each_processor(
+    asked: int | None, told: str | None, given: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
     opened = open_graph(PLAIN.SerializeToString(), what="x", device="cpu", threads=asked)
     assert opened.session.get_session_options().intra_op_num_threads == given
 

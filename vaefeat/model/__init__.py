@@ -11,8 +11,10 @@ or objective, write the class and enter its name there. :class:`~vaefeat.model.v
 ``flows``                invertible maps of latents, for both
 ``distributions``        of categorical, joint and deterministic latents
 ``likelihoods``          p(x|z)
+``value_distributions``  of single values, for the likelihoods
 ``objectives``           what is maximised, in nats per row
 ``divergences``          what may stand in place of the KL term
+``table``                columns of a table: where a network finds each, and their distribution
 ``corruption``           what is done to rows that are to be cleaned
 ``vae``                  the model
 ``classifier``           a linear head on the encoder

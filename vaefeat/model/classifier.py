@@ -54,8 +54,10 @@ class Classifier(nn.Module):
         mu_BL, logvar_BL, h_BF = self.vae.features(rows)
         return mu_BL, logvar_BL, h_BF, torch.softmax(self.head(h_BF), dim=1)
 
-    def start_head(self, h_NF: NDArray[np.float32], labels_N: NDArray[np.int64]) -> None:
-        """Start the head from logistic regression on hidden layers and classes 0 to K - 1, each of them there.
+    def start_head(
+        self, h_NF: NDArray[np.float32], labels_N: NDArray[np.int64], weights_N: NDArray[np.float32] | None = None
+    ) -> None:
+        """Start the head from weighted logistic regression on hidden layers and classes 0 to K - 1, each of them there.
 
         A head that starts elsewhere pulls the encoder away from what it learned before it has found its own place
         (Kumar et al. 2022, arXiv:2202.10054, section 3).
@@ -68,7 +70,7 @@ class Classifier(nn.Module):
             # What it starts from need not be the optimum, and one row a class is no sign of a regression.
             warnings.simplefilter("ignore", ConvergenceWarning)
             warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
-            probe.fit(scaler.transform(h_NF), labels_N)
+            probe.fit(scaler.transform(h_NF), labels_N, sample_weight=weights_N)
         weight, bias = probe.coef_, probe.intercept_
         if len(weight) == 1:
             # Of two classes scikit-learn has the difference of their logits alone.

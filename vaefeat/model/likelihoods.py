@@ -13,23 +13,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributions import Bernoulli, Categorical, Distribution, Independent, Normal, constraints
+from torch.distributions import Bernoulli, Distribution, Independent, Normal
 from torch.nn import functional
 
 from vaefeat.config import ModelConfig
 from vaefeat.data import batches
-from vaefeat.errors import InputError
+from vaefeat.errors import ConfigError, InputError
 from vaefeat.model.preprocessing import Scaling
+from vaefeat.model.table import TableLayout, TableValues
+from vaefeat.model.value_distributions import ContinuousBernoulli, Levels, expected_level, level_index, log_integral
 
 __all__ = [
     "LIKELIHOODS",
     "BernoulliLikelihood",
     "CategoricalLikelihood",
-    "ContinuousBernoulli",
     "ContinuousBernoulliLikelihood",
     "GaussianLikelihood",
-    "Levels",
     "Likelihood",
+    "TableLikelihood",
     "TokensLikelihood",
     "refuse_rows",
 ]
@@ -77,6 +78,10 @@ class Likelihood(nn.Module, ABC):
         """Give E[x|z] in the scale of the network's input, (B, ...)."""
         return self(output).mean  # type: ignore[no-any-return]
 
+    def decided(self, output: Tensor) -> Tensor:
+        """Say of each value of :meth:`mean` whether it moves with the output, rather than jump at a tie: (B, ...)."""
+        return torch.ones_like(self.mean(output), dtype=torch.bool)
+
 
 class BernoulliLikelihood(Likelihood):
     """Each value is a coin; Kingma and Welling 2013 (arXiv:1312.6114), equation 11.
@@ -117,7 +122,7 @@ class ContinuousBernoulliLikelihood(Likelihood):
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
         """Give sum(x * logits - log of the integral of exp(x * logits))."""
         logits = _by_sample(output, x)
-        return _sum_values(logits * x - _log_integral(logits))
+        return _sum_values(logits * x - log_integral(logits))
 
 
 class GaussianLikelihood(Likelihood):
@@ -164,7 +169,7 @@ class GaussianLikelihood(Likelihood):
             seen = self.running_variance / self.running_weight.clamp_min(1 - _DECAY)
             return _floored(torch.where(self.running_weight > 0, seen, 1.0)).sqrt()
         if self.kind == "learned":
-            return (_SMALLEST_LOG_STD + functional.softplus(self.log_std - _SMALLEST_LOG_STD)).exp()
+            return _learned_std(self.log_std)
         return self.log_std.exp()
 
     def forward(self, output: Tensor) -> Distribution:
@@ -219,11 +224,11 @@ class CategoricalLikelihood(Likelihood):
 
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
         """Give minus the cross-entropy, summed over values."""
-        return _minus_cross_entropy(output, _index(x, self.highest))
+        return _minus_cross_entropy(output, level_index(x, self.highest))
 
     def mean(self, output: Tensor) -> Tensor:
         """Give the expected level in [0, 1]."""
-        return _expected_level(output, dim=1) / self.highest
+        return expected_level(output, dim=1) / self.highest
 
 
 class TokensLikelihood(Likelihood):
@@ -244,92 +249,49 @@ class TokensLikelihood(Likelihood):
 
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
         """Give minus the cross-entropy, summed over tokens."""
-        return _minus_cross_entropy(output, _index(x, 1))
+        return _minus_cross_entropy(output, level_index(x, 1))
 
     def mean(self, output: Tensor) -> Tensor:
         """Give the mode, not the mean: each token's most probable id, as a float."""
         return output.argmax(dim=1).to(output.dtype)
 
 
-class Levels(Distribution):
-    """A categorical distribution whose categories 0 .. K - 1 stand for the values 0 .. (K - 1) / scale.
+class TableLikelihood(Likelihood):
+    """Each column has a distribution of its own: Gaussian, Bernoulli or categorical. A missing value has none.
 
-    Parameters
-    ----------
-    logits : Tensor
-        (..., K), not normalised.
-    scale : float
-        Categories per unit of a value.
+    The log-likelihood of a row is that of the values which were observed (Nazabal et al. 2018, arXiv:1807.03653,
+    section 2.1); the bound is then one on log p(observed values). The decoder gives the mean of each quantity, whose
+    standard deviation is ``gaussian_std`` or one learned for the column, the logit of each boolean, and a logit for
+    each category.
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    support = constraints.real
+    scaling = "table"
 
-    def __init__(self, logits: Tensor, *, scale: float) -> None:
-        self.categories = Categorical(logits=logits, validate_args=False)
-        self.scale = scale
-        super().__init__(logits.shape[:-1], validate_args=False)
-
-    @property
-    def mean(self) -> Tensor:
-        """The expected value."""
-        return _expected_level(self.categories.logits, dim=-1) / self.scale
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.layout = TableLayout(config)
+        given = config.gaussian_std
+        start = 0.0 if isinstance(given, str) else math.log(given)
+        self.log_std = nn.Parameter(torch.full((self.layout.split[0],), start), requires_grad=isinstance(given, str))
 
     @property
-    def mode(self) -> Tensor:
-        """The most probable value."""
-        return self.categories.mode / self.scale
+    def std(self) -> Tensor:
+        """The standard deviations of the quantities, in the scale of the network's input."""
+        return _learned_std(self.log_std) if self.log_std.requires_grad else self.log_std.exp()
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Give the log-probability of the level nearest to each value."""
-        return self.categories.log_prob(_index(value, self.scale))  # type: ignore[no-any-return]
+    def forward(self, output: Tensor) -> TableValues:
+        """Give the distribution over rows, in which nothing is missing; its ``mean`` has the modes of categories."""
+        return TableValues(output.squeeze(1), self.std, self.layout)
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draw values, without gradient."""
-        return self.categories.sample(torch.Size(sample_shape)) / self.scale  # type: ignore[no-any-return]
+    def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
+        """Give the sum over the values of a row that are not NaN."""
+        by_sample = output.view(-1, len(x), output.shape[-1])
+        return TableValues(by_sample, self.std, self.layout).log_prob(x).flatten()
 
-
-class ContinuousBernoulli(Distribution):
-    """The density proportional to exp(x * logit) on [0, 1], in float32 accurate at all logits.
-
-    torch's own takes probabilities to the limits of float32, beyond which logits are cut, and is less accurate around
-    a half.
-
-    Parameters
-    ----------
-    logits : Tensor
-    """
-
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    support = constraints.unit_interval
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-        super().__init__(logits.shape, validate_args=False)
-
-    @property
-    def mean(self) -> Tensor:
-        """1 / (1 - exp(-logit)) - 1 / logit; a half at 0."""
-        near, far, is_near = _split(self.logits)
-        around_half = 0.5 + near * (
-            1 / 12 + near.square() * (-1 / 720 + near.square() * (1 / 30240 - near.square() / 1209600))
-        )
-        size = far.abs()
-        below_half = 1 / size - (-size).exp() / (1 - (-size).exp())
-        return torch.where(is_near, around_half, torch.where(far > 0, 1 - below_half, below_half))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Give the log-density of values in [0, 1]."""
-        return value * self.logits - _log_integral(self.logits)
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Draw values by inverting the distribution function, without gradient."""
-        with torch.no_grad():
-            logits = self.logits.expand(self._extended_shape(torch.Size(sample_shape)))
-            # By symmetry the falling density is enough.
-            size = logits.abs().clamp_min(1e-6)
-            falling = -torch.log1p(torch.rand_like(logits) * torch.expm1(-size)) / size
-            return torch.where(logits > 0, 1 - falling, falling)
+    def decided(self, output: Tensor) -> Tensor:
+        """Leave out categories that are as likely as others."""
+        decided: Tensor = self(output).decided
+        return decided
 
 
 def refuse_rows(name: str, config: ModelConfig, rows: NDArray[Any]) -> None:
@@ -350,6 +312,8 @@ def refuse_rows(name: str, config: ModelConfig, rows: NDArray[Any]) -> None:
     """
     if name == "tokens":
         _refuse_tokens(config.levels, rows)
+    elif config.columns or name == "table":
+        _refuse_codes(config.columns, rows)
     elif rows.dtype.kind == "f" and (name in {"bernoulli", "continuous_bernoulli"} or config.binarize):
         low, high, _ = _survey(rows)
         # NaN is outside too.
@@ -376,6 +340,24 @@ def _refuse_tokens(levels: int, rows: NDArray[Any]) -> None:
         raise InputError(f"got rows from {low:g} to {high:g} for likelihood='tokens', {wanted}; {advice}")
 
 
+def _refuse_codes(columns: tuple[int, ...], rows: NDArray[Any]) -> None:
+    if not columns:
+        raise ConfigError(
+            "got likelihood='table' for rows that are no table; give a data frame, or say which columns are "
+            "categories: load_rows(X, categorical=[...])"
+        )
+    if rows.ndim != 2 or rows.shape[1] != len(columns):
+        raise InputError(f"got rows of shape {rows.shape[1:]} for a table of {len(columns)} columns; pass its rows")
+    for column, size in enumerate(columns):
+        codes = rows[:, column][~np.isnan(rows[:, column])] if size else np.empty(0)
+        wrong = codes[(codes != codes.round()) | (codes < 0) | (codes >= max(size, 2))]
+        if len(wrong):
+            raise InputError(
+                f"got the value {wrong[0]:g} in column {column}, wanted whole numbers from 0 to {max(size, 2) - 1}; "
+                "number its categories"
+            )
+
+
 def _survey(rows: NDArray[Any]) -> tuple[float, float, float | None]:
     """Give the lowest and the highest value (NaN where there is one), and a value that is no whole number, if any."""
     low, high, fractional = math.inf, -math.inf, None
@@ -385,6 +367,10 @@ def _survey(rows: NDArray[Any]) -> tuple[float, float, float | None]:
             parts = chunk[~np.isfinite(chunk) | (chunk != chunk.round())]
             fractional = float(parts[0]) if len(parts) else None
     return low, high, fractional
+
+
+def _learned_std(log_std: Tensor) -> Tensor:
+    return (_SMALLEST_LOG_STD + functional.softplus(log_std - _SMALLEST_LOG_STD)).exp()
 
 
 def _by_sample(output: Tensor, x: Tensor) -> Tensor:
@@ -401,43 +387,11 @@ def _floored(variance: Tensor) -> Tensor:
     return variance.clamp_min(math.exp(2 * _SMALLEST_LOG_STD))
 
 
-def _index(x: Tensor, scale: float) -> Tensor:
-    return (x * scale).round().long()
-
-
 def _minus_cross_entropy(output: Tensor, index: Tensor) -> Tensor:
     """Give sum(log softmax(output) at index) of each row, for (S * B, K, ...) and (B, ...): (S * B,)."""
     log_probs = output.log_softmax(dim=1).unflatten(0, (-1, len(index)))
     wanted = index.unsqueeze(1).expand(len(log_probs), -1, -1, *index.shape[1:])
     return _sum_values(log_probs.gather(2, wanted))
-
-
-def _expected_level(logits: Tensor, *, dim: int) -> Tensor:
-    probabilities = logits.softmax(dim=dim).movedim(dim, -1)
-    levels = torch.arange(probabilities.shape[-1], dtype=logits.dtype, device=logits.device)
-    return (probabilities * levels).sum(dim=-1)
-
-
-def _log_integral(logits: Tensor) -> Tensor:
-    """Give log of the integral of exp(x * logit) over [0, 1], log((exp(logit) - 1) / logit).
-
-    It is the softplus minus the log-normaliser of Loaiza-Ganem and Cunningham, equation 6; its derivative is the mean.
-    """
-    near, far, is_near = _split(logits)
-    square = near.square()
-    around_zero = near / 2 + square * (1 / 24 + square * (-1 / 2880 + square * (1 / 181440 - square / 9676800)))
-    size = far.abs()
-    return torch.where(is_near, around_zero, functional.relu(far) + torch.log((1 - (-size).exp()) / size))
-
-
-def _split(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Give logits for a series around 0, for the closed form, and where to take the first.
-
-    Either is harmless where the other is taken: a branch not taken still has a gradient, and NaN * 0 is NaN. Within 1
-    of zero the closed form's gradient is the difference of large numbers, while the series has an error below 1e-7.
-    """
-    is_near = logits.abs() < 1
-    return torch.where(is_near, logits, 0.0), torch.where(is_near, 1.0, logits), is_near
 
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {
@@ -446,4 +400,5 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
     "categorical": CategoricalLikelihood,
     "tokens": TokensLikelihood,
     "continuous_bernoulli": ContinuousBernoulliLikelihood,
+    "table": TableLikelihood,
 }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vaefeat.config import ModelConfig
 from vaefeat.errors import ConfigError
+from vaefeat.model.table import TableInput, TableLayout
 
 __all__ = [
     "ConvDecoder",
@@ -53,6 +54,9 @@ class MLPEncoder(nn.Module):
         if config.likelihood == "tokens":
             first: nn.Module = nn.Sequential(nn.Flatten(), _Embedding(config.levels, _EMBEDDING_DIM), nn.Flatten())
             n_inputs = math.prod(shape) * _EMBEDDING_DIM
+        elif config.columns:
+            first = TableInput(config)
+            n_inputs = first.n_outputs
         else:
             first, n_inputs = nn.Flatten(), math.prod(shape)
         self.layers = nn.Sequential(first, _dense(config, (n_inputs, *config.hidden_dims)))
@@ -77,14 +81,15 @@ class MLPDecoder(nn.Module):
     def __init__(self, config: ModelConfig, shape: Sequence[int], n_parameters: int) -> None:
         super().__init__()
         widths = tuple(reversed(config.hidden_dims))
+        given = _output_shape(config, shape, n_parameters)
         self.layers = nn.Sequential(
             _dense(config, (config.latent_dim, *widths)),
-            nn.Linear(widths[-1], n_parameters * math.prod(shape)),
-            nn.Unflatten(1, (n_parameters, *shape)),
+            nn.Linear(widths[-1], math.prod(given)),
+            nn.Unflatten(1, given),
         )
 
     def forward(self, z_BL: Tensor) -> Tensor:
-        """Decode (B, L) to (B, K, ...)."""
+        """Decode (B, L) to (B, K, ...), of a table to (B, 1, W)."""
         return self.layers(z_BL)  # type: ignore[no-any-return]
 
 
@@ -210,11 +215,8 @@ def build_networks(
 def build_outputs(config: ModelConfig, shape: Sequence[int], *, n_parameters: int) -> nn.Sequential:
     """Make what follows an MLP decoder's first hidden layer: (B, last of the widths) -> (B, K, ...)."""
     widths = tuple(reversed(config.hidden_dims))
-    return nn.Sequential(
-        _dense(config, widths),
-        nn.Linear(widths[-1], n_parameters * math.prod(shape)),
-        nn.Unflatten(1, (n_parameters, *shape)),
-    )
+    given = _output_shape(config, shape, n_parameters)
+    return nn.Sequential(_dense(config, widths), nn.Linear(widths[-1], math.prod(given)), nn.Unflatten(1, given))
 
 
 def network_name(config: ModelConfig, shape: Sequence[int]) -> str:
@@ -223,6 +225,10 @@ def network_name(config: ModelConfig, shape: Sequence[int]) -> str:
         return config.network
     image = len(shape) == 3 and min(shape[1:]) >= _SMALLEST_CONV_SIDE
     return "conv" if image and config.likelihood != "tokens" else "mlp"
+
+
+def _output_shape(config: ModelConfig, shape: Sequence[int], n_parameters: int) -> tuple[int, ...]:
+    return (1, TableLayout(config).n_outputs) if config.columns else (n_parameters, *shape)
 
 
 def _refuse_convolutions(config: ModelConfig, shape: Sequence[int]) -> None:

@@ -111,7 +111,10 @@ class Objective(ABC):
     def look(self, vae: VAE, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Give the scaled rows that must come out, and what is encoded: the same, or a corrupted copy."""
         x = vae.observe(rows)
-        return x, corrupt(x, self.config.corruption, self.config.corruption_level)
+        return x, self._corrupted(vae, x)
+
+    def _corrupted(self, vae: VAE, x: Tensor) -> Tensor:
+        return corrupt(x, self.config.corruption, self.config.corruption_level, blank=vae.preprocessing.blank)
 
 
 class ELBO(Objective):
@@ -222,7 +225,7 @@ class Contrastive(Objective):
         """Estimate bound and contrast; in a minibatch of one row there is nothing to contrast with."""
         x, n_content = vae.observe(rows), vae.config.latent_dim - vae.config.style_dim
         first, second, whole = self._views(vae, x)
-        given = corrupt(torch.cat([first, second]), self.config.corruption, self.config.corruption_level)
+        given = self._corrupted(vae, torch.cat([first, second]))
         h_2BF = vae.hidden(given)
         content_BL, other_BL = vae.posterior.statistics(h_2BF)[0][:, :n_content].chunk(2)
         contrast_B = self._contrast(content_BL, other_BL, remember=vae.training)

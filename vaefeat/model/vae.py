@@ -87,7 +87,7 @@ class VAE(nn.Module):
         row_shape = tuple(int(size) for size in rows.shape[1:])
         name = likelihood_name(config, row_shape)
         refuse_rows(config.likelihood, config, rows)
-        scaling = Preprocessing.fit(rows, LIKELIHOODS[name].scaling, levels=config.levels)
+        scaling = Preprocessing.fit(rows, LIKELIHOODS[name].scaling, levels=config.levels, columns=config.columns)
         vae = cls(config, row_shape, preprocessing=scaling)
         if vae.prior.n_starting_rows:
             # Spread over the rows, which may be sorted.
@@ -155,8 +155,10 @@ class VAE(nn.Module):
 
 
 def likelihood_name(config: ModelConfig, row_shape: tuple[int, ...]) -> str:
-    """Resolve ``auto``: Bernoulli for images and where rows are binarized, Gaussian for tables."""
+    """Resolve ``auto``: Bernoulli for images and where rows are binarized, a kind for each column, or Gaussian."""
     name = config.likelihood
+    if name == "auto" and config.columns:
+        return "table"
     if name == "auto":
         name = "bernoulli" if len(row_shape) == 3 or config.binarize else "gaussian"
     if name not in LIKELIHOODS:

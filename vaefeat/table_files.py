@@ -1,0 +1,98 @@
+"""Files of tables, CSV and Parquet, as tables of pyarrow (the extra ``parquet``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vaefeat.errors import InputError, requiring
+from vaefeat.parquet import DEFAULT_LABEL_COLUMN
+from vaefeat.settings import unknown_name
+
+__all__ = ["SUFFIXES", "read_frame", "write_frame"]
+
+SUFFIXES = (".csv", ".parquet", ".pq")
+
+
+def read_frame(
+    path: Path,
+    *,
+    columns: Sequence[str] | None = None,
+    label_column: str | None = DEFAULT_LABEL_COLUMN,
+    max_rows: int | None = None,
+) -> tuple[Any, NDArray[Any] | None]:
+    """Read a file whole.
+
+    Parameters
+    ----------
+    path : Path
+        Ends in one of :data:`SUFFIXES`. Empty fields of CSV are missing values; types are read off the values.
+    columns : sequence of str, optional
+        Which to read, in this order; all but the label when None.
+    label_column : str or None
+        Read as labels where it is there; None reads no labels, and a column of the default name is still left out.
+    max_rows : int, optional
+
+    Returns
+    -------
+    frame : pyarrow.Table
+    labels : ndarray of shape (n,) or None
+
+    Raises
+    ------
+    InputError
+        The file is not there, is damaged, or has no such column.
+    MissingExtraError
+        pyarrow is not installed.
+    """
+    with requiring("parquet", what=f"Reading {path.suffix}"):
+        import pyarrow as pa
+        from pyarrow import csv, parquet
+    try:
+        if path.suffix.lower() == ".csv":
+            # Text is missing only where nothing stands at all.
+            options = csv.ConvertOptions(strings_can_be_null=True, null_values=["", "NA", "NaN", "nan", "null"])
+            whole = csv.read_csv(path, convert_options=options)
+        else:
+            whole = parquet.read_table(path)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"got {path}, which cannot be read as a table ({error}); write it again") from error
+    whole = whole.slice(0, max_rows)
+    labels = None
+    if label_column is not None and label_column in whole.column_names:
+        labels = _labels(whole.column(label_column))
+    elif label_column not in (None, DEFAULT_LABEL_COLUMN):
+        raise unknown_name(f"the label column in {path}", label_column, whole.column_names)
+    left_out = {label_column, DEFAULT_LABEL_COLUMN if label_column is None else label_column}
+    names = columns if columns is not None else [name for name in whole.column_names if name not in left_out]
+    for name in names:
+        if name not in whole.column_names:
+            raise unknown_name(f"the column in {path}", name, whole.column_names)
+    return whole.select(list(names)), labels
+
+
+def write_frame(path: Path, frame: Any) -> bytes:
+    """Give the bytes of a file of `path`'s kind that holds a data frame of pyarrow, as :func:`read_frame` reads it."""
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    sink = pa.BufferOutputStream()
+    if path.suffix.lower() == ".csv":
+        csv.write_csv(frame, sink)
+    else:
+        parquet.write_table(frame, sink)
+    return bytes(sink.getvalue())
+
+
+def _labels(column: Any) -> NDArray[Any]:
+    values = column.to_pylist()
+    if any(value is None for value in values):
+        raise InputError(
+            "got labels that are missing, wanted one for each row; fill them with -1 (unlabelled), or read no labels "
+            "with label_column=None"
+        )
+    return np.array(values)
