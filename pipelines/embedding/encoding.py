@@ -129,6 +129,7 @@ class PartEncoder:
     ) -> tuple[NDArray[Any], NDArray[np.intp], dict[int, str]]:
         """Decode as the service does, image by image: a row must not depend on its neighbours."""
         spec = self._encoder.input
+        n_channels, height, width = spec.shape
         rows = np.empty((len(encoded), *spec.shape), spec.dtype)
 
         def decode(positions: range) -> dict[int, str]:
@@ -138,7 +139,7 @@ class PartEncoder:
                 try:
                     if content is None:
                         raise InputError("no image: the cell is null")
-                    pixels = decode_image(content, name="an image", shape=spec.shape)  # type: ignore[arg-type]  # images have three axes
+                    pixels = decode_image(content, name="an image", shape=(n_channels, height, width))
                 except InputError as error:
                     found[position] = str(error)
                 else:

@@ -127,6 +127,10 @@ def open_source(place: Place, spec: InputSpec, request: Request) -> Source:
     InputError
         There is nothing to read, a column is missing or of another type, or it does not fit the encoder.
     """
+    if spec.table is not None:
+        raise InputError(
+            f"got a bundle of a table ({spec.table}), whose columns this job cannot encode yet; use: vaefeat embed"
+        )
     if not place.is_file and not place.is_folder:
         raise InputError(f"got {place}, which does not exist; wanted a file or a folder")
     root = place if place.is_folder else _parent(place)
