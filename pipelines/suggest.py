@@ -74,7 +74,7 @@ def suggest(options: SuggestOptions, *, console: Console) -> list[str]:
     Returns
     -------
     list of str
-        Ids of the suggested rows, those that say most first.
+        Ids of the suggested rows, in the order of :func:`vaefeat.suggestions.suggest_rows`.
 
     Raises
     ------

@@ -38,7 +38,7 @@ def suggest_rows(
     wanted (k-means), and each cluster is spoken for by its row nearest to the centre. Clusters that hold a labelled row
     need no other. With labels of at least two classes, clusters are ordered by how much they hold that
     :class:`vaefeat.heads.FewLabelHead` is unsure of (the sum over rows of one minus the margin between its two most
-    probable classes), without them by their size; so the first rows of the answer are the ones to begin with.
+    probable classes), without them by their size: the first rows of the answer stand for the most.
 
     Parameters
     ----------

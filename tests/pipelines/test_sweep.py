@@ -145,7 +145,7 @@ def test_bad_input_is_one_error_before_ray_starts(
     over: str, more: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     code, told, errors = finish(start(command(tmp_path / "out", [over], *more)))
-    assert code == 2
+    assert code == 2, errors
     assert message in errors
     assert "Traceback" not in errors
     assert told == ""

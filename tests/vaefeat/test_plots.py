@@ -182,6 +182,19 @@ def test_rate_distortion_joins_points_by_rate_over_the_line_of_the_best_sum() ->
     assert {"a", "b", "c", "sum 95.0"} == {text.get_text() for text in axes.texts}
 
 
+def test_trade_off_colours_a_panel_by_each_setting_and_marks_the_least_error() -> None:
+    settings: dict[str, list[Any]] = {"latent_dim": [16, 4, 16], "objective": ["elbo", "iwae", "elbo"]}
+    made = plots.trade_off([-90, -80, -85], [12.0, 30.0, 8.0], [1.0, 2.0, 0.5], settings, n_labels=50)
+    for axes, kinds, ends in zip(made.axes, (["4", "16"], ["elbo", "iwae"]), ([-80, -90], [-90, -80]), strict=True):
+        legend = axes.get_legend()
+        assert legend is not None
+        assert [text.get_text() for text in legend.get_texts()] == kinds
+        *points, mark = axes.collections[1:]
+        assert [np.asarray(drawn.get_offsets())[0, 0] for drawn in points] == ends
+        np.testing.assert_array_equal(mark.get_offsets(), [[-85, 8]])
+    assert made.axes[0].get_ylabel() == "error with 50 labels (%)"
+
+
 def test_learning_curves_have_a_logarithmic_axis_and_names_apart() -> None:
     curves = {f"{size} latents": [(1e5, -150.0), (1e6, -100.0 - 0.01 * size)] for size in (3, 5, 10)}
     made = plots.learning_curves(curves)
