@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from pipelines.config import RunConfig, load_config, with_workers
+from pipelines.group import leads_group
 from vaefeat.cli import run_command_line
 from vaefeat.errors import requiring
 from vaefeat.observers import shown_activity
@@ -15,6 +17,16 @@ from vaefeat.observers import shown_activity
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Offline jobs of vaefeat."
 )
+
+Config = Annotated[Path, typer.Argument(help="A TOML file, such as pipelines/configs/digits.toml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="table.key=value, over the file's; may be repeated.")
+]
+Workers = Annotated[
+    str | None, typer.Option(help="Train in N processes of Ray, or in MIN:MAX, as many as there is room for.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Do it again, even where nothing has changed.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and why, and change nothing.")]
 
 
 @app.callback()
@@ -24,45 +36,75 @@ def jobs() -> None:
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="A TOML file, such as pipelines/configs/digits.toml.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="table.key=value, over the file's; may be repeated.")
+    config: Config,
+    override: Overrides = None,
+    workers: Workers = None,
+    force: Annotated[
+        list[str] | None, typer.Option("--force", help="A stage to run again in any case; may be repeated.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
-    """Pretrain, export, serve, embed over HTTP, classify with few labels, report."""
-    from pipelines.config import load_config
-
-    loaded = load_config(config, override or ())
+    """Do all stages that are not done: pretrain, export, embed, check, evaluate, report."""
+    loaded = with_workers(load_config(config, override or ()), workers)
     with shown_activity("load torch and the rest"), requiring("jobs", what="This job"):
         from pipelines.run import run as run_job
+        from pipelines.run import show_plan
 
-    run_job(loaded, console=Console(), resume=resume)
+    if dry_run:
+        show_plan(loaded, console=Console(), force=force or ())
+    else:
+        run_job(loaded, console=Console(), force=force or ())
 
 
 @app.command()
 def pretrain(
-    config: Annotated[Path, typer.Argument(help="A TOML file, such as pipelines/configs/digits.toml.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="table.key=value, over the file's; may be repeated.")
-    ] = None,
-    workers: Annotated[
-        str | None, typer.Option(help="Train in N processes of Ray, or in MIN:MAX, as many as there is room for.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
+    config: Config, override: Overrides = None, workers: Workers = None, force: Force = False, dry_run: DryRun = False
 ) -> None:
-    """Pretrain on the configuration's rows, in one process or in many, and write the bundle.
+    """Train the encoder on the configuration's rows, in one process or in many.
 
     Also under torchrun: torchrun --nproc-per-node 2 -m pipelines pretrain CONFIG
     """
-    from pipelines.config import load_config, with_workers
-    from pipelines.group import leads_group
+    _run_stage("pretrain", with_workers(load_config(config, override or ()), workers), force=force, dry_run=dry_run)
 
-    loaded = with_workers(load_config(config, override or ()), workers)
+
+@app.command()
+def export(config: Config, override: Overrides = None, force: Force = False, dry_run: DryRun = False) -> None:
+    """Write the bundle of a trained encoder."""
+    _run_stage("export", load_config(config, override or ()), force=force, dry_run=dry_run)
+
+
+@app.command()
+def embed(config: Config, override: Overrides = None, force: Force = False, dry_run: DryRun = False) -> None:
+    """Write the features of the configuration's training and test rows."""
+    _run_stage("embed", load_config(config, override or ()), force=force, dry_run=dry_run)
+
+
+@app.command()
+def check(config: Config, override: Overrides = None, force: Force = False, dry_run: DryRun = False) -> None:
+    """Serve the bundle, embed every row over HTTP, and prove that file, library and service agree."""
+    _run_stage("check", load_config(config, override or ()), force=force, dry_run=dry_run)
+
+
+@app.command()
+def evaluate(config: Config, override: Overrides = None, force: Force = False, dry_run: DryRun = False) -> None:
+    """Judge the features with few labels."""
+    _run_stage("evaluate", load_config(config, override or ()), force=force, dry_run=dry_run)
+
+
+@app.command()
+def report(config: Config, override: Overrides = None, force: Force = False, dry_run: DryRun = False) -> None:
+    """Draw and write the report."""
+    _run_stage("report", load_config(config, override or ()), force=force, dry_run=dry_run)
+
+
+def _run_stage(name: str, config: RunConfig, *, force: bool, dry_run: bool) -> None:
     with shown_activity("load torch and the rest", shown=leads_group()), requiring("jobs", what="This job"):
-        from pipelines.pretrain import pretrain as pretrain_job
+        from pipelines.run import run_stage, show_plan
 
-    pretrain_job(loaded, console=Console(), resume=resume)
+    if dry_run:
+        show_plan(config, console=Console(), force=[name] if force else (), only=name)
+    else:
+        run_stage(name, config, console=Console(), force=force)
 
 
 @app.command()
@@ -127,4 +169,4 @@ def sweep(
 
 
 if __name__ == "__main__":
-    run_command_line(app)
+    run_command_line(app, again="the same command")
