@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -101,9 +102,9 @@ def show_plan(config: RunConfig, *, console: Console, force: Collection[str] = (
     """
     job, stages = Job(config), stages_of(config)
     refuse_untrackable(config)
-    table = Table(title=f"{config.name} in {config.out}", title_justify="left")
+    table = Table(title=f"{config.name} in {config.out}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("stage", "", "why", "reads", "writes"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=not column)
     for verdict in plan([named(stages, only)] if only else stages, job, force=force):
         stage = verdict.stage
         state = "done" if not verdict.due else "will run" if verdict.certain else "may run"
