@@ -70,6 +70,11 @@ def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
         return _split(train.array, train.labels, train.names, config, seed, train.source)
     _require_labels(test)
     labels, names = _indices(np.concatenate([train.labels, test.labels]), train.names)
+    if len(unseen := np.setdiff1d(labels[len(train) :], labels[: len(train)])):
+        raise InputError(
+            f"got test rows of the classes {[names[index] for index in unseen][:10]} in {test.source}, wanted classes "
+            f"that the training rows in {train.source} have; leave these rows out, or add some of them there"
+        )
     pretraining = np.concatenate([train.array, test.array]) if config.pretrain_on == "all" else train.array
     return Dataset(
         pretraining=Rows(array=pretraining, source=train.source),

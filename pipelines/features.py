@@ -29,7 +29,17 @@ from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import InputError, RemoteError
 from vaefeat.remote import RemoteEncoder
 
-__all__ = ["CHECK", "CHECK_FILE", "EMBED", "FEATURES_FILE", "OUTPUTS", "Features", "read_features", "shown_progress"]
+__all__ = [
+    "CHECK",
+    "CHECK_FILE",
+    "EMBED",
+    "FEATURES_FILE",
+    "OUTPUTS",
+    "Features",
+    "compare_features",
+    "read_features",
+    "shown_progress",
+]
 
 FEATURES_FILE = "features.parquet"
 CHECK_FILE = "check.json"
@@ -175,7 +185,7 @@ def _check(job: Job, attempt: str) -> Outcome:
                 where = remote.provider
             progress.remove_task(task)
             progress.add_task("stop the service", total=None)
-    found = _compared(served, kept, OnnxEncoder(job.folder), data, provider=where)
+    found = compare_features(served, kept, OnnxEncoder(job.folder), data, provider=where)
     rates = {"rows_per_s": len(OUTPUTS) * n_rows / embed_s, "start_s": start_s, "embed_s": embed_s}
     content = {**found, "engine": serve.engine, "provider": where, **rates}
     replace_file(job.folder / CHECK_FILE, f"{json.dumps(content, indent=1)}\n".encode())
@@ -184,7 +194,7 @@ def _check(job: Job, attempt: str) -> Outcome:
     return Outcome((CHECK_FILE,), summary, {"rows": n_rows, **rates})
 
 
-def _compared(
+def compare_features(
     served: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
     kept: Features,
     local: OnnxEncoder,
@@ -192,7 +202,31 @@ def _compared(
     *,
     provider: str,
 ) -> dict[str, Any]:
-    """Require the same bits from service, file and library; where a GPU computes some of them, tell what differs."""
+    """Require the same bits from service, file and library; where a GPU computes some of them, tell what differs.
+
+    Parameters
+    ----------
+    served : mapping of str to (train, test)
+        By the encoder's output.
+    kept : Features
+        From the file.
+    local : OnnxEncoder
+    data : Dataset
+    provider : str
+        ONNX Runtime's, in the service.
+
+    Returns
+    -------
+    dict
+        ``same_bits``, ``largest_difference``, ``rows``.
+
+    Raises
+    ------
+    RemoteError
+        Some bits differ on a processor.
+    InputError
+        The file is of other rows.
+    """
     n_again = min(_ROWS_AGAIN, len(data.test))
     largest = 0.0
     for output, (train, test) in served.items():

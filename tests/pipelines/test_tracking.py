@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from pipelines.config import RunConfig, TrackConfig, load_config
 from pipelines.job import Job
-from pipelines.run import STAGES, stages_of
-from pipelines.stages import Record, run_stages
+from pipelines.run import STAGES, run, stages_of
+from pipelines.stages import Record
 from pipelines.tracking import TRACK, refuse_untrackable
 from vaefeat.errors import ConfigError
 
@@ -50,17 +51,17 @@ def test_mlflow_gets_settings_figures_curves_and_files(tmp_path: Path, monkeypat
     config = load_config(CONFIG, (f"out={tmp_path / 'out'}", *SMALL))
     config = replace(config, track=TrackConfig(mlflow=True, uri=uri, experiment="tests"))
     job = Job(config)
-    run_stages(stages_of(config), job)
+    run(config, console=Console(quiet=True))
     record = Record.read(job, "track")
     assert record is not None
     run_id = json.loads((tmp_path / "out" / "tracked.json").read_text())["run_id"]
     assert record.summary == f"MLflow run {run_id}"
     client = MlflowClient(uri)
-    run = client.get_run(run_id)
-    assert run.data.params["train.max_epochs"] == "2"
-    assert run.data.params["probe.n_labels"] == "50"
+    logged = client.get_run(run_id)
+    assert logged.data.params["train.max_epochs"] == "2"
+    assert logged.data.params["probe.n_labels"] == "50"
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert run.data.metrics["elbo"] == pytest.approx(metrics["training"]["elbo"])
-    assert run.data.metrics["test error percent/raw pixels/standardised"] > 0
+    assert logged.data.metrics["elbo"] == pytest.approx(metrics["training"]["elbo"])
+    assert logged.data.metrics["test error percent/raw pixels/standardised"] > 0
     assert [point.step for point in client.get_metric_history(run_id, "history.heldout_elbo")] == [1, 2]
     assert {found.path for found in client.list_artifacts(run_id)} >= {"report.html", "metrics.json", "config.toml"}
