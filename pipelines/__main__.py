@@ -169,4 +169,4 @@ def sweep(
 
 
 if __name__ == "__main__":
-    run_command_line(app, again="the same command")
+    run_command_line(app, again="the same command; a sweep with --resume")
