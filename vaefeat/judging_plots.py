@@ -51,6 +51,8 @@ def training_curves(history: Sequence[dict[str, Any]]) -> Figure:
     draw_title(panels[2], "Active latents")
     for axes in panels:
         axes.set_xlabel("epoch")
+        if len(epochs) == 1:
+            axes.set_xlim(epochs[0] - 1, epochs[0] + 1)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return made
 
