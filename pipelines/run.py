@@ -49,6 +49,8 @@ def run(config: RunConfig, *, console: Console, force: Collection[str] = ()) -> 
     VaefeatError
         Whatever a stage raises.
     """
+    if in_group():
+        raise InputError("got a whole run under torchrun, wanted the stage 'pretrain' alone; run the rest by itself")
     job, stages = Job(config), stages_of(config)
     for name in force:
         named(stages, name)
@@ -72,6 +74,8 @@ def run_stage(name: str, config: RunConfig, *, console: Console, force: bool = F
         Whatever the stage raises.
     """
     job, stages = Job(config), stages_of(config)
+    if in_group() and name != PRETRAIN.name:
+        raise InputError(f"got the stage {name!r} under torchrun, wanted 'pretrain'; run this one by itself")
     if force and in_group():
         raise InputError("got --force under torchrun, whose processes may start many times; remove the folder instead")
     if not leads_group():

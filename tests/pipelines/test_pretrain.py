@@ -180,6 +180,8 @@ def test_group_is_known_by_its_environment(monkeypatch: pytest.MonkeyPatch, tmp_
     assert not leads_group()
     with pytest.raises(InputError, match="leave one of them out"):
         run_stage("pretrain", replace(SMALL, out=str(tmp_path), workers=WorkersConfig(count=2)), console=Console())
+    with pytest.raises(InputError, match="'export' under torchrun"):
+        run_stage("export", replace(SMALL, out=str(tmp_path)), console=Console())
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])
