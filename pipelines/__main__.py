@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from pipelines.config import RunConfig, load_config, with_workers
 from pipelines.group import leads_group
 from vaefeat.cli import run_command_line
-from vaefeat.errors import requiring
+from vaefeat.errors import InputError, requiring
 from vaefeat.observers import shown_activity
 
 app = typer.Typer(
@@ -74,9 +75,75 @@ def export(config: Config, override: Overrides = None, force: Force = False, dry
 
 
 @app.command()
-def embed(config: Config, override: Overrides = None, force: Force = False, dry_run: DryRun = False) -> None:
-    """Write the features of the configuration's training and test rows."""
-    _run_stage("embed", load_config(config, override or ()), force=force, dry_run=dry_run)
+def embed(
+    config: Annotated[
+        Path | None, typer.Argument(help="Do this stage of the job that a TOML file describes, and no more.")
+    ] = None,
+    override: Overrides = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    bundle: Annotated[Path | None, typer.Option(help="Folder of a bundle.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Parquet, .npy, IDX, or images: a file or folder, s3://... or gs://...")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder of Parquet files to write, such as features.parquet.")] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--column", help="Of Parquet: the images, the lists of numbers, or numbers, repeated."),
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="Unique; the row's number or the image's path otherwise.")
+    ] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="A column that is carried along; may be repeated.")] = None,
+    split: Annotated[Literal["train", "test"] | None, typer.Option(help="Only files of that name.")] = None,
+    output: Annotated[str, typer.Option(help="mean, hidden, logvar, or probability of a classifier.")] = "mean",
+    encoders: Annotated[int | None, typer.Option(min=1, help="As many as there is room for when not given.")] = None,
+    gpus: Annotated[float | None, typer.Option(min=0.01, max=1, help="Share of a GPU for each encoder.")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes GPUs where Ray has some.")
+    ] = "auto",
+    address: Annotated[str, typer.Option(help="local: a Ray of the job's own; else a cluster's, or auto.")] = "local",
+    part_rows: Annotated[int | None, typer.Option(min=1, help="Rows of an output file, at most.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+) -> None:
+    """Embed a data set of any size into a folder of Parquet files; the same command goes on after a stop.
+
+    Rows that cannot be read are left out, counted, and written to OUT/_quarantine with the reason.
+    OUT/_manifest.json is written last: with it, the output is whole.
+
+    With a TOML file instead: the features of a job's training and test rows, as its stage between export and check.
+    """
+    if config is not None:
+        if bundle is not None or data is not None or out is not None:
+            raise InputError(
+                f"got {config} beside --bundle, --data or --out, wanted one of them: the file names all three"
+            )
+        _run_stage("embed", load_config(config, override or ()), force=force, dry_run=dry_run)
+        return
+    if bundle is None or data is None or out is None:
+        raise InputError(
+            "wanted --bundle, --data and --out to embed a data set, or a TOML file to do a stage of its job"
+        )
+    with shown_activity("load pyarrow"), requiring("jobs", what="This job"):
+        from pipelines.embedding.job import EmbedOptions, summary
+        from pipelines.embedding.job import embed as embed_job
+        from pipelines.embedding.sources import Request
+
+    done = embed_job(
+        EmbedOptions(
+            bundle=bundle,
+            data=data,
+            out=out,
+            request=Request(split=split, columns=tuple(columns or ()), id_column=id_column, keep=tuple(keep or ())),
+            output=output,
+            encoders=encoders,
+            gpus=gpus,
+            device=device,
+            address=address,
+            part_rows=part_rows,
+        )
+    )
+    typer.echo(json.dumps(done) if as_json else summary(done))
 
 
 @app.command()

@@ -9,10 +9,11 @@ import contextlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import ray
 from ray.exceptions import RayError
@@ -22,7 +23,7 @@ from vaefeat.errors import TrainingError, VaefeatError
 from vaefeat.observers import shown_activity
 from vaefeat.processors import available_cpus
 
-__all__ = ["last_line", "ray_errors_told_plainly", "running_ray"]
+__all__ = ["aside", "last_line", "ray_errors_told_plainly", "running_ray"]
 
 #: Ray wants this much for its object store, whatever is put into it.
 _LEAST_STORE_BYTES = 128 * 2**20
@@ -72,6 +73,35 @@ def _scratch_folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def aside(log: Path) -> Iterator[TextIO]:
+    """Write to a file what Ray, its core and its processes print; give the standard error that is for people.
+
+    Parameters
+    ----------
+    log : Path
+        Written over.
+
+    Yields
+    ------
+    text file
+        Standard error as it was.
+    """
+    sys.stderr.flush()
+    with (
+        os.fdopen(os.dup(2), "w", buffering=1) as people,
+        log.open("w", buffering=1) as file,
+        contextlib.redirect_stdout(file),
+    ):
+        # The number itself: Ray's core is no Python, and its processes inherit it.
+        os.dup2(file.fileno(), 2)
+        try:
+            yield people
+        finally:
+            sys.stderr.flush()
+            os.dup2(people.fileno(), 2)
 
 
 @contextlib.contextmanager

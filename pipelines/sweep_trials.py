@@ -204,15 +204,15 @@ def _share(config: RunConfig, side_by_side: int) -> dict[str, float]:
 def _collected(tasks: Sequence[dict[str, Any]], results: tune.ResultGrid) -> list[Trial]:
     by_name: dict[str, Trial] = {}
     for result in (results[place] for place in range(len(results))):
-        given = result.config["task"]
+        given = (result.config or {})["task"]
         name, settings = given["name"], given["settings"]
         if result.error is not None:
             by_name[name] = Trial(name=name, settings=settings, failed=_reason(result.error))
-        elif "few_label_error" in (result.metrics or {}):
+        elif "few_label_error" in (metrics := result.metrics or {}):
             wanted = ("few_label_error", "spread", "head", "errors", "elbo", "log_likelihood", "kl")
             counts = ("active_units", "epochs", "seconds")
             by_name[name] = Trial(
-                name=name, settings=settings, figures={key: result.metrics[key] for key in (*wanted, *counts)}
+                name=name, settings=settings, figures={key: metrics[key] for key in (*wanted, *counts)}
             )
     if len(by_name) < len(tasks):
         raise TrainingInterrupted(

@@ -90,8 +90,6 @@ def decode_into(
         504.
     """
     n_channels, height, width = spec.shape
-    # Pixels are 0 to 255 in a file; a model of pixels up to 1 was trained on them divided.
-    scale = np.float32(1 / 255) if spec.dtype == "float32" and spec.high <= 1 else None
     errors: dict[int, str] = {}
     for position, content in enumerate(encoded, start):
         if time.perf_counter() > deadline:
@@ -107,7 +105,7 @@ def decode_into(
         except InputError as error:
             errors[position] = str(error)
             continue
-        rows[position] = pixels * scale if scale is not None else pixels
+        rows[position] = spec.of_pixels(pixels)
     return errors
 
 

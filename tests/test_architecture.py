@@ -24,6 +24,7 @@ CHECKOUT = Path(__file__).parents[1]
         "import vaefeat.cli",
         "import serving.app, serving.codec, serving.local_engine",
         "import serving.cluster, serving.guard.middleware",
+        "import pipelines.__main__, pipelines.embedding.job, pipelines.embedding.workers",
     ],
 )
 def test_serving_side_never_loads_torch(statement: str) -> None:

@@ -18,6 +18,7 @@
     │   ├── CheckpointError               a checkpoint that cannot be written, read, or continued
     │   ├── WorkerLostError               another worker of the run died; a new group of workers can go on
     │   └── TrainingInterrupted           stopped on request, the checkpoint is on disk
+    ├── JobError (RuntimeError)           an offline job cannot go on; what it finished is kept
     └── RemoteError (ConnectionError)     the embedding server cannot be reached or answered with a failure
 
 Every message says what was got, what was wanted, and what to do. An :class:`InputError` or :class:`BundleError` is safe
@@ -39,6 +40,7 @@ __all__ = [
     "DeviceError",
     "ExportError",
     "InputError",
+    "JobError",
     "MissingExtraError",
     "MissingSplitError",
     "NonFiniteLossError",
@@ -157,6 +159,10 @@ class WorkerLostError(TrainingError):
 
 class TrainingInterrupted(TrainingError):
     """Training was asked to stop; what was reached is in the checkpoint."""
+
+
+class JobError(VaefeatError, RuntimeError):
+    """An offline job cannot go on; the same command continues from what it finished."""
 
 
 class RemoteError(VaefeatError, ConnectionError):

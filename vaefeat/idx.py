@@ -21,7 +21,16 @@ from numpy.typing import NDArray
 
 from vaefeat.errors import InputError, MissingSplitError
 
-__all__ = ["IdxHeader", "find_idx", "is_gzipped", "is_idx", "read_idx", "read_idx_header", "read_idx_shape"]
+__all__ = [
+    "IdxHeader",
+    "find_idx",
+    "is_gzipped",
+    "is_idx",
+    "parse_idx_header",
+    "read_idx",
+    "read_idx_header",
+    "read_idx_shape",
+]
 
 _DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -71,7 +80,7 @@ def read_idx_header(path: Path) -> IdxHeader:
         The header is not an IDX header.
     """
     with _reading(path), _open(path) as stream:
-        return _read_header(stream, path)
+        return parse_idx_header(stream, name=path)
 
 
 def read_idx_shape(path: Path) -> tuple[int, ...]:
@@ -106,7 +115,7 @@ def read_idx(path: Path, *, max_rows: int | None = None) -> NDArray[Any]:
         Not an IDX file, or one with more or fewer bytes than its header announces.
     """
     with _reading(path), _open(path) as stream:
-        dtype, shape, _ = _read_header(stream, path)
+        dtype, shape, _ = parse_idx_header(stream, name=path)
         if max_rows is not None and max_rows < shape[0]:
             data = _read_values(stream, path, dtype.itemsize * math.prod((max_rows, *shape[1:])))
             shape = (max_rows, *shape[1:])
@@ -181,21 +190,35 @@ def _open(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
             yield stream
 
 
-def _read_header(stream: IO[bytes] | gzip.GzipFile, path: Path) -> IdxHeader:
+def parse_idx_header(stream: IO[bytes] | gzip.GzipFile, *, name: object) -> IdxHeader:
+    """Read the header that an unpacked stream begins with, wherever it comes from.
+
+    Parameters
+    ----------
+    stream : file-like
+        Left at the first value.
+    name : object
+        What errors call it.
+
+    Raises
+    ------
+    InputError
+        It is not an IDX header.
+    """
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _DTYPES or magic[3] == 0:
         raise InputError(
-            f"got {path} that starts with {magic.hex() or 'nothing'}, wanted an IDX file: 0000, "
+            f"got {name} that starts with {magic.hex() or 'nothing'}, wanted an IDX file: 0000, "
             f"a dtype code ({', '.join(f'{code:02x}' for code in _DTYPES)}), and at least one axis"
         )
     sizes = stream.read(4 * magic[3])
     if len(sizes) < 4 * magic[3]:
         raise InputError(
-            f"got {len(sizes)} bytes of axis sizes in {path}, wanted {4 * magic[3]}; the file is cut short"
+            f"got {len(sizes)} bytes of axis sizes in {name}, wanted {4 * magic[3]}; the file is cut short"
         )
     shape = struct.unpack(f">{magic[3]}I", sizes)
     if 0 in shape:
-        raise InputError(f"got {path} of shape {shape}, wanted at least one value")
+        raise InputError(f"got {name} of shape {shape}, wanted at least one value")
     return IdxHeader(np.dtype(_DTYPES[magic[2]]), shape, len(magic) + len(sizes))
 
 

@@ -108,6 +108,22 @@ class InputSpec:
         flat = f", or flat (n, {self.n_features})" if self.kind == "image" else ""
         return f"{self.dtype} rows of shape (n, {shape}){flat}"
 
+    def of_pixels(self, pixels: NDArray[np.uint8]) -> NDArray[Any]:
+        """Give decoded images in the units of the rows: pixels are 0 to 255 in a file, whatever they were in training.
+
+        Parameters
+        ----------
+        pixels : ndarray of shape (..., C, H, W)
+
+        Returns
+        -------
+        ndarray of the same shape and dtype ``self.dtype``
+            Divided by 255 for a model that was trained on floats up to 1.
+        """
+        if self.dtype == "float32" and self.high <= 1:
+            return pixels * np.float32(1 / 255)
+        return pixels.astype(self.dtype, copy=False)
+
     def prepare(self, X: ArrayLike, *, holes: bool = False) -> NDArray[Any]:
         """Check rows and convert them, without loss, to what the graph takes.
 

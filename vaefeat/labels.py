@@ -128,7 +128,7 @@ def labelled_accuracy(
 
 def labelled_rows(y: ArrayLike) -> NDArray[np.bool_]:
     """Tell which rows (n,) have a label: all but those with -1, None or NaN."""
-    return ~_unlabelled(column_or_1d(np.asarray(y, dtype=object)))
+    return ~_unlabelled(column_or_1d(np.asarray(y, dtype=object)), UNLABELLED)
 
 
 def class_names(classes: NDArray[Any]) -> tuple[str | int | float | bool, ...]:

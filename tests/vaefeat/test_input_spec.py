@@ -248,3 +248,13 @@ def test_unscaled_pixels_into_a_bundle_of_scaled_ones_are_refused() -> None:
     with pytest.raises(InputError, match=r"got values up to 255.*divide by 255"):
         spec.prepare(np.full((3, 4), 255.0))
     assert spec.prepare(np.full((3, 4), 1.2)).max() == np.float32(1.2)
+
+
+def test_pixels_become_rows_in_the_units_of_training() -> None:
+    pixels = ROWS.reshape(2, 1, 2, 3)
+    assert PIXELS.of_pixels(pixels).dtype == np.uint8
+    np.testing.assert_array_equal(PIXELS.of_pixels(pixels), pixels)
+    np.testing.assert_array_equal(UNIT.of_pixels(pixels), pixels * np.float32(1 / 255))
+    wide = InputSpec(kind="image", shape=(1, 2, 3), dtype="float32", low=0, high=255)
+    assert wide.of_pixels(pixels).dtype == np.float32
+    np.testing.assert_array_equal(wide.of_pixels(pixels), pixels)
