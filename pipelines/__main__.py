@@ -9,13 +9,25 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from pipelines.config import RunConfig, load_config, with_workers
+from pipelines.group import leads_group
 from vaefeat.cli import run_command_line
-from vaefeat.errors import requiring
+from vaefeat.errors import InputError, requiring
 from vaefeat.observers import shown_activity
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Offline jobs of vaefeat."
 )
+
+Config = Annotated[Path, typer.Argument(help="A TOML file, such as pipelines/configs/digits.toml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="table.key=value, over the file's; may be repeated.")
+]
+Workers = Annotated[
+    str | None, typer.Option(help="Train in N processes of Ray, or in MIN:MAX, as many as there is room for.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Do it again, even where nothing has changed.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and why, and change nothing.")]
 
 
 @app.callback()
@@ -25,45 +37,141 @@ def jobs() -> None:
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="A TOML file, such as pipelines/configs/digits.toml.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="table.key=value, over the file's; may be repeated.")
+    config: Config,
+    override: Overrides = None,
+    workers: Workers = None,
+    force: Annotated[
+        list[str] | None, typer.Option("--force", help="A stage to run again in any case; may be repeated.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
-    """Pretrain, export, serve, embed over HTTP, classify with few labels, report."""
-    from pipelines.config import load_config
-
-    loaded = load_config(config, override or ())
+    """Do all stages that are not done: pretrain, export, embed, check, evaluate, report."""
+    loaded = with_workers(load_config(config, override or ()), workers)
     with shown_activity("load torch and the rest"), requiring("jobs", what="This job"):
         from pipelines.run import run as run_job
+        from pipelines.run import show_plan
 
-    run_job(loaded, console=Console(), resume=resume)
+    if dry_run:
+        show_plan(loaded, console=Console(), force=force or ())
+    else:
+        run_job(loaded, console=Console(), force=force or ())
 
 
 @app.command()
 def pretrain(
-    config: Annotated[Path, typer.Argument(help="A TOML file, such as pipelines/configs/digits.toml.")],
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="table.key=value, over the file's; may be repeated.")
-    ] = None,
-    workers: Annotated[
-        str | None, typer.Option(help="Train in N processes of Ray, or in MIN:MAX, as many as there is room for.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted training.")] = False,
+    config: Config, override: Overrides = None, workers: Workers = None, force: Force = False, dry_run: DryRun = False
 ) -> None:
-    """Pretrain on the configuration's rows, in one process or in many, and write the bundle.
+    """Train the encoder on the configuration's rows, in one process or in many.
 
     Also under torchrun: torchrun --nproc-per-node 2 -m pipelines pretrain CONFIG
     """
-    from pipelines.config import load_config, with_workers
-    from pipelines.group import leads_group
+    _run_stage("pretrain", with_workers(load_config(config, override or ()), workers), force=force, dry_run=dry_run)
 
-    loaded = with_workers(load_config(config, override or ()), workers)
+
+@app.command()
+def export(config: Config, override: Overrides = None, force: Force = False, dry_run: DryRun = False) -> None:
+    """Write the bundle of a trained encoder."""
+    _run_stage("export", load_config(config, override or ()), force=force, dry_run=dry_run)
+
+
+@app.command()
+def embed(
+    config: Annotated[
+        Path | None, typer.Argument(help="Do this stage of the job that a TOML file describes, and no more.")
+    ] = None,
+    override: Overrides = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    bundle: Annotated[Path | None, typer.Option(help="Folder of a bundle.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Parquet, .npy, IDX, or images: a file or folder, s3://... or gs://...")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder of Parquet files to write, such as features.parquet.")] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--column", help="Of Parquet: the images, the lists of numbers, or numbers, repeated."),
+    ] = None,
+    id_column: Annotated[
+        str | None, typer.Option(help="Unique; the row's number or the image's path otherwise.")
+    ] = None,
+    keep: Annotated[list[str] | None, typer.Option(help="A column that is carried along; may be repeated.")] = None,
+    split: Annotated[Literal["train", "test"] | None, typer.Option(help="Only files of that name.")] = None,
+    output: Annotated[str, typer.Option(help="mean, hidden, logvar, or probability of a classifier.")] = "mean",
+    encoders: Annotated[int | None, typer.Option(min=1, help="As many as there is room for when not given.")] = None,
+    gpus: Annotated[float | None, typer.Option(min=0.01, max=1, help="Share of a GPU for each encoder.")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes GPUs where Ray has some.")
+    ] = "auto",
+    address: Annotated[str, typer.Option(help="local: a Ray of the job's own; else a cluster's, or auto.")] = "local",
+    part_rows: Annotated[int | None, typer.Option(min=1, help="Rows of an output file, at most.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+) -> None:
+    """Embed a data set of any size into a folder of Parquet files; the same command goes on after a stop.
+
+    Rows that cannot be read are left out, counted, and written to OUT/_quarantine with the reason.
+    OUT/_manifest.json is written last: with it, the output is whole.
+
+    With a TOML file instead: the features of a job's training and test rows, as its stage between export and check.
+    """
+    if config is not None:
+        if bundle is not None or data is not None or out is not None:
+            raise InputError(
+                f"got {config} beside --bundle, --data or --out, wanted one of them: the file names all three"
+            )
+        _run_stage("embed", load_config(config, override or ()), force=force, dry_run=dry_run)
+        return
+    if bundle is None or data is None or out is None:
+        raise InputError(
+            "wanted --bundle, --data and --out to embed a data set, or a TOML file to do a stage of its job"
+        )
+    with shown_activity("load pyarrow"), requiring("jobs", what="This job"):
+        from pipelines.embedding.job import EmbedOptions, summary
+        from pipelines.embedding.job import embed as embed_job
+        from pipelines.embedding.sources import Request
+
+    done = embed_job(
+        EmbedOptions(
+            bundle=bundle,
+            data=data,
+            out=out,
+            request=Request(split=split, columns=tuple(columns or ()), id_column=id_column, keep=tuple(keep or ())),
+            output=output,
+            encoders=encoders,
+            gpus=gpus,
+            device=device,
+            address=address,
+            part_rows=part_rows,
+        )
+    )
+    typer.echo(json.dumps(done) if as_json else summary(done))
+
+
+@app.command()
+def check(config: Config, override: Overrides = None, force: Force = False, dry_run: DryRun = False) -> None:
+    """Serve the bundle, embed every row over HTTP, and prove that file, library and service agree."""
+    _run_stage("check", load_config(config, override or ()), force=force, dry_run=dry_run)
+
+
+@app.command()
+def evaluate(config: Config, override: Overrides = None, force: Force = False, dry_run: DryRun = False) -> None:
+    """Judge the features with few labels."""
+    _run_stage("evaluate", load_config(config, override or ()), force=force, dry_run=dry_run)
+
+
+@app.command()
+def report(config: Config, override: Overrides = None, force: Force = False, dry_run: DryRun = False) -> None:
+    """Draw and write the report."""
+    _run_stage("report", load_config(config, override or ()), force=force, dry_run=dry_run)
+
+
+def _run_stage(name: str, config: RunConfig, *, force: bool, dry_run: bool) -> None:
     with shown_activity("load torch and the rest", shown=leads_group()), requiring("jobs", what="This job"):
-        from pipelines.pretrain import pretrain as pretrain_job
+        from pipelines.run import run_stage, show_plan
 
-    pretrain_job(loaded, console=Console(), resume=resume)
+    if dry_run:
+        show_plan(config, console=Console(), force=[name] if force else (), only=name)
+    else:
+        run_stage(name, config, console=Console(), force=force)
 
 
 @app.command()
@@ -179,4 +287,4 @@ def sweep(
 
 
 if __name__ == "__main__":
-    run_command_line(app)
+    run_command_line(app, again="the same command; a sweep with --resume")

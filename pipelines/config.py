@@ -10,9 +10,27 @@ from typing import Any, Self
 
 from vaefeat.errors import ConfigError
 from vaefeat.presets import EFFORTS, PRESETS, refuse_changes
-from vaefeat.settings import Settings, check_choice, check_int, check_number, check_text, unknown_name, with_overrides
+from vaefeat.settings import (
+    Settings,
+    check_bool,
+    check_choice,
+    check_int,
+    check_number,
+    check_text,
+    unknown_name,
+    with_overrides,
+)
 
-__all__ = ["DataConfig", "ProbeConfig", "RunConfig", "ServeConfig", "WorkersConfig", "load_config", "with_workers"]
+__all__ = [
+    "DataConfig",
+    "ProbeConfig",
+    "RunConfig",
+    "ServeConfig",
+    "TrackConfig",
+    "WorkersConfig",
+    "load_config",
+    "with_workers",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +106,7 @@ class ProbeConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class WorkersConfig(Settings):
-    """The processes that ``python -m pipelines pretrain`` trains in; ``run`` trains in its own.
+    """The processes that the encoder is trained in.
 
     Parameters
     ----------
@@ -144,6 +162,30 @@ class WorkersConfig(Settings):
         return self.bounds[0] < self.bounds[1]
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrackConfig(Settings):
+    """Where a job is logged besides its folder.
+
+    Parameters
+    ----------
+    mlflow : bool
+        Log settings, figures, learning curves and files to MLflow; it must be installed.
+    uri : str
+        Of MLflow's tracking: a server, or a folder as ``file:PATH``. Where it is empty, MLflow's own choice, which the
+        environment variable ``MLFLOW_TRACKING_URI`` decides.
+    experiment : str
+    """
+
+    mlflow: bool = False
+    uri: str = ""
+    experiment: str = "vaefeat"
+
+    def __post_init__(self) -> None:
+        check_bool("track.mlflow", self.mlflow)
+        check_text("track.uri", self.uri)
+        check_text("track.experiment", self.experiment)
+
+
 def _impossible_count(count: object) -> ConfigError:
     return ConfigError(f"got {count!r} workers, wanted a number such as 2, or bounds such as '1:4'")
 
@@ -161,7 +203,7 @@ class RunConfig:
     preset : {"features", "textbook"}
     effort : {"fast", "best"}
         See :func:`vaefeat.presets.choose_settings`.
-    data, serve, probe, workers
+    data, serve, probe, workers, track
         One TOML table each.
     model, train : mapping
         TOML tables of changes over the preset: fields of :class:`vaefeat.config.ModelConfig` and
@@ -178,6 +220,7 @@ class RunConfig:
     serve: ServeConfig = field(default_factory=ServeConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
         check_choice("preset", self.preset, PRESETS)
@@ -198,6 +241,7 @@ class RunConfig:
             "serve": ServeConfig,
             "probe": ProbeConfig,
             "workers": WorkersConfig,
+            "track": TrackConfig,
         }
         made: dict[str, Any] = {}
         for key, value in values.items():
@@ -210,6 +254,23 @@ class RunConfig:
                 raise ConfigError(f"got {key}={value!r}, wanted a text")
             made[key] = tables[key].from_dict(value) if key in tables else value
         return cls(**made)
+
+    def everywhere(self) -> Self:
+        """Give the same with paths that mean the same in every working directory."""
+        source = self.data.path if self.data.path == "digits" else str(Path(self.data.path).resolve())
+        return replace(self, out=str(Path(self.out).resolve()), data=replace(self.data, path=source))
+
+    def picked(self, *names: str) -> dict[str, Any]:
+        """Give some values by dotted names; the name of a table stands for all that is in it."""
+        found: dict[str, Any] = {}
+        for name in names:
+            value: Any = self.to_dict()
+            for key in name.split("."):
+                value = value[key]
+            found |= (
+                {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+            )
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that JSON can hold."""

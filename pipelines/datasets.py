@@ -1,4 +1,4 @@
-"""Training and test rows of a run, with labels to judge by."""
+"""The rows of a run: training and test rows with labels to judge by, and what the encoder is trained on."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from pipelines.config import DataConfig
+from pipelines.config import DataConfig, RunConfig
+from vaefeat.blocks import Blocks, open_blocks
 from vaefeat.data import Rows, load_rows
-from vaefeat.errors import InputError, MissingSplitError
+from vaefeat.errors import ConfigError, InputError, MissingSplitError
 
-__all__ = ["Dataset", "load_dataset", "load_validation", "refuse_table"]
+__all__ = ["Dataset", "load_dataset", "load_validation", "open_rows"]
 
 #: Training rows that are held back for validation, at most, and of all of them.
 _N_VALIDATION, _VALIDATION_SHARE = 10_000, 1 / 6
@@ -69,6 +70,11 @@ def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
         return _split(train.array, train.labels, train.names, config, seed, train.source)
     _require_labels(test)
     labels, names = _indices(np.concatenate([train.labels, test.labels]), train.names)
+    if len(unseen := np.setdiff1d(labels[len(train) :], labels[: len(train)])):
+        raise InputError(
+            f"got test rows of the classes {[names[index] for index in unseen][:10]} in {test.source}, wanted classes "
+            f"that the training rows in {train.source} have; leave these rows out, or add some of them there"
+        )
     pretraining = np.concatenate([train.array, test.array]) if config.pretrain_on == "all" else train.array
     return Dataset(
         pretraining=Rows(array=pretraining, source=train.source),
@@ -80,18 +86,49 @@ def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
     )
 
 
-def refuse_table(rows: Rows) -> None:
-    """Refuse a table with categories or gaps, whose columns the jobs' baselines and chunks know nothing of.
+def open_rows(config: RunConfig) -> Rows | Blocks:
+    """Read or open what the configuration trains on: the training rows, or all; labels are not needed.
+
+    Rows with labels but without a split of their own are split as the main job splits them, so that an encoder never
+    sees the rows which that job tests on.
 
     Raises
     ------
+    ConfigError
+        Rows are to be read while training, and the configuration wants other rows than a source's training rows.
     InputError
+        They cannot be read.
     """
-    if rows.table is not None:
-        raise InputError(
-            f"got {rows.table} in {rows.source}, wanted rows of numbers without a gap, or images; train on tables with "
-            "vaefeat pretrain, and embed them with vaefeat embed"
-        )
+    data = config.data
+    streamed = config.workers.rows == "stream"
+    if data.path == "digits":
+        if streamed:
+            raise ConfigError("got workers.rows='stream' for the embedded digits, wanted 'load' or 'share'")
+        return load_dataset(data, seed=config.probe.seed).pretraining
+    has_test_rows = _has_test_rows(data.path)
+    if streamed:
+        if has_test_rows and data.pretrain_on == "all":
+            raise ConfigError(
+                "got workers.rows='stream' with data.pretrain_on='all', wanted 'train': training and test rows are two "
+                "sources, and one can be streamed"
+            )
+        return open_blocks(data.path)
+    train = load_rows(data.path)
+    _refuse_table(train)
+    if not has_test_rows:
+        whole = data.pretrain_on == "all" or train.labels is None
+        return train if whole else load_dataset(data, seed=config.probe.seed).pretraining
+    if data.pretrain_on == "train":
+        return train
+    return Rows(array=np.concatenate([train.array, load_rows(data.path, split="test").array]), source=train.source)
+
+
+def _has_test_rows(path: str) -> bool:
+    try:
+        load_rows(path, split="test", max_rows=1)
+    except MissingSplitError:
+        return False
+    return True
 
 
 def load_validation(config: DataConfig, *, seed: int) -> Dataset:
@@ -124,7 +161,7 @@ def _training_rows(config: DataConfig, *, seed: int) -> tuple[NDArray[Any], Any,
             pass  # the run splits its rows itself
         else:
             train = load_rows(config.path, split="train")
-            refuse_table(train)
+            _refuse_table(train)
             _require_labels(train)
             return train.array, train.labels, train.names
     data = load_dataset(config, seed=seed)
@@ -162,9 +199,18 @@ def _indices(labels: NDArray[Any], names: tuple[str, ...] | None) -> tuple[NDArr
 
 
 def _require_labels(rows: Rows) -> None:
-    refuse_table(rows)
+    _refuse_table(rows)
     if rows.labels is None:
         raise InputError(
             f"got rows without labels from {rows.source}, wanted labels to judge the features by; "
             "to pretrain without labels use: vaefeat pretrain DATA --out FOLDER"
+        )
+
+
+def _refuse_table(rows: Rows) -> None:
+    """Refuse a table with categories or gaps, whose columns the jobs' baselines and chunks know nothing of."""
+    if rows.table is not None:
+        raise InputError(
+            f"got {rows.table} in {rows.source}, wanted rows of numbers without a gap, or images; train on tables with "
+            "vaefeat pretrain, and embed them with vaefeat embed"
         )

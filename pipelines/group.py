@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import platform
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaefeat.errors import DeviceError, WorkerLostError
@@ -17,7 +15,7 @@ from vaefeat.errors import DeviceError, WorkerLostError
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["in_group", "launch_of_group", "leads_group", "meet", "process_group"]
+__all__ = ["in_group", "leads_group", "meet", "process_group"]
 
 #: Also what other starters of torch's processes set, such as those of batch systems.
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -34,20 +32,6 @@ def in_group() -> bool:
 def leads_group() -> bool:
     """Whether this process is the first of its group, or in none."""
     return not in_group() or os.environ["RANK"] == "0"
-
-
-def launch_of_group() -> str:
-    """Name what somebody started once, however often torchrun starts its processes again."""
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    # Groups of a fixed number of machines have no name of their own, but the first machine's torchrun stays the same.
-    return run_id if run_id != "none" else f"{platform.node()} {os.getppid()} {_started(os.getppid())}"
-
-
-def _started(process: int) -> str:
-    """Tell when a process was started: containers give torchrun the same number each time."""
-    stat = Path(f"/proc/{process}/stat")
-    # The 22nd field; the second one, a name in parentheses, may hold anything.
-    return stat.read_text().rpartition(")")[2].split()[19] if stat.is_file() else ""
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from vaefeat.errors import InputError
 
-__all__ = ["HEADS", "Probe", "draw_labels", "probe"]
+__all__ = ["HEADS", "Probe", "draw_labels", "predict", "probe"]
 
 #: Classifiers that people put behind features. The first is the one that the data's baselines were measured with.
 HEADS: Mapping[str, Callable[[], Pipeline]] = {
@@ -110,15 +110,53 @@ def probe(
     """
     probes = []
     for name, (train, test) in features.items():
-        for head, make in HEADS.items():
+        for head in HEADS:
             errors = []
             for chosen in draws:
-                # Two threads would wait for each other longer than they work on so few rows.
-                with warnings.catch_warnings(), threadpool_limits(1):
-                    # A thousand steps are enough for the error; nobody reads the coefficients.
-                    warnings.simplefilter("ignore", ConvergenceWarning)
-                    classifier = make().fit(train[chosen], train_labels[chosen])
+                classifier = _fitted(head, train[chosen], train_labels[chosen])
                 errors.append(100 * (1 - classifier.score(test, test_labels)))
                 on_fit()
             probes.append(Probe(name, head, tuple(errors)))
     return probes
+
+
+def predict(
+    train: NDArray[np.float32],
+    test: NDArray[np.float32],
+    train_labels: NDArray[np.int64],
+    *,
+    head: str,
+    draws: Sequence[NDArray[np.int64]],
+    n_classes: int,
+) -> NDArray[np.float64]:
+    """Give the probabilities that one head gives the test rows, for each draw of labels.
+
+    Parameters
+    ----------
+    train, test : ndarray of shape (n, d)
+        Features.
+    train_labels : ndarray of shape (n,)
+    head : str
+        A name in :data:`HEADS`.
+    draws : sequence of ndarray
+        Indices of the labelled training rows.
+    n_classes : int
+
+    Returns
+    -------
+    ndarray of shape (n_draws, n_test, n_classes)
+        Zero for a class of which the training rows have none.
+    """
+    probabilities = np.zeros((len(draws), len(test), n_classes))
+    for index, chosen in enumerate(draws):
+        classifier = _fitted(head, train[chosen], train_labels[chosen])
+        probabilities[index][:, classifier.classes_] = classifier.predict_proba(test)
+    return probabilities
+
+
+def _fitted(head: str, features: NDArray[np.float32], labels: NDArray[np.int64]) -> Pipeline:
+    # Two threads would wait for each other longer than they work on so few rows.
+    with warnings.catch_warnings(), threadpool_limits(1):
+        # A thousand steps are enough for the error; nobody reads the coefficients.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return HEADS[head]().fit(features, labels)

@@ -1,110 +1,95 @@
-"""``report.html``: one self-contained page about a run, with pictures, and ``overview.png`` for other pages."""
+"""The stage that writes ``report.html``, one self-contained page about a job, and ``overview.png`` for other pages."""
 
 from __future__ import annotations
 
 import base64
+import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, select_autoescape
-from numpy.typing import NDArray
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
-from threadpoolctl import threadpool_limits
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from PIL import Image
 
-from vaefeat import plots
+from pipelines.environment import ENVIRONMENT_FILE
+from pipelines.evaluate import METRICS_FILE
+from pipelines.features import CHECK_FILE, FEATURES_FILE, read_features
+from pipelines.job import Job
+from pipelines.pretrain import HISTORY
+from pipelines.report_pictures import CHART_SCALE, draw_pictures, neighbourhoods
+from pipelines.stages import Outcome, Record, Stage
 from vaefeat.atomic import replace_file
-from vaefeat.generation import sample
-from vaefeat.inference import denoise
-from vaefeat.pretraining import HISTORY_FILE, TRAINING_FOLDER
+from vaefeat.bundle import MANIFEST_FILE, load_bundle
 
-if TYPE_CHECKING:
-    from pipelines.datasets import Dataset
-    from pipelines.run import RunResult
+__all__ = ["REPORT", "REPORT_FILE"]
 
-__all__ = ["write_report"]
-
-_MAP_ROWS = 2000
-_PAIRS = 14
-_SAMPLES = 36
+REPORT_FILE = "report.html"
+_OVERVIEW_FILE = "overview.png"
+#: What came before, in its order: the cost of each is shown.
+_STAGES = ("pretrain", "export", "embed", "check", "finetune", "evaluate")
 
 
-def write_report(out: Path, result: RunResult, data: Dataset, means: tuple[NDArray[Any], NDArray[Any]]) -> None:
-    """Draw and write the report of a run.
-
-    Parameters
-    ----------
-    out : Path
-        The run's folder; it holds the training history.
-    result : RunResult
-    data : Dataset
-    means : (train, test)
-        Posterior means of the rows, each of shape (n, d).
-    """
-    history = json.loads((out / TRAINING_FOLDER / HISTORY_FILE).read_text())
-    spec = result.bundle.manifest.input
-    pairs, samples = _generated(result, data)
-    points, labels = _map(np.concatenate(means), data, seed=result.config.probe.seed)
-    overview = plots.png(
-        plots.overview(
-            history=history, pairs=pairs, samples=samples, points=points, labels=labels, low=spec.low, high=spec.high
-        )
+def _write(job: Job, attempt: str) -> Outcome:
+    del attempt
+    bundle = load_bundle(job.folder)
+    history, metrics, check, environment = (
+        json.loads((job.folder / name).read_text()) for name in (HISTORY, METRICS_FILE, CHECK_FILE, ENVIRONMENT_FILE)
     )
-    replace_file(out / "overview.png", overview)
-    pictures = {"overview": overview, "errors": plots.png(_errors(result))}
+    features = read_features(job.folder)
+    pictures = draw_pictures(job, bundle, history=history, metrics=metrics, features=features)
+    replace_file(job.folder / _OVERVIEW_FILE, pictures["overview"])
+    probes = metrics["test_error_percent"]
     page = _template().render(
-        result=result,
-        manifest=result.bundle.manifest,
+        config=job.config,
+        manifest=bundle.manifest,
+        digest=bundle.digest,
         history=history,
-        n_train=len(data.train),
-        n_test=len(data.test),
-        n_pretraining=len(data.pretraining),
-        images={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
-        is_image=pairs is not None,
+        rows_per_s=float(np.median([record["rows_per_s"] for record in history])),
+        metrics=metrics,
+        heads=list(dict.fromkeys(found["head"] for found in probes)),
+        probes=_by_features(probes),
+        check=check,
+        costs=[record for name in _STAGES if (record := Record.read(job, name))],
+        environment=environment,
+        pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
+        widths={name: round(_width(content) / CHART_SCALE) for name, content in pictures.items()},
+        neighbourhoods=neighbourhoods(job.dataset, features.train["mean"], features.test["mean"], bundle),
+        is_image=bundle.manifest.input.kind == "image",
     )
-    replace_file(out / "report.html", page.encode())
+    replace_file(job.folder / REPORT_FILE, page.encode())
+    return Outcome((REPORT_FILE, _OVERVIEW_FILE), f"{REPORT_FILE}, {len(page) / 2**20:.1f} MiB")
 
 
-def _generated(result: RunResult, data: Dataset) -> tuple[NDArray[Any] | None, NDArray[Any] | None]:
-    """Give test rows with their reconstructions, and samples from the prior; nothing for tables."""
-    if result.bundle.manifest.input.kind != "image":
-        return None, None
-    rows = data.test[:_PAIRS]
-    pairs = np.concatenate([rows, denoise(result.bundle, rows)])
-    return pairs, sample(result.bundle, _SAMPLES, seed=result.bundle.manifest.train["seed"])
+def _width(picture: bytes) -> int:
+    with Image.open(io.BytesIO(picture)) as opened:
+        return opened.width
 
 
-def _map(means: NDArray[Any], data: Dataset, *, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Lay rows out in two dimensions by their means alone; the labels only colour them."""
-    some = np.random.default_rng(seed).permutation(len(means))[:_MAP_ROWS]
-    names = np.array(data.names)[np.concatenate([data.train_labels, data.test_labels])[some]]
-    chosen = means[some]
-    if chosen.shape[1] == 1:
-        return np.column_stack([chosen[:, 0], np.zeros(len(chosen))]), names
-    if len(chosen) < 50 or chosen.shape[1] == 2:
-        return PCA(2).fit_transform(chosen), names
-    with threadpool_limits(1):  # as in vaefeat.training: on a busy machine a second thread costs more than it brings
-        return TSNE(2, init="pca", random_state=seed, max_iter=500).fit_transform(chosen), names
-
-
-def _errors(result: RunResult) -> Any:
-    probes = sorted((p for p in result.probes if p.head == result.probes[0].head), key=lambda p: p.mean)
-    drawn, axes = plots.figure(width=6.5, height=0.5 + 0.55 * len(probes))
-    plots.draw_errors(
-        axes,
-        [p.features for p in probes],
-        [p.mean for p in probes],
-        [p.spread for p in probes],
-        ours={p.features for p in probes if p.features.startswith("vaefeat")},
-        title=f"{result.config.probe.n_labels} labels, features {probes[0].head}",
-    )
-    return drawn
+def _by_features(probes: list[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Group what was found by features, the least error first."""
+    names = dict.fromkeys(found["features"] for found in probes)
+    lines = [(name, [found for found in probes if found["features"] == name]) for name in names]
+    return sorted(lines, key=lambda line: float(line[1][0]["mean"]))
 
 
 def _template() -> Any:
-    folder = Path(__file__).parent
-    return Environment(loader=FileSystemLoader(folder), autoescape=select_autoescape(["html.j2", "j2"])).get_template(
-        "report.html.j2"
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html.j2", "j2"]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    return environment.get_template("report.html.j2")
+
+
+REPORT = Stage(
+    name="report",
+    does="draw and write the report",
+    settings=lambda config: config.picked("name", "probe", "serve.engine", "data.pretrain_on"),
+    rows="labelled",
+    reads=(HISTORY, MANIFEST_FILE, FEATURES_FILE, CHECK_FILE, METRICS_FILE),
+    writes=(REPORT_FILE, _OVERVIEW_FILE),
+    work=_write,
+)

@@ -11,9 +11,7 @@ import platform
 import shutil
 import signal
 import threading
-import uuid
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.config import RunConfig, WorkersConfig
+from pipelines.datasets import open_rows
 from pipelines.desk import Desk, Display, Report, Teller
-from pipelines.pretrain import open_rows, train_worker
+from pipelines.pretrain import train_worker
 from pipelines.ray_session import last_line, ray_errors_told_plainly, running_ray
-from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.data import Rows
 from vaefeat.errors import ConfigError, DeviceError, TrainingError, TrainingInterrupted, VaefeatError, WorkerLostError
 from vaefeat.interruption import StopRequest, request_stop, stop_on_signals
@@ -35,7 +33,7 @@ from vaefeat.pretraining import TRAINING_FOLDER
 from vaefeat.processors import available_cpus
 from vaefeat.world import World
 
-__all__ = ["pretrain_on_workers"]
+__all__ = ["train_on_workers"]
 
 #: Type checkers are shown the first API of Ray Train where programs get the second.
 _API: Any = ray.train
@@ -46,18 +44,14 @@ _GRACE_S = 2.0
 _LOG_FILE = "ray.log"
 
 
-def pretrain_on_workers(config: RunConfig, *, resume: bool = False) -> Bundle:
+def train_on_workers(config: RunConfig, *, launch: str) -> None:
     """Train in workers of Ray, which must all see the output folder and, unless rows are shared, the data.
 
     Parameters
     ----------
     config : RunConfig
-    resume : bool
-        Continue an interrupted training.
-
-    Returns
-    -------
-    Bundle
+    launch : str
+        Names the attempt, see :func:`pipelines.pretrain.train_worker`.
 
     Raises
     ------
@@ -73,10 +67,8 @@ def pretrain_on_workers(config: RunConfig, *, resume: bool = False) -> Bundle:
     workers = config.workers
     if workers.address == "local":
         _refuse_without_room(workers, {"CPU": available_cpus()}, "this machine", use_gpu=False)
-    # Workers have other working directories.
-    out = Path(config.out).resolve()
-    source = config.data.path if config.data.path == "digits" else str(Path(config.data.path).resolve())
-    everywhere = replace(config, out=str(out), data=replace(config.data, path=source))
+    everywhere = config.everywhere()  # workers have other working directories
+    out = Path(everywhere.out)
     rows = None
     if workers.rows == "share":
         opened = open_rows(everywhere)
@@ -90,15 +82,13 @@ def pretrain_on_workers(config: RunConfig, *, resume: bool = False) -> Bundle:
         desk = _open_desk()
         job = {
             "config": everywhere.to_dict(),
-            "launch": uuid.uuid4().hex,
-            "resume": resume,
+            "launch": launch,
             "rows": None if rows is None else ray.put(rows),
             "desk": desk,
         }
         with _storage(out) as storage:
             fit = _Fit(_trainer(workers, job, storage=storage, use_gpu=use_gpu))
             _watch(fit, desk, workers)
-    return load_bundle(out)
 
 
 def train_in_worker(job: dict[str, Any]) -> None:
@@ -111,11 +101,11 @@ def train_in_worker(job: dict[str, Any]) -> None:
     ended = threading.Event()
     threading.Thread(target=_listen, args=(desk, ended), daemon=True).start()
     try:
+        config = RunConfig.from_dict(job["config"])
         train_worker(
-            RunConfig.from_dict(job["config"]),
+            config,
             launch=job["launch"],
-            resume=job["resume"],
-            rows=None if job["rows"] is None else ray.get(job["rows"]),
+            rows=None if job["rows"] is None else Rows(array=ray.get(job["rows"]), source=config.data.path),
             observers=(Teller(desk.tell.remote, n_workers=world.size),),
             progress=False,
         )
@@ -157,7 +147,7 @@ class _Fit:
         if self._error is not None:
             raise TrainingError(
                 f"the workers failed, and were not replaced any more: {last_line(str(self._error))}. What was reached "
-                f"is in the checkpoint: continue with resume=True; see also {TRAINING_FOLDER}/{_LOG_FILE}"
+                f"is in the checkpoint: the same command goes on; see also {TRAINING_FOLDER}/{_LOG_FILE}"
             ) from self._error
 
     def _run(self) -> None:
@@ -204,7 +194,7 @@ def _nobody_answers(workers: WorkersConfig, silent_s: float) -> str:
     return (
         f"no worker has given a sign of life for {silent_s:.0f} s; wanted {workers.bounds[0]} with {workers.cpus} "
         f"processors each, and the cluster has {free['CPU']:g} processors and {free['GPU']:g} GPUs free. What was "
-        "reached is in the checkpoint: continue with resume=True"
+        "reached is in the checkpoint: the same command goes on"
     )
 
 

@@ -329,13 +329,20 @@ def _encoder(address: str, *, device: str, model: str | None) -> OnnxEncoder | R
     return OnnxEncoder(address, device=device)
 
 
-def run_command_line(commands: typer.Typer) -> None:
-    """Run a verb; an error of ours is one line on standard error and a status that is not zero."""
+def run_command_line(commands: typer.Typer, *, again: str = "the same command with --resume") -> None:
+    """Run a verb; an error of ours is one line on standard error and a status that is not zero.
+
+    Parameters
+    ----------
+    commands : typer.Typer
+    again : str
+        What goes on with a training that was interrupted.
+    """
     console = Console(stderr=True, soft_wrap=True)
     try:
         commands()
     except TrainingInterrupted as stop:
-        console.print(f"{stop} (the same command with --resume)", style="yellow", highlight=False, markup=False)
+        console.print(f"{stop} ({again})", style="yellow", highlight=False, markup=False)
         raise SystemExit(130) from None
     except VaefeatError as error:
         console.print(f"error: {error}", style="red", highlight=False, markup=False)

@@ -23,7 +23,10 @@ from vaefeat.settings import (
     unknown_name,
 )
 
-__all__ = ["ModelConfig", "TrainConfig"]
+__all__ = ["FREE_SETTINGS", "ModelConfig", "TrainConfig"]
+
+#: Of a training: what may differ between a run and its continuation, or a run and its repetition, to the same result.
+FREE_SETTINGS = frozenset({"device", "threads", "checkpoint_every", "checkpoint_seconds"})
 
 _TRAIN_CHOICES = {
     "kl_estimator": ("auto", "analytic", "sampled"),

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from vaefeat.atomic import replace_file
 from vaefeat.bundle import Bundle, check_name, load_bundle
+from vaefeat.bundle_making import make_bundle, warn_of_collapse
 from vaefeat.combinations import refuse_pair
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.data import Rows, fingerprint, load_rows
@@ -28,7 +29,7 @@ from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.preprocessing import Preprocessing
 from vaefeat.model.vae import VAE
 from vaefeat.observers import ProgressBar, shown_activity
-from vaefeat.pretraining import ONE_AT_A_TIME, make_bundle, make_folder, refuse_untrainable, warn_of_collapse
+from vaefeat.pretraining import ONE_AT_A_TIME, make_folder, refuse_untrainable
 from vaefeat.settings import check_choice, check_int, plain_value, unknown_name
 from vaefeat.training import TrainingResult
 

@@ -8,40 +8,34 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from vaefeat.atomic import replace_file
 from vaefeat.blocks import Blocks
-from vaefeat.bundle import Bundle, Manifest, check_name, load_bundle
+from vaefeat.bundle import Bundle, check_name, load_bundle
+from vaefeat.bundle_making import make_bundle, resolved_model, warn_of_collapse
 from vaefeat.combinations import refuse_pair
 from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.data import Rows, fingerprint, load_rows
-from vaefeat.errors import BundleError, ConfigError, InputError, OutOfMemoryError, TrainingError
-from vaefeat.export import export_decoder, export_encoder, measure_parity
-from vaefeat.inference import denoise
+from vaefeat.errors import BundleError, CheckpointError, ConfigError, InputError, OutOfMemoryError, TrainingError
 from vaefeat.input_spec import InputSpec
 from vaefeat.memory import ran_out_of_memory
-from vaefeat.model.diagnostics import diagnose
 from vaefeat.model.evaluation import fixed_noise
 from vaefeat.model.likelihoods import refuse_rows
-from vaefeat.model.networks import network_name
-from vaefeat.model.vae import VAE, likelihood_name
-from vaefeat.model_card import model_card, reconstruction_picture
+from vaefeat.model.networks import parameters_device
+from vaefeat.model.vae import VAE
 from vaefeat.observers import EventLog, Observer, ProgressBar, shown_activity
 from vaefeat.presets import choose_settings, plain_changes, refuse_changes
-from vaefeat.reference import REFERENCE_FILE, Reference
 from vaefeat.settings import refuse_other_model
 from vaefeat.streams import RowStream
 from vaefeat.table_schema import TableSchema
 from vaefeat.training import Trainer, TrainingResult
-from vaefeat.weights import restore_vae, weights_of
+from vaefeat.weights import restore_vae
 from vaefeat.world import World
 
 __all__ = [
@@ -49,11 +43,11 @@ __all__ = [
     "HISTORY_FILE",
     "ONE_AT_A_TIME",
     "TRAINING_FOLDER",
-    "make_bundle",
+    "export_checkpoint",
     "make_folder",
     "pretrain",
     "refuse_untrainable",
-    "warn_of_collapse",
+    "train_checkpoint",
 ]
 
 #: Inside the output folder: what training leaves besides the bundle.
@@ -66,11 +60,6 @@ ONE_AT_A_TIME = threading.RLock()
 _LOG = logging.getLogger("vaefeat")
 #: Fields of TrainConfig that the split of the rows depends on; no preset sets them.
 _SPLIT = ("heldout", "seed")
-_PARITY_ROWS = 1000
-_DIAGNOSED_ROWS = 256
-_PICTURE = "reconstructions.png"
-_PICTURED = 12
-_LIBRARIES = ("vaefeat", "torch", "onnx", "onnxscript", "numpy")
 
 
 def pretrain(
@@ -153,71 +142,175 @@ def pretrain(
     >>> bundle.manifest.latent_dim
     8
     """
-    model, train = plain_changes(model, what="model"), plain_changes(train, what="train")
-    if not isinstance(model, ModelConfig) and not isinstance(train, TrainConfig):
-        refuse_changes(model or {}, train or {}, preset=preset)
-    folder = Path(out) if out is not None else None
-    name = name or (folder.resolve().name if folder else "encoder")
-    check_name(name)
-    source = _Source.opened(data, _split_of(train))
-    refuse_untrainable(source.sample, source.name)
-    model, train = choose_settings(
-        source.sample, n_rows=source.n_rows, preset=preset, effort=effort, model=model, train=train
-    )
-    if source.table is not None:
-        if model.columns not in ((), source.table.sizes):
-            raise ConfigError(
-                f"got columns={model.columns} for {source.table}, whose columns are {source.table.sizes}; leave them "
-                "out: they are read off the data"
-            )
-        model = replace(model, columns=source.table.sizes, optional_columns=source.table.optional_columns)
-    refuse_pair(model, train)
+    planned = _Planned.of(data, preset=preset, effort=effort, model=model, train=train, out=out, name=name)
+    folder = planned.folder
     if resume and folder is None:
         raise InputError("got resume=True without out=, wanted the folder that holds the checkpoint")
-
     world = World.current()
-    watching = [*observers, *([ProgressBar()] if progress else [])]
-    checkpoint = None
-    if folder is not None and world.leads:
-        _warn_of_checkpoint(folder, resume=resume)
-    if folder is not None:
-        if world.leads:
-            make_folder(folder / TRAINING_FOLDER)
-        checkpoint = folder / TRAINING_FOLDER / CHECKPOINT_FILE
-        watching.append(EventLog(folder / TRAINING_FOLDER))
     with ONE_AT_A_TIME:
-        with fixed_noise(train.seed, torch.device("cpu")):
-            vae = _built(model, source.sample) if start is None else _continued(start, model, source)
-        trainer = Trainer(
-            vae,
-            source.rows,
-            train,
-            checkpoint=checkpoint,
-            identity={"model": model.to_dict(), "data": source.identity, **({"start": start.digest} if start else {})},
-            observers=watching,
-        )
-        described: dict[str, Any] = {
-            "train": train,
-            "name": name,
-            "data": {"fingerprint": source.identity["fingerprint"], "n_rows": source.n_rows},
-            "table": source.table,
-        }
-        for observer in watching if world.size == 1 else ():
-            observer.on_model(partial(_bundle_of_now, trainer, source.sample, **described))
-        result = trainer.run(resume=resume)
+        vae, result = planned.trained(resume=resume, progress=progress, observers=observers, start=start)
         if folder is not None and not world.leads:
-            world.wait(trainer.device)
+            world.wait(parameters_device(vae))
             return load_bundle(folder)
-        if folder is not None:
-            _write_history(folder / TRAINING_FOLDER / HISTORY_FILE, result)
+        device = parameters_device(vae)  # of the training: exporting moves the model
         with shown_activity("export to ONNX, and compare with torch", shown=progress and world.leads):
-            bundle = make_bundle(vae, source.sample, result, **described)
+            bundle = planned.exported(vae, result)
     warn_of_collapse(bundle)
     if folder is None:
         return bundle
     saved = bundle.save(folder)
-    world.wait(trainer.device)
+    world.wait(device)
     return saved
+
+
+def train_checkpoint(
+    data: str | PathLike[str] | ArrayLike | Rows | Blocks,
+    *,
+    out: str | PathLike[str],
+    preset: str = "features",
+    effort: str = "fast",
+    model: ModelConfig | Mapping[str, Any] | None = None,
+    train: TrainConfig | Mapping[str, Any] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    observers: Sequence[Observer] = (),
+) -> None:
+    """Do the first half of :func:`pretrain`: train, and leave the checkpoint and the history in `out`.
+
+    Parameters and errors are those of :func:`pretrain`; :func:`export_checkpoint` does the second half.
+    """
+    planned = _Planned.of(data, preset=preset, effort=effort, model=model, train=train, out=out, name=None)
+    with ONE_AT_A_TIME:
+        vae, _ = planned.trained(resume=resume, progress=progress, observers=observers)
+    World.current().wait(parameters_device(vae))
+
+
+def export_checkpoint(
+    data: str | PathLike[str] | ArrayLike | Rows | Blocks,
+    *,
+    out: str | PathLike[str],
+    preset: str = "features",
+    effort: str = "fast",
+    model: ModelConfig | Mapping[str, Any] | None = None,
+    train: TrainConfig | Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> Bundle:
+    """Do the second half of :func:`pretrain`: write the bundle of what :func:`train_checkpoint` left in `out`.
+
+    Rows and settings must be those of the training. The bundle is the one, to its digest, that :func:`pretrain` writes
+    in one go; a training that was not finished is finished first.
+
+    Raises
+    ------
+    CheckpointError
+        There is no checkpoint, or it is one of other rows or settings.
+    ExportError, BundleError
+        As :func:`pretrain`.
+    """
+    planned = _Planned.of(data, preset=preset, effort=effort, model=model, train=train, out=out, name=name)
+    assert planned.checkpoint is not None  # there is a folder
+    if not planned.checkpoint.is_file():
+        raise CheckpointError(f"got no {planned.checkpoint}, wanted that of a training; train first")
+    with ONE_AT_A_TIME:
+        vae = _built(planned.model, planned.source.sample)
+        result = planned.trainer(vae).run(resume=True)
+        bundle = planned.exported(vae, result)
+    warn_of_collapse(bundle)
+    return bundle.save(out)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """Rows, and settings that fit them."""
+
+    source: _Source
+    model: ModelConfig
+    train: TrainConfig
+    name: str
+    folder: Path | None
+
+    @classmethod
+    def of(
+        cls,
+        data: Any,
+        *,
+        preset: str,
+        effort: str,
+        model: ModelConfig | Mapping[str, Any] | None,
+        train: TrainConfig | Mapping[str, Any] | None,
+        out: str | PathLike[str] | None,
+        name: str | None,
+    ) -> _Planned:
+        model, train = plain_changes(model, what="model"), plain_changes(train, what="train")
+        if not isinstance(model, ModelConfig) and not isinstance(train, TrainConfig):
+            refuse_changes(model or {}, train or {}, preset=preset)
+        folder = Path(out) if out is not None else None
+        name = name or (folder.resolve().name if folder else "encoder")
+        check_name(name)
+        source = _Source.opened(data, _split_of(train))
+        refuse_untrainable(source.sample, source.name)
+        model, train = choose_settings(
+            source.sample, n_rows=source.n_rows, preset=preset, effort=effort, model=model, train=train
+        )
+        if source.table is not None:
+            if model.columns not in ((), source.table.sizes):
+                raise ConfigError(
+                    f"got columns={model.columns} for {source.table}, whose columns are {source.table.sizes}; leave "
+                    "them out: they are read off the data"
+                )
+            model = replace(model, columns=source.table.sizes, optional_columns=source.table.optional_columns)
+        refuse_pair(model, train)
+        return cls(source, model, train, name, folder)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        return None if self.folder is None else self.folder / TRAINING_FOLDER / CHECKPOINT_FILE
+
+    def trained(
+        self, *, resume: bool, progress: bool, observers: Sequence[Observer], start: Bundle | None = None
+    ) -> tuple[VAE, TrainingResult]:
+        """Train, and write the history; every process of torch's group calls this."""
+        world = World.current()
+        watching = [*observers, *([ProgressBar()] if progress else [])]
+        if self.folder is not None:
+            if world.leads:
+                _warn_of_checkpoint(self.folder, resume=resume)
+                make_folder(self.folder / TRAINING_FOLDER)
+            watching.append(EventLog(self.folder / TRAINING_FOLDER))
+        with fixed_noise(self.train.seed, torch.device("cpu")):
+            vae = (
+                _built(self.model, self.source.sample) if start is None else _continued(start, self.model, self.source)
+            )
+        trainer = self.trainer(vae, watching, start=start)
+        for observer in watching if world.size == 1 else ():
+            observer.on_model(partial(_bundle_of_now, trainer, self.source.sample, **self.described()))
+        result = trainer.run(resume=resume)
+        if self.folder is not None and world.leads:
+            _write_history(self.folder / TRAINING_FOLDER / HISTORY_FILE, result)
+        return vae, result
+
+    def trainer(self, vae: VAE, observers: Sequence[Observer] = (), *, start: Bundle | None = None) -> Trainer:
+        begun = {} if start is None else {"start": start.digest}
+        return Trainer(
+            vae,
+            self.source.rows,
+            self.train,
+            checkpoint=self.checkpoint,
+            identity={"model": self.model.to_dict(), "data": self.source.identity, **begun},
+            observers=observers,
+        )
+
+    def exported(self, vae: VAE, result: TrainingResult) -> Bundle:
+        return make_bundle(vae, self.source.sample, result, **self.described())
+
+    def described(self) -> dict[str, Any]:
+        """Give what :func:`make_bundle` says besides what it measures."""
+        return {
+            "train": self.train,
+            "name": self.name,
+            "data": {"fingerprint": self.source.identity["fingerprint"], "n_rows": self.source.n_rows},
+            "table": self.source.table,
+        }
 
 
 def _bundle_of_now(trainer: Trainer, rows: NDArray[Any], **described: Any) -> Bundle:
@@ -250,17 +343,12 @@ def _continued(start: Bundle, model: ModelConfig, source: _Source) -> VAE:
     given, taken = InputSpec.of(source.sample, table=source.table), start.manifest.input
     has = {"shape of rows": taken.shape, "dtype of rows": taken.dtype, "table": _unscaled(taken.table)}
     asked = {"shape of rows": given.shape, "dtype of rows": given.dtype, "table": _unscaled(given.table)}
-    refuse_other_model(has | start.manifest.model, asked | _resolved(model, given.shape).to_dict())
+    refuse_other_model(has | start.manifest.model, asked | resolved_model(model, given.shape).to_dict())
     refuse_rows(model.likelihood, model, source.sample)
     vae = restore_vae(start)
     # The axes of the features are chosen anew when training ends.
     vae.basis = None
     return vae
-
-
-def _resolved(model: ModelConfig, row_shape: tuple[int, ...]) -> ModelConfig:
-    """Name what `auto` stands for."""
-    return replace(model, likelihood=likelihood_name(model, row_shape), network=network_name(model, row_shape))
 
 
 def _warn_of_checkpoint(folder: Path, *, resume: bool) -> None:
@@ -296,89 +384,6 @@ class _Source:
         loaded = data if isinstance(data, Rows) else load_rows(data)
         identity = {"fingerprint": fingerprint(loaded.array)}
         return cls(loaded.array, loaded.array, len(loaded), loaded.source, identity, loaded.table)
-
-
-def make_bundle(
-    vae: VAE,
-    rows: NDArray[Any],
-    result: TrainingResult,
-    *,
-    train: TrainConfig,
-    name: str,
-    data: dict[str, Any],
-    table: TableSchema | None = None,
-) -> Bundle:
-    """Export a trained model and describe it, in memory.
-
-    Parameters
-    ----------
-    vae : VAE
-    rows : ndarray of shape (n, ...)
-        Training rows, or a sample of them.
-    result : TrainingResult
-    train : TrainConfig
-    name : str
-    data : dict
-        What the manifest says of the training rows: their fingerprint and number.
-    table : TableSchema, optional
-        What their columns are.
-
-    The graphs are compared with torch on held-out rows first; see :func:`vaefeat.export.measure_parity`.
-    """
-    vae = vae.cpu().eval()
-    shown = np.array(result.heldout_rows[:_PARITY_ROWS])
-    contents = {
-        "encoder.onnx": export_encoder(vae, shown),
-        "decoder.onnx": export_decoder(vae),
-        "weights.safetensors": weights_of(vae),
-    }
-    model = _resolved(vae.config, vae.row_shape)
-    evaluation = result.evaluation
-    # One held-out row, all that a handful leaves, does not tell what varies.
-    looked_at = shown if len(shown) > 1 else rows
-    # The variance of a flow's mean over the rows is only known through samples, and two would drown it in noise.
-    n_samples = 16 if model.posterior in {"planar", "iaf"} else 2
-    found = diagnose(vae, np.array(looked_at[:_DIAGNOSED_ROWS]), n_samples=n_samples, seed=train.seed)
-    manifest = Manifest(
-        name=name,
-        input=InputSpec.of(rows, table=_scaled(table, vae)),
-        outputs={"mean": model.latent_dim, "logvar": model.latent_dim, "hidden": vae.encoder.hidden_dim},
-        latent_dim=model.latent_dim,
-        active_units=evaluation.active,
-        objective=train.objective,
-        model=model.to_dict(),
-        train=train.to_dict(),
-        data=data,
-        metrics={
-            "elbo": evaluation.elbo,
-            "log_likelihood": evaluation.log_likelihood,
-            "kl": evaluation.kl,
-            "collapse": found.collapse,
-            "advice": found.advice if found.severe else "",
-            "epochs": len(result.history),
-            "n_heldout": len(result.heldout),
-            "precision": result.engine.precision,
-            "compiled": result.engine.compiled,
-        },
-        parity={},
-        versions={library: _version(library) for library in _LIBRARIES},
-    )
-    exported = Bundle.of(manifest, contents)
-    manifest = replace(manifest, parity=measure_parity(vae, exported, shown))
-    contents[REFERENCE_FILE] = Reference.of(exported, np.array(looked_at[:_PARITY_ROWS]), seed=train.seed).to_bytes()
-    picture = None
-    if manifest.input.kind == "image":
-        picture = _PICTURE
-        contents[picture] = reconstruction_picture(shown[:_PICTURED], denoise(vae, shown[:_PICTURED]))
-    contents["README.md"] = model_card(manifest, picture=picture).encode()
-    return Bundle.of(manifest, contents)
-
-
-def warn_of_collapse(bundle: Bundle) -> None:
-    """Warn, by the logger ``vaefeat``, where the posterior has collapsed, and say what to try."""
-    # Latents that a good model leaves unused are no reason to worry; a code that says next to nothing is.
-    if advice := bundle.manifest.metrics["advice"]:
-        _LOG.warning("%s: %s", bundle.name, advice)
 
 
 def make_folder(folder: Path) -> None:
@@ -418,23 +423,8 @@ def refuse_untrainable(rows: NDArray[Any], source: str) -> None:
         )
 
 
-def _scaled(table: TableSchema | None, vae: VAE) -> TableSchema | None:
-    if table is None:
-        return None
-    scaling = vae.preprocessing
-    return table.scaled(scaling.shift.tolist(), (1 / scaling.scale).tolist())
-
-
 def _unscaled(table: TableSchema | None) -> TableSchema | None:
     """Leave out what is of rows and not of columns."""
     if table is None:
         return None
     return replace(table, columns=tuple(replace(column, mean=None, std=None) for column in table.columns))
-
-
-def _version(library: str) -> str:
-    if library == "vaefeat":
-        from vaefeat import __version__
-
-        return __version__
-    return version(library)

@@ -39,7 +39,7 @@ from vaefeat.checkpoint import (
     write_checkpoint,
 )
 from vaefeat.combinations import refuse_pair, refuse_workers
-from vaefeat.config import TrainConfig
+from vaefeat.config import FREE_SETTINGS, TrainConfig
 from vaefeat.errors import CompileError, NonFiniteLossError, TrainingInterrupted
 from vaefeat.feeds import make_feed, sample_of
 from vaefeat.heldout import HeldOut
@@ -62,8 +62,6 @@ __all__ = ["Trainer", "TrainingResult"]
 
 #: Reading a figure from a GPU waits for it: losses are collected on the device and read this often.
 _STEPS_PER_READING = 50
-#: What may differ between a run and its continuation without changing the result.
-_FREE_SETTINGS = {"device", "threads", "checkpoint_every", "checkpoint_seconds"}
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,7 @@ class Trainer:
         self.judge = HeldOut(self.objective, config, batch_size=self.batch_size, world=self.world, device=self.device)
         self.checkpoint = checkpoint
         self.observers = observers if self.world.leads else ()
-        binding = {key: value for key, value in config.to_dict().items() if key not in _FREE_SETTINGS}
+        binding = {key: value for key, value in config.to_dict().items() if key not in FREE_SETTINGS}
         self.identity = {"train": binding, **(identity or {})}
         self.threads = config.threads or threads_for(
             self.vae,

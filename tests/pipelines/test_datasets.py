@@ -60,3 +60,13 @@ def test_damaged_test_split_is_an_error_and_not_a_new_split(data_dir: Path, tmp_
         (tmp_path / file.name).write_bytes(content[:-1000] if file.name.startswith("t10k-images") else content)
     with pytest.raises(InputError, match="t10k-images"):
         load_dataset(DataConfig(path=str(tmp_path)), seed=0)
+
+
+def test_test_rows_of_a_class_that_training_rows_lack_are_named(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    values = np.random.default_rng(0).normal(size=(6, 2))
+    for split, labels in (("train", "aabbab"), ("test", "abxaby")):
+        columns = {"p": values[:, 0], "q": values[:, 1], "label": list(labels)}
+        pq.write_table(pa.table(columns), tmp_path / f"{split}.parquet")
+    with pytest.raises(InputError, match=r"test rows of the classes \['x', 'y'\] in .*wanted classes that"):
+        load_dataset(DataConfig(path=str(tmp_path)), seed=0)

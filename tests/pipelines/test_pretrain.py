@@ -22,10 +22,11 @@ from rich.console import Console
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from pipelines.config import DataConfig, RunConfig, WorkersConfig, load_config, with_workers
-from pipelines.datasets import load_dataset
+from pipelines.datasets import load_dataset, open_rows
 from pipelines.desk import Desk, Display, Teller
-from pipelines.group import in_group, launch_of_group, leads_group, meet
-from pipelines.pretrain import open_rows, pretrain, train_worker
+from pipelines.group import in_group, leads_group, meet
+from pipelines.pretrain import train_worker
+from pipelines.run import run_stage
 from vaefeat import load_bundle
 from vaefeat.blocks import Blocks
 from vaefeat.data import Rows
@@ -111,33 +112,35 @@ def test_rows_are_streamed_when_asked_for(files: Path) -> None:
         open_rows(with_data("digits", rows="stream"))
 
 
-def test_job_writes_a_bundle_and_tells_where(tmp_path: Path) -> None:
+def test_stages_write_a_bundle_and_tell_where(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=200)
-    bundle = pretrain(replace(SMALL, out=str(tmp_path / "out")), console=console)
-    assert load_bundle(tmp_path / "out").digest == bundle.digest
-    told = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
-    assert told.startswith(str(tmp_path / "out"))
-    assert bundle.digest in told
+    config = replace(SMALL, out=str(tmp_path / "out"))
+    run_stage("pretrain", config, console=console)
+    assert not (tmp_path / "out" / "bundle.json").exists()
+    run_stage("export", config, console=console)
+    trained, exported = console.file.getvalue().splitlines()  # type: ignore[attr-defined]  # a StringIO
+    assert trained.startswith(f"{tmp_path / 'out'}: 2 epochs, held-out ELBO")
+    assert load_bundle(tmp_path / "out").digest in exported
 
 
 def test_streamed_rows_are_trained_on(files: Path, tmp_path: Path) -> None:
     config = replace(with_data(files / "plain.npy", rows="stream"), out=str(tmp_path / "out"))
-    bundle = train_worker(config, launch="a", progress=False)
-    assert bundle.manifest.data["n_rows"] == 1797
+    for stage in ("pretrain", "export"):
+        run_stage(stage, config, console=Console(file=io.StringIO()))
+    assert load_bundle(tmp_path / "out").manifest.data["n_rows"] == 1797
 
 
 def test_worker_of_the_same_launch_goes_on_and_another_launch_begins_anew(tmp_path: Path) -> None:
     config = replace(SMALL, out=str(tmp_path / "out"))
 
-    def epochs(launch: str, *, resume: bool = False) -> tuple[int, list[int]]:
+    def epochs(launch: str) -> tuple[int, list[int]]:
         watching = Epochs()
-        train_worker(config, launch=launch, resume=resume, observers=[watching], progress=False)
+        train_worker(config, launch=launch, observers=[watching], progress=False)
         return watching.began, watching.seen
 
     assert epochs("first") == (0, [1, 2])
     assert epochs("first") == (2, [])
-    assert epochs("second", resume=True) == (2, [])
-    assert epochs("third") == (0, [1, 2])
+    assert epochs("second") == (0, [1, 2])
 
 
 @pytest.mark.parametrize(
@@ -166,8 +169,8 @@ def test_impossible_setting_of_workers_is_refused(setting: str, message: str) ->
         load_config(CONFIG, [setting])
 
 
-def test_group_is_known_by_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+def test_group_is_known_by_its_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     assert not in_group()
     assert leads_group()
@@ -175,12 +178,10 @@ def test_group_is_known_by_its_environment(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setenv(name, value)
     assert in_group()
     assert not leads_group()
-    alone = launch_of_group()
-    assert alone == launch_of_group()
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
-    assert launch_of_group() == "job7"
     with pytest.raises(InputError, match="leave one of them out"):
-        pretrain(replace(SMALL, workers=WorkersConfig(count=2)), console=Console())
+        run_stage("pretrain", replace(SMALL, out=str(tmp_path), workers=WorkersConfig(count=2)), console=Console())
+    with pytest.raises(InputError, match="'export' under torchrun"):
+        run_stage("export", replace(SMALL, out=str(tmp_path)), console=Console())
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import re
@@ -13,10 +14,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
+from rich.console import Console
 
+from pipelines.config import RunConfig, load_config
+from pipelines.run import run, run_stage, show_plan
 from vaefeat import OnnxEncoder, load_bundle
+from vaefeat.checkpoint import read_checkpoint
+from vaefeat.errors import InputError
 
 CHECKOUT = Path(__file__).parents[2]
 CONFIG = CHECKOUT / "pipelines" / "configs" / "digits.toml"
@@ -53,8 +61,9 @@ def test_run_leaves_a_bundle_a_report_and_every_figure(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     out, _ = finished
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "metrics.json").read_text())
     assert results["digest"] == load_bundle(out).digest
+    assert sum(found["n_rows"] for found in results["class_errors"]) == results["n_test"]
     assert results["n_train"] + results["n_test"] == 1797
     assert len(results["test_error_percent"]) == 8
     for entry in results["test_error_percent"]:
@@ -70,23 +79,75 @@ def test_report_is_self_contained_and_its_pictures_open(
 ) -> None:
     out, _ = finished
     page = (out / "report.html").read_text()
-    assert not re.search(r"(src|href)=[\"']?(http|/)", page)
+    assert not re.search(r"(src|href)=[\"']?(http|/)|url\(|@import|<script", page)
     pictures = re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", page)
-    assert len(pictures) == 2
+    # Curves, reconstructions, samples, maps, errors, classes, calibration; six rows with eight neighbours each.
+    assert len(pictures) == 7 + 6 * 9
     for index, content in enumerate(pictures):
         (tmp_path / f"{index}.png").write_bytes(base64.b64decode(content))
         with Image.open(tmp_path / f"{index}.png") as picture:
             picture.load()
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "metrics.json").read_text())
     for entry in results["test_error_percent"]:
         assert f"{entry['mean']:.1f} ± {entry['standard_deviation']:.1f}" in page
+    assert f"{results['neighbours']['same_class_percent']:.1f} % are of the same class" in page
+    for stage in ("pretrain", "export", "embed", "check", "evaluate"):
+        assert f"<td>{stage}</td>" in page
 
 
-def test_run_stopped_by_sigterm_is_finished_by_resume(tmp_path: Path) -> None:
-    settings = ("train.max_epochs=12", "train.batch_size=32", "probe.n_draws=1")
+def test_run_proves_that_service_file_and_library_agree(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], digits_rows: NDArray[np.uint8]
+) -> None:
+    out, _ = finished
+    check = json.loads((out / "check.json").read_text())
+    assert (check["same_bits"], check["rows"], check["largest_difference"]) == (True, 1797, 0.0)
+    table = pq.read_table(out / "features.parquet")
+    assert table["split"].to_pylist().count("train") == json.loads((out / "metrics.json").read_text())["n_train"]
+    # An independent way: the rows of the file, found among the library's by their values.
+    ours = {row.tobytes() for row in OnnxEncoder(out).embed(digits_rows)}
+    kept = np.array(table["mean"].to_pylist(), dtype=np.float32)
+    assert {row.tobytes() for row in kept} == ours
+
+
+def settings(out: Path, *overrides: str) -> RunConfig:
+    return load_config(CONFIG, (f"out={out}", *SMALL, *overrides))
+
+
+def test_run_that_is_done_does_nothing_and_a_new_setting_would_run_what_reads_it(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file() and path.name != "lock"}
+    run(settings(out, "train.max_epochs=4"), console=Console(quiet=True))
+    assert capsys.readouterr().err.count("done before") == 6
+    console = Console(width=200, file=io.StringIO())
+    show_plan(settings(out, "train.max_epochs=4", "probe.n_labels=60"), console=console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
+    states = dict(re.findall(r"^ *(\w+) +(done|will run|may run)", shown, flags=re.M))
+    expected = dict.fromkeys(("pretrain", "export", "embed", "check"), "done")
+    assert states == expected | {"evaluate": "will run", "report": "will run"}
+    assert "probe.n_labels is 60, was 50" in shown
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_folder_alone_is_enough_to_get_the_same_bundle_again(
+    finished: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    out, _ = finished
+    again = load_config(out / "config.toml", (f"out={tmp_path / 'again'}",))
+    for stage in ("pretrain", "export"):
+        run_stage(stage, again, console=Console(quiet=True))
+    assert load_bundle(tmp_path / "again").digest == load_bundle(out).digest
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment["versions"]["numpy"] == np.__version__
+    assert f"numpy=={np.__version__}" in (out / "requirements.txt").read_text().splitlines()
+
+
+def test_run_stopped_by_sigterm_goes_on_where_it_was(tmp_path: Path) -> None:
+    long = ("train.max_epochs=12", "train.batch_size=32", "probe.n_draws=1")
     out = tmp_path / "digits"
     process = subprocess.Popen(
-        command(out, *settings), cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(out, *long), cwd=CHECKOUT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     checkpoint = out / "training" / "checkpoint.safetensors"
     while not checkpoint.exists():
@@ -95,12 +156,23 @@ def test_run_stopped_by_sigterm_is_finished_by_resume(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "--resume" in errors
+    assert "(the same command" in errors
     assert "Traceback" not in errors
     assert not (out / "bundle.json").exists()
-    resumed = subprocess.run([*command(out, *settings), "--resume"], cwd=CHECKOUT, capture_output=True, check=False)
-    assert resumed.returncode == 0
+    assert list((out / "stages").glob("*.json")) == []
+    reached = read_checkpoint(checkpoint)[1]["epoch"]
+    assert reached > 0
+    done = pipelines_run(out, *long)
+    assert done.returncode == 0, done.stderr
+    assert "pretrain: was interrupted" in done.stderr
+    history = json.loads((out / "training" / "history.json").read_text())
+    assert [record["epoch"] for record in history] == list(range(1, 13))
     assert load_bundle(out).manifest.metrics["epochs"] == 12
+
+
+def test_stage_whose_input_is_not_there_names_what_to_run_first(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="stage 'evaluate' reads what stage 'pretrain' writes"):
+        run_stage("evaluate", settings(tmp_path / "out"), console=Console(quiet=True))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +181,7 @@ def test_run_stopped_by_sigterm_is_finished_by_resume(tmp_path: Path) -> None:
         ("data.path=no/such/folder", "no/such/folder"),
         ("train.max_epoch=1", "did you mean 'max_epochs'"),
         ("probe.n_labels=5", "at least one label a class"),
+        ("track.mlflow=1", "wanted true or false"),
     ],
 )
 def test_bad_input_is_one_error_and_no_traceback(override: str, message: str, tmp_path: Path) -> None:

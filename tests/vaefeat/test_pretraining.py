@@ -18,8 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vaefeat import ModelConfig, OnnxEncoder, TrainConfig, load_bundle, pretrain
 from vaefeat.decoder import OnnxDecoder
-from vaefeat.errors import BundleError, ConfigError, ExportError, InputError
+from vaefeat.errors import BundleError, CheckpointError, ConfigError, ExportError, InputError
 from vaefeat.observers import EpochRecord, Observer
+from vaefeat.pretraining import export_checkpoint, train_checkpoint
 
 SMALL = ModelConfig(latent_dim=4, hidden_dims=(16,), channels=(8, 8))
 SHORT = TrainConfig(max_epochs=2)
@@ -180,3 +181,23 @@ def test_import_of_vaefeat_loads_neither_torch_nor_onnxruntime() -> None:
     program = "import sys, vaefeat; print({'torch', 'onnxruntime', 'sklearn'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_training_and_exporting_apart_give_the_bundle_of_both_at_once(
+    digits_rows: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    whole = pretrain(digits_rows, model=SMALL, train=SHORT, out=tmp_path / "whole", name="digits", progress=False)
+    train_checkpoint(digits_rows, model=SMALL, train=SHORT, out=tmp_path / "halves", progress=False)
+    assert not (tmp_path / "halves" / "bundle.json").exists()
+    left = {path.name: path.read_bytes() for path in (tmp_path / "halves" / "training").iterdir()}
+    bundle = export_checkpoint(digits_rows, model=SMALL, train=SHORT, out=tmp_path / "halves", name="digits")
+    assert bundle.digest == whole.digest == load_bundle(tmp_path / "halves").digest
+    assert left == {path.name: path.read_bytes() for path in (tmp_path / "halves" / "training").iterdir()}
+
+
+def test_export_without_its_training_is_refused(digits_rows: NDArray[np.uint8], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="train first"):
+        export_checkpoint(digits_rows, model=SMALL, train=SHORT, out=tmp_path)
+    train_checkpoint(digits_rows, model=SMALL, train=SHORT, out=tmp_path, progress=False)
+    with pytest.raises(CheckpointError, match="another run"):
+        export_checkpoint(digits_rows[:-1], model=SMALL, train=SHORT, out=tmp_path)

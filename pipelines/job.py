@@ -1,0 +1,85 @@
+"""What the stages of a job share: configuration, folder, and rows, read once and when they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.config import RunConfig
+from pipelines.datasets import Dataset, load_dataset, open_rows
+from pipelines.probes import draw_labels
+from vaefeat.blocks import Blocks
+from vaefeat.data import Rows
+
+__all__ = ["Job"]
+
+_CHUNK_BYTES = 64 * 2**20
+
+
+class Job:
+    """One configuration at work.
+
+    Parameters
+    ----------
+    config : RunConfig
+
+    Attributes
+    ----------
+    folder : Path
+        Of the job: bundle, records, figures.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.folder = Path(config.out)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """Training and test rows with their labels."""
+        return load_dataset(self.config.data, seed=self.config.probe.seed)
+
+    @cached_property
+    def rows(self) -> Rows | Blocks:
+        """What the encoder is trained on; labels are not needed."""
+        # Whoever has the labelled rows, which contain these, does not read them twice.
+        if "dataset" in self.__dict__ and self.config.workers.rows != "stream":
+            return self.dataset.pretraining
+        return open_rows(self.config)
+
+    @cached_property
+    def draws(self) -> list[NDArray[np.int64]]:
+        """Indices of the labelled training rows, a draw each; an impossible number of labels is found out here."""
+        probe = self.config.probe
+        seeds = range(probe.seed, probe.seed + probe.n_draws)
+        return [draw_labels(self.dataset.train_labels, n_labels=probe.n_labels, seed=seed) for seed in seeds]
+
+    def digest_of_rows(self, which: Literal["pretraining", "labelled"]) -> str:
+        """Give a digest of rows: of every value, or the fingerprint of rows that are read while training."""
+        return self._digest_of_pretraining if which == "pretraining" else self._digest_of_labelled
+
+    @cached_property
+    def _digest_of_pretraining(self) -> str:
+        if isinstance(self.rows, Blocks):
+            return self.rows.fingerprint()
+        return _digest(self.rows.array)
+
+    @cached_property
+    def _digest_of_labelled(self) -> str:
+        data = self.dataset
+        names = np.array(data.names)
+        return _digest(data.train, data.test, names[data.train_labels], names[data.test_labels])
+
+
+def _digest(*arrays: NDArray[Any]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape} {array.dtype.str}".encode())
+        step = max(1, _CHUNK_BYTES // max(1, array[:1].nbytes))
+        for start in range(0, len(array), step):
+            digest.update(array[start : start + step].tobytes())
+    return f"sha256:{digest.hexdigest()}"

@@ -1,0 +1,202 @@
+"""The pictures of a report, as PNG files, and the neighbours of some rows.
+
+C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits
+
+from pipelines.datasets import Dataset
+from pipelines.evaluate import nearest
+from pipelines.features import Features
+from pipelines.job import Job
+from vaefeat import judging_plots, plots
+from vaefeat.bundle import Bundle
+from vaefeat.drawing import sheet
+from vaefeat.generation import sample
+from vaefeat.inference import denoise
+
+__all__ = ["CHART_SCALE", "Neighbour", "draw_pictures", "neighbourhoods"]
+
+_MAP_ROWS = 2000
+_PAIRS = 14
+_SAMPLES, _TABLE_SAMPLES = 36, 1000
+_EXPLAINED_ROWS = 1000
+_QUERIES, _NEIGHBOURS = 6, 8
+#: Pixels of a chart for each of the page, for screens that show more than one.
+CHART_SCALE = 1.5
+_PAGE_DPI = 96
+#: Width of one image on the page, about.
+_IMAGE_PIXELS = 56
+
+
+class Neighbour(NamedTuple):
+    """A row in a list of neighbours.
+
+    Attributes
+    ----------
+    label : str
+        Of its class.
+    same : bool
+        Whether that is the class of the row whose neighbour it is.
+    picture : str or None
+        A PNG in base64; None for tables.
+    """
+
+    label: str
+    same: bool
+    picture: str | None
+
+
+def draw_pictures(
+    job: Job,
+    bundle: Bundle,
+    *,
+    history: Sequence[dict[str, Any]],
+    metrics: Mapping[str, Any],
+    features: Features,
+) -> dict[str, bytes]:
+    """Draw everything that is a picture, by name."""
+    data, spec = job.dataset, bundle.manifest.input
+    points, labels, chosen = _map(job, features)
+    classes, calibration = metrics["class_errors"], metrics["calibration"]
+    figures = {
+        "curves": judging_plots.training_curves(history),
+        "maps": judging_plots.few_label_maps(points, labels, chosen=chosen),
+        "errors": _errors(job, metrics),
+        "classes": judging_plots.class_errors(
+            [found["name"] for found in classes],
+            [found["error"] for found in classes],
+            [f"as {found['taken_for']}" if found["taken_for"] else "" for found in classes],
+        ),
+        "reliability": judging_plots.reliability(
+            calibration["confidence"],
+            calibration["accuracy"],
+            calibration["counts"],
+            error=calibration["error"],
+            n_bins=calibration["n_bins"],
+        ),
+    }
+    pictures, pairs, samples = {}, None, None
+    seed = bundle.manifest.train["seed"]
+    if spec.kind == "image":
+        shown = data.test[:_PAIRS]
+        pairs = np.concatenate([shown, denoise(bundle, shown)])
+        samples = sample(bundle, _SAMPLES, seed=seed)
+        pictures["reconstructions"] = _picture(pairs, columns=len(shown), low=spec.low, high=spec.high)
+        pictures["samples"] = _picture(samples[: 2 * _PAIRS], columns=_PAIRS, low=spec.low, high=spec.high)
+    else:
+        some = data.test[:_EXPLAINED_ROWS]
+        figures["explained"] = judging_plots.columns_explained(_explained(some, denoise(bundle, some)))
+        figures["marginals"] = judging_plots.marginals(some, sample(bundle, _TABLE_SAMPLES, seed=seed))
+    figures["overview"] = plots.overview(
+        history=history, pairs=pairs, samples=samples, points=points, labels=labels, low=spec.low, high=spec.high
+    )
+    return pictures | {name: plots.png(made, dpi=round(CHART_SCALE * _PAGE_DPI)) for name, made in figures.items()}
+
+
+def neighbourhoods(
+    data: Dataset, train: NDArray[np.float32], test: NDArray[np.float32], bundle: Bundle
+) -> list[tuple[Neighbour, list[Neighbour]]]:
+    """Give some test rows, of as many classes as there are places, each with its nearest training rows.
+
+    Parameters
+    ----------
+    data : Dataset
+    train, test : ndarray of shape (n, d)
+        Posterior means.
+    bundle : Bundle
+    """
+    # The first row of each class, and where classes are few, the second ones, ...
+    turns = np.zeros(len(data.test_labels), dtype=np.int64)
+    for index in range(len(data.names)):
+        own = data.test_labels == index
+        turns[own] = np.arange(own.sum())
+    queries = np.lexsort((data.test_labels, turns))[:_QUERIES]
+    spec = bundle.manifest.input
+
+    def shown(row: NDArray[Any], label: int, own: int) -> Neighbour:
+        picture = None
+        if spec.kind == "image":
+            picture = base64.b64encode(_picture(row[None], columns=1, low=spec.low, high=spec.high)).decode()
+        return Neighbour(data.names[label], label == own, picture)
+
+    found = []
+    for query, near in zip(queries, nearest(train, test[queries], count=_NEIGHBOURS), strict=True):
+        own = int(data.test_labels[query])
+        others = [shown(data.train[index], int(data.train_labels[index]), own) for index in near]
+        found.append((shown(data.test[query], own, own), others))
+    return found
+
+
+def _picture(images: NDArray[Any], *, columns: int, low: float, high: float) -> bytes:
+    """Lay images (n, C, H, W) out as one PNG, each pixel as a square."""
+    zoom = max(1, round(_IMAGE_PIXELS / max(images.shape[2:])))
+    larger = images.repeat(zoom, axis=2).repeat(zoom, axis=3)
+    gap = 4 * (len(images) > 1)
+    colours = sheet(larger, columns=columns, low=low, high=high, gap=gap)
+    # Gaps are see-through, and have the colour of the page, light or dark.
+    seen = 1 - sheet(np.zeros_like(larger), columns=columns, low=0, high=1, gap=gap)[..., :1]
+    file = io.BytesIO()
+    pixels = np.rint(np.concatenate([colours, seen], axis=2) * 255).astype(np.uint8)
+    Image.fromarray(pixels).save(file, format="PNG", optimize=True)
+    return file.getvalue()
+
+
+def _explained(rows: NDArray[Any], reconstructions: NDArray[np.float32]) -> NDArray[np.float64]:
+    flat = rows.reshape(len(rows), -1).astype(np.float64)
+    errors = ((flat - reconstructions.reshape(len(rows), -1)) ** 2).mean(axis=0)
+    variance = flat.var(axis=0)
+    # A constant column is kept if it comes back.
+    kept: NDArray[np.float64] = np.where(
+        variance > 0, 1 - errors / np.where(variance > 0, variance, 1), (errors < 1e-6).astype(np.float64)
+    )
+    return kept
+
+
+def _map(job: Job, features: Features) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
+    """Lay rows out in two dimensions by their means alone; labels only colour them, and the first draw's are marked."""
+    data, seed = job.dataset, job.config.probe.seed
+    drawn = job.draws[0]
+    others = np.setdiff1d(np.arange(len(data.train) + len(data.test)), drawn)
+    count = max(0, _MAP_ROWS - len(drawn))
+    some = np.concatenate([drawn, np.random.default_rng(seed).permutation(others)[:count]])
+    means = np.concatenate([features.train["mean"], features.test["mean"]])[some]
+    names = np.array(data.names)[np.concatenate([data.train_labels, data.test_labels])[some]]
+    return _in_two_dimensions(means, seed=seed), names, np.arange(len(some)) < len(drawn)
+
+
+def _in_two_dimensions(means: NDArray[np.float32], *, seed: int) -> NDArray[Any]:
+    if means.shape[1] == 1:
+        return np.column_stack([means[:, 0], np.zeros(len(means))])
+    if len(means) < 50 or means.shape[1] == 2:
+        return np.asarray(PCA(2).fit_transform(means))
+    with threadpool_limits(1):  # as in vaefeat.training: on a busy machine a second thread costs more than it brings
+        return np.asarray(TSNE(2, init="pca", random_state=seed, max_iter=500).fit_transform(means))
+
+
+def _errors(job: Job, metrics: Mapping[str, Any]) -> Any:
+    head = metrics["detail"]["head"]
+    probes = [found for found in metrics["test_error_percent"] if found["head"] == head]
+    probes.sort(key=lambda found: found["mean"])
+    drawn, axes = plots.figure(width=6.5, height=0.6 + 0.55 * len(probes))
+    plots.draw_errors(
+        axes,
+        [found["features"] for found in probes],
+        [found["mean"] for found in probes],
+        [found["standard_deviation"] for found in probes],
+        ours={found["features"] for found in probes if found["features"].startswith("vaefeat")},
+        title=f"{job.config.probe.n_labels} labels, features {head}",
+    )
+    return drawn
