@@ -175,57 +175,6 @@ def _run_stage(name: str, config: RunConfig, *, force: bool, dry_run: bool) -> N
 
 
 @app.command()
-def embed(
-    bundle: Annotated[Path, typer.Option(help="Folder of a bundle.")],
-    data: Annotated[str, typer.Option(help="Parquet, .npy, IDX, or images: a file or folder, s3://... or gs://...")],
-    out: Annotated[str, typer.Option(help="Folder of Parquet files to write, such as features.parquet.")],
-    columns: Annotated[
-        list[str] | None,
-        typer.Option("--column", help="Of Parquet: the images, the lists of numbers, or numbers, repeated."),
-    ] = None,
-    id_column: Annotated[
-        str | None, typer.Option(help="Unique; the row's number or the image's path otherwise.")
-    ] = None,
-    keep: Annotated[list[str] | None, typer.Option(help="A column that is carried along; may be repeated.")] = None,
-    split: Annotated[Literal["train", "test"] | None, typer.Option(help="Only files of that name.")] = None,
-    output: Annotated[str, typer.Option(help="mean, hidden, logvar, or probability of a classifier.")] = "mean",
-    encoders: Annotated[int | None, typer.Option(min=1, help="As many as there is room for when not given.")] = None,
-    gpus: Annotated[float | None, typer.Option(min=0.01, max=1, help="Share of a GPU for each encoder.")] = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"], typer.Option(help="auto takes GPUs where Ray has some.")
-    ] = "auto",
-    address: Annotated[str, typer.Option(help="local: a Ray of the job's own; else a cluster's, or auto.")] = "local",
-    part_rows: Annotated[int | None, typer.Option(min=1, help="Rows of an output file, at most.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
-) -> None:
-    """Embed a data set of any size into a folder of Parquet files; the same command goes on after a stop.
-
-    Rows that cannot be read are left out, counted, and written to OUT/_quarantine with the reason.
-    OUT/_manifest.json is written last: with it, the output is whole.
-    """
-    with shown_activity("load pyarrow"), requiring("jobs", what="This job"):
-        from pipelines.embedding.job import EmbedOptions, summary
-        from pipelines.embedding.job import embed as embed_job
-        from pipelines.embedding.sources import Request
-
-    done = embed_job(
-        EmbedOptions(
-            bundle=bundle,
-            data=data,
-            out=out,
-            request=Request(split=split, columns=tuple(columns or ()), id_column=id_column, keep=tuple(keep or ())),
-            output=output,
-            encoders=encoders,
-            gpus=gpus,
-            device=device,
-            address=address,
-            part_rows=part_rows,
-        )
-    )
-    typer.echo(json.dumps(done) if as_json else summary(done))
-
-
-@app.command()
 def suggest(
     bundle: Annotated[Path, typer.Option(help="Folder of a bundle.")],
     data: Annotated[Path, typer.Option(help="Rows without labels: Parquet, .npy, .npz, IDX or images.")],
