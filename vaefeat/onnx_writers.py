@@ -31,8 +31,9 @@ from sklearn.svm import SVC
 from vaefeat.errors import ExportError
 from vaefeat.onnx_graph import DOUBLE, ML_OPSET, SINGLE, GraphBuilder
 from vaefeat.onnx_steps import fitted_steps
+from vaefeat.temperature import LEAST_PROBABILITY
 
-__all__ = ["write_best", "write_classifier", "write_transformer"]
+__all__ = ["write_best", "write_classifier", "write_temperature", "write_transformer"]
 
 #: skl2onnx writes graphs that do not fit together for these from float64.
 _SINGLE_ONLY = (PowerTransformer,)
@@ -84,6 +85,12 @@ def write_best(graph: GraphBuilder, probabilities: str, classes: NDArray[Any]) -
     """Write the label (n,) of the largest probability, the first of equals."""
     values = classes.astype(object if classes.dtype.kind in "OU" else np.int64)
     return graph("Gather", values, graph("ArgMax", probabilities, axis=1, keepdims=0))
+
+
+def write_temperature(graph: GraphBuilder, probabilities: str, temperature: float) -> str:
+    """Write what :func:`vaefeat.temperature.tempered` does to probabilities (n, K), float32."""
+    bounded = graph("Max", graph("Cast", probabilities, to=DOUBLE), np.array(LEAST_PROBABILITY))
+    return graph("Cast", _softmax(graph, graph("Div", graph("Log", bounded), np.array(temperature))), to=SINGLE)
 
 
 def _in_place(step: Any) -> list[tuple[str, NDArray[Any]]]:
