@@ -1,4 +1,9 @@
-"""Probabilities as confident as they are right: one temperature for all classes (Guo et al. 2017, arXiv:1706.04599).
+"""Probabilities as confident as they are right: one temperature for all classes.
+
+References
+----------
+Guo et al. 2017, On Calibration of Modern Neural Networks, arXiv:1706.04599. Platt 1999, Probabilistic Outputs for
+Support Vector Machines, section 2.2 (targets of few rows).
 
 N rows, K classes.
 """
@@ -10,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.utils.validation import check_is_fitted
 
@@ -21,8 +26,7 @@ __all__ = ["LEAST_PROBABILITY", "TemperedClassifier", "find_temperature", "log_l
 
 #: What smaller probabilities are taken for: neighbours and trees say 0, of which there is no logarithm.
 LEAST_PROBABILITY = 1e-9
-#: Of temperatures. Where every held-out row was right, the best is 0, which nobody should believe of few rows.
-_LOWEST, _HIGHEST = 0.2, 20.0
+_LOWEST, _HIGHEST = 0.1, 20.0
 
 
 class TemperedClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -96,8 +100,11 @@ def log_loss(probabilities_NK: ArrayLike, codes_N: NDArray[np.int64]) -> float:
     return float(-np.log(np.maximum(chosen_N, LEAST_PROBABILITY)).mean())
 
 
-def find_temperature(probabilities_NK: ArrayLike, codes_N: NDArray[np.int64]) -> float:
+def find_temperature(probabilities_NK: ArrayLike, codes_N: NDArray[np.int64], *, n_rows: int | None = None) -> float:
     """Find the temperature of the least log-loss.
+
+    Of few rows, all of which may have been right, none is believed to be certain: as in Platt's targets, one of n + 2
+    counts as a mistake, spread over the other classes.
 
     Parameters
     ----------
@@ -105,11 +112,13 @@ def find_temperature(probabilities_NK: ArrayLike, codes_N: NDArray[np.int64]) ->
         Of rows that the classifier has not learned from.
     codes_N : ndarray of shape (n,), int64
         Columns of their true classes.
+    n_rows : int, optional
+        Different rows among them, where some were asked for several times.
 
     Returns
     -------
     float
-        Between 0.2 and 20.
+        Between 0.1 and 20.
 
     Raises
     ------
@@ -119,8 +128,12 @@ def find_temperature(probabilities_NK: ArrayLike, codes_N: NDArray[np.int64]) ->
     if len(codes_N) == 0:
         raise InputError("got no rows to find a temperature on, wanted some that the classifier has not learned from")
     probabilities_NK = np.asarray(probabilities_NK, np.float64)
+    mistaken = 1 / ((n_rows or len(codes_N)) + 2)
+    targets_NK = np.full(probabilities_NK.shape, mistaken / (probabilities_NK.shape[1] - 1))
+    targets_NK[np.arange(len(codes_N)), codes_N] = 1 - mistaken
+    logits_NK = np.log(np.maximum(probabilities_NK, LEAST_PROBABILITY))
     found = minimize_scalar(
-        lambda log_temperature: log_loss(tempered(probabilities_NK, np.exp(log_temperature)), codes_N),
+        lambda log_temperature: -(targets_NK * log_softmax(logits_NK / np.exp(log_temperature), axis=1)).sum(),
         bounds=(np.log(_LOWEST), np.log(_HIGHEST)),
         method="bounded",
     )
