@@ -61,7 +61,8 @@ class Contender:
     labels_a_class : int
         Labels of each class that it needs.
     make : callable or None
-        From the fewest labels of a class and a seed to a classifier that is not fitted; the fine-tuned encoder has none.
+        From the fewest labels of a class and a seed to a classifier that is not fitted; None for the fine-tuned
+        encoder.
     unlabelled : bool
         Whether it learns from rows without a label, too.
     """

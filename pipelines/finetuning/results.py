@@ -42,17 +42,19 @@ class Tested(NamedTuple):
 
 
 def as_table(judged: Sequence[Judged], best: Judged, *, title: str) -> Table:
-    """Give the table for a terminal; the best in bold."""
+    """Give what fits a terminal; the best in bold."""
     table = Table(title=title, title_justify="left", caption=" ".join(_notes(judged)), caption_justify="left")
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == _COLUMNS[0] else "right")
+    table.add_column("classifier", no_wrap=True)
+    for column in ("error", "95 % interval", "log-loss", "seconds"):
+        table.add_column(column, justify="right")
     for one in judged:
-        table.add_row(*_cells(one), style="bold" if one is best else None)
+        name, error, interval, _, calibrated, _, _, seconds = _cells(one)
+        table.add_row(name, error, interval, calibrated, seconds, style="bold" if one is best else None)
     return table
 
 
 def as_markdown(judged: Sequence[Judged], best: Judged, *, title: str) -> str:
-    """Give the same as a page."""
+    """Give all columns as a page."""
     lines = [f"# {title}", "", f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
     for one in judged:
         cells = [f"**{cell}**" if one is best else cell for cell in _cells(one)]
@@ -106,7 +108,7 @@ def draw_comparison(judged: Sequence[Judged], best: Judged, *, title: str) -> by
         axes.annotate(
             f"{one.error:.1f}",
             (one.error, place),
-            xytext=(0, 7),
+            xytext=(0, 8),
             textcoords="offset points",
             ha="center",
             weight="bold" if one is best else "normal",
