@@ -197,6 +197,24 @@ def test_features_that_were_computed_before_give_the_same_bundle_in_any_order(
     assert with_features.bundle.digest == finetune(options, console=QUIET).bundle.digest
 
 
+@pytest.mark.serve
+def test_features_of_the_embedding_job_are_joined(options: FinetuneOptions, tmp_path: Path) -> None:
+    words = ["--bundle", str(options.bundle), "--data", str(options.data), "--out", str(tmp_path / "f.parquet")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines", "embed", *words, "--part-rows", "500"],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    with_features = finetune(replace(options, features=tmp_path / "f.parquet", out=tmp_path / "with"), console=QUIET)
+    assert with_features.bundle.digest == finetune(options, console=QUIET).bundle.digest
+    (tmp_path / "f.parquet" / "_manifest.json").unlink()
+    with pytest.raises(InputError, match="embedding has not finished"):
+        finetune(replace(options, features=tmp_path / "f.parquet", out=tmp_path / "again"), console=QUIET)
+
+
 def test_data_with_ids_among_their_columns_do_not_learn_from_them(tmp_path: Path) -> None:
     """Numbers as ids would be the best feature of all, where rows are sorted by class."""
     from sklearn.datasets import load_wine
