@@ -54,8 +54,11 @@ def test_temperature_of_one_changes_nothing_and_probabilities_of_zero_have_a_log
     assert np.isfinite(log_loss(given, np.array([0, 1])))
 
 
-def test_temperature_where_every_row_was_right_stays_above_zero() -> None:
-    assert find_temperature(np.tile([0.9, 0.1], (20, 1)), np.zeros(20, np.int64)) == pytest.approx(0.2, rel=0.01)
+@pytest.mark.parametrize("repeats", [1, 5])
+def test_temperature_where_every_row_was_right_believes_one_of_n_plus_2_to_be_wrong(repeats: int) -> None:
+    probabilities, codes = np.tile([0.9, 0.1], (20 * repeats, 1)), np.zeros(20 * repeats, np.int64)
+    found = find_temperature(probabilities, codes, n_rows=20)
+    assert tempered(probabilities[:1], found)[0, 0] == pytest.approx(21 / 22, abs=1e-4)
 
 
 def test_temperature_without_rows_is_refused() -> None:
