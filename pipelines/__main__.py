@@ -235,5 +235,59 @@ def sweep(
     sweep_job(loaded, over=over, trials=trials, side_by_side=side_by_side, resume=resume, console=Console())
 
 
+@app.command()
+def finetune(
+    bundle: Annotated[Path, typer.Option(help="Folder of a pretrained bundle.")],
+    data: Annotated[Path, typer.Option(help="All rows: Parquet, .npy, .npz, IDX, images, or CSV of a table.")],
+    labels: Annotated[Path, typer.Option(help="A .csv or .parquet file with the labels there are.")],
+    out: Annotated[Path, typer.Option(help="Folder for the classifier, which python -m serving serves.")],
+    features: Annotated[
+        Path | None, typer.Option(help="Of all rows, as embed writes them; encoded here when not given.")
+    ] = None,
+    test_labels: Annotated[
+        Path | None, typer.Option(help="Labels of other rows of the data, to test what is shipped.")
+    ] = None,
+    id_name: Annotated[str, typer.Option("--id", help="Column of ids in the files of labels.")] = "id",
+    label_name: Annotated[str, typer.Option("--label", help="Column of labels in them.")] = "label",
+    id_column: Annotated[
+        str | None, typer.Option(help="Of the data; the row's number or the image's path otherwise.")
+    ] = None,
+    split: Annotated[Literal["train", "test"], typer.Option(help="Which, where the data have splits.")] = "train",
+    image_size: Annotated[int | None, typer.Option(help="Resize images to this height and width.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--try", help="logistic, knn, svc, few_label_head, finetune; may be repeated. All otherwise."),
+    ] = None,
+    draws: Annotated[int, typer.Option(help="How often labels are hidden, and every classifier is trained.")] = 5,
+    max_steps: Annotated[int, typer.Option(help="Of fine-tuning.")] = 3000,
+    name: Annotated[str | None, typer.Option(help="Of the classifier in the service.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
+) -> None:
+    """Compare classifiers of the few labels, probes and the fine-tuned encoder, and ship the best as one ONNX file."""
+    with shown_activity("load scikit-learn and the rest"), requiring("jobs", what="This job"):
+        from pipelines.finetuning.job import FinetuneOptions
+        from pipelines.finetuning.job import finetune as finetune_job
+
+    options = FinetuneOptions(
+        bundle=bundle,
+        data=data,
+        labels=labels,
+        out=out,
+        features=features,
+        test_labels=test_labels,
+        id_column=id_name,
+        label_column=label_name,
+        data_id_column=id_column,
+        split=split,
+        image_size=image_size,
+        only=tuple(only or ()),
+        n_draws=draws,
+        max_steps=max_steps,
+        name=name,
+        seed=seed,
+    )
+    finetune_job(options, console=Console())
+
+
 if __name__ == "__main__":
     run_command_line(app, again="the same command; a sweep with --resume")

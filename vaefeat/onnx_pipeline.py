@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper
+from sklearn.frozen import FrozenEstimator
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
@@ -31,12 +32,13 @@ from vaefeat.labels import class_names
 from vaefeat.model_card import pipeline_card
 from vaefeat.predictor import LABEL, PROBABILITIES, OnnxPredictor
 from vaefeat.reference import REFERENCE_FILE, PredictionReference, Reference, load_reference
+from vaefeat.temperature import TemperedClassifier
 from vaefeat.transformer import VAETransformer
 
 with requiring("export", what="export_pipeline"):
     from vaefeat.onnx_graph import GraphBuilder
     from vaefeat.onnx_steps import fitted_steps
-    from vaefeat.onnx_writers import write_best, write_classifier, write_transformer
+    from vaefeat.onnx_writers import write_best, write_classifier, write_temperature, write_transformer
 
 __all__ = ["PIPELINE_TOLERANCE", "export_pipeline"]
 
@@ -49,8 +51,8 @@ _STEPS = "steps/"
 
 
 def export_pipeline(
-    pipe: Pipeline | FineTuneClassifier,
-    path: str | PathLike[str],
+    pipe: Pipeline | FineTuneClassifier | TemperedClassifier,
+    path: str | PathLike[str] | None,
     *,
     X: ArrayLike | None = None,
     name: str | None = None,
@@ -59,14 +61,15 @@ def export_pipeline(
 
     Parameters
     ----------
-    pipe : Pipeline or FineTuneClassifier
+    pipe : Pipeline, FineTuneClassifier or TemperedClassifier
         Fitted. :class:`VAEFeatures` (of a bundle, not of a service) or :class:`VAETransformer` first, then scalers and
         the like (:data:`vaefeat.onnx_steps.TRANSFORMERS`), a classifier last
         (:data:`vaefeat.onnx_steps.CLASSIFIERS`, or what holds one: ``SelfTrainingClassifier``, ``FrozenEstimator``,
-        a search, ``few_label_head``). Or :class:`FineTuneClassifier` alone.
-    path : path-like
+        a search, ``few_label_head``). Or :class:`FineTuneClassifier` alone. Or either in a
+        :class:`vaefeat.temperature.TemperedClassifier`.
+    path : path-like or None
         Ending in ``.onnx``: the file alone, which any ONNX Runtime loads. Else the folder of a bundle, which
-        ``python -m serving`` serves, and :class:`OnnxPredictor` opens.
+        ``python -m serving`` serves, and :class:`OnnxPredictor` opens. None writes nothing: save the bundle later.
     X : array-like of shape (n, ...), optional
         Rows to compare on, the more the better: best those that the classifier learned from and some that it did not.
         The few reference rows of the encoder's bundle when None.
@@ -76,7 +79,7 @@ def export_pipeline(
     Returns
     -------
     Bundle
-        Loaded back from the folder; in memory where the file alone was written. ``manifest.pipeline["parity"]`` has
+        Loaded back from the folder; in memory where no folder was written. ``manifest.pipeline["parity"]`` has
         the measured differences, which are in the file's metadata, too.
 
     Raises
@@ -98,15 +101,17 @@ def export_pipeline(
     >>> export_pipeline(pipe, "pipeline.onnx", X=X)  # doctest: +SKIP
     """
     check_is_fitted(pipe)
-    encoder, output, steps = _taken_apart(pipe)
+    whole, temperature = _untempered(pipe)
+    encoder, output, steps = _taken_apart(whole)
     base = encoder.bundle.manifest
     name = name or base.name[: MAX_NAME_LENGTH - len(_SUFFIX)] + _SUFFIX
     check_name(name)
     rows = base.input.prepare(_rows_to_compare(encoder.bundle) if X is None else X)
     classes = _plain_classes(np.asarray(pipe.classes_))
+    named = [*steps, *([] if temperature is None else [("temperature", pipe)])]
     described = {
         "encoder": {"name": base.name, "digest": encoder.digest, "output": output},
-        "steps": [{"name": step, "class": type(part).__name__} for step, part in steps],
+        "steps": [{"name": step, "class": type(part).__name__} for step, part in named],
     }
     manifest = replace(
         base,
@@ -116,11 +121,19 @@ def export_pipeline(
         pipeline=described,
         versions={**base.versions, **{library: version(library) for library in _LIBRARIES}},
     )
-    joined = _joined(encoder.bundle, output, steps, np.asarray(pipe.classes_))
+    joined = _joined(encoder.bundle, output, steps, np.asarray(pipe.classes_), temperature=temperature)
     predictor = _opened(manifest, joined)
     parity = _measure_parity(pipe, predictor, rows, rows if X is None else X)
     manifest = replace(manifest, pipeline={**described, "parity": parity})
-    return _write(manifest, joined, PredictionReference.of(predictor, rows), Path(path))
+    return _write(manifest, joined, PredictionReference.of(predictor, rows), None if path is None else Path(path))
+
+
+def _untempered(pipe: Any) -> tuple[Any, float | None]:
+    """Give what a temperature was put on, and the temperature."""
+    if type(pipe) is not TemperedClassifier:
+        return pipe, None
+    inner = pipe.estimator_
+    return inner.estimator if type(inner) is FrozenEstimator else inner, pipe.temperature
 
 
 def _taken_apart(pipe: Any) -> tuple[OnnxEncoder, str, list[tuple[str, Any]]]:
@@ -171,7 +184,14 @@ def _rows_to_compare(bundle: Bundle) -> NDArray[Any]:
     return reference.rows
 
 
-def _joined(bundle: Bundle, output: str, steps: list[tuple[str, Any]], classes: NDArray[Any]) -> onnx.ModelProto:
+def _joined(
+    bundle: Bundle,
+    output: str,
+    steps: list[tuple[str, Any]],
+    classes: NDArray[Any],
+    *,
+    temperature: float | None,
+) -> onnx.ModelProto:
     """Put the steps behind one output of the encoder; what else it gives is left out."""
     encoder = onnx.load_model_from_string(bundle.read("encoder.onnx"))
     graph = GraphBuilder(opset=next(entry.version for entry in encoder.opset_import if entry.domain == ""))
@@ -179,6 +199,8 @@ def _joined(bundle: Bundle, output: str, steps: list[tuple[str, Any]], classes: 
     for _, step in steps[:-1]:
         x = write_transformer(graph, step, x)
     label, probabilities = write_classifier(graph, steps[-1][1], x) if steps else (write_best(graph, x, classes), x)
+    if temperature is not None:
+        probabilities = write_temperature(graph, probabilities, temperature)
     kind = TensorProto.INT64 if classes.dtype.kind in "iu" else TensorProto.STRING
     head = graph.model(
         [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", bundle.manifest.outputs[output]])],
@@ -229,7 +251,7 @@ def _measure_parity(pipe: Any, predictor: OnnxPredictor, rows: NDArray[Any], X: 
     }
 
 
-def _write(manifest: Manifest, model: onnx.ModelProto, reference: PredictionReference, path: Path) -> Bundle:
+def _write(manifest: Manifest, model: onnx.ModelProto, reference: PredictionReference, path: Path | None) -> Bundle:
     assert manifest.pipeline is not None
     described = {
         **manifest.pipeline,
@@ -248,6 +270,8 @@ def _write(manifest: Manifest, model: onnx.ModelProto, reference: PredictionRefe
             "README.md": pipeline_card(manifest).encode(),
         },
     )
+    if path is None:
+        return bundle
     if path.suffix != ".onnx":
         return bundle.save(path)
     try:

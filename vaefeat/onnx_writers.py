@@ -33,8 +33,9 @@ from sklearn.tree import DecisionTreeClassifier
 from vaefeat.errors import ExportError
 from vaefeat.onnx_graph import DOUBLE, ML_OPSET, SINGLE, GraphBuilder
 from vaefeat.onnx_steps import fitted_steps
+from vaefeat.temperature import LEAST_PROBABILITY
 
-__all__ = ["write_best", "write_classifier", "write_transformer"]
+__all__ = ["write_best", "write_classifier", "write_temperature", "write_transformer"]
 
 #: skl2onnx writes graphs that do not fit together for these from float64.
 _SINGLE_ONLY = (PowerTransformer,)
@@ -102,6 +103,12 @@ def _with_wide_classes(step: Any) -> Any:
     if step.classes_.dtype.kind in "iu":
         wide.classes_ = step.classes_.astype(np.int64)
     return wide
+
+
+def write_temperature(graph: GraphBuilder, probabilities: str, temperature: float) -> str:
+    """Write what :func:`vaefeat.temperature.tempered` does to probabilities (n, K), float32."""
+    bounded = graph("Max", graph("Cast", probabilities, to=DOUBLE), np.array(LEAST_PROBABILITY))
+    return graph("Cast", _softmax(graph, graph("Div", graph("Log", bounded), np.array(temperature))), to=SINGLE)
 
 
 def _in_place(step: Any) -> list[tuple[str, NDArray[Any]]]:
