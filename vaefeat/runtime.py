@@ -21,6 +21,9 @@ from vaefeat.errors import BundleError, DeviceError
 from vaefeat.processors import allowed_threads
 from vaefeat.tensorrt import engine_options, why_no_tensorrt
 
+# Its official builds tell their maker of every session otherwise; nobody asked the people whose rows these are.
+ort.disable_telemetry_events()
+
 __all__ = ["Interruption", "OpenedGraph", "choose_device", "open_graph"]
 
 _PROVIDERS = {
