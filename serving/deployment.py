@@ -101,7 +101,7 @@ class EmbeddingReplica:
         if self._service.failure:
             return
         # A bundle that came since the models were loaded is served everywhere else by now.
-        told = reloads(desk)
+        told = reloads(desk, refuse=server.refuse)
         answer = await anext(told)
         answer(await self._service.reload())
         async with serving_grpc(app, self._settings):

@@ -2,13 +2,13 @@
 
 It hands them the listening socket and its standard error, for their logs to be lines of one stream without Ray's marks,
 and passes it on to all of them when one was told to load a model, or a signal was. Each says how that went: whoever
-asked hears that every replica has loaded, or which have not.
+asked hears that every replica has loaded, or which have not. In the end it has them all accept no more.
 
 All replicas accept from one queue of connections, which the starting process keeps open: while a replica is replaced,
 connections wait in it instead of being refused, and a replica that goes leaves none behind.
 
-Messages are one letter from the caller; and, to a replica that listens, a number in a line, which comes back in a line
-with what went wrong behind it, or nothing.
+Messages are one letter from the caller; and, to a replica that listens, a number in a line, with a word behind it where
+it is not about loading, which comes back in a line with what went wrong behind it, or nothing.
 """
 
 from __future__ import annotations
@@ -33,10 +33,14 @@ __all__ = ["Desk", "Told", "ask_for_reload", "fetch", "reloads"]
 _log = logging.getLogger("serving")
 #: What a caller says: hand me the sockets; have all replicas load again; tell me when I am to load again.
 _FETCH, _RELOAD, _LISTEN = b"F", b"R", b"L"
+#: The word behind a number: accept no further connection.
+_REFUSE = b" refuse"
 #: In which a caller has to say what it wants, and the desk to answer.
 _TIMEOUT_S = 30.0
 #: In which every replica has to have loaded its models again.
 _RELOAD_S = 60.0
+#: In which every replica has to have stopped accepting.
+_REFUSE_S = 1.0
 #: Before the next try, where the process has no file left for a caller.
 _NO_FILES_S = 0.2
 
@@ -82,7 +86,7 @@ class Desk:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(str(path))
         self._socket.listen()
-        self._closed = threading.Event()
+        self._closed, self._refusing = threading.Event(), threading.Event()
         #: Over the replicas, and when one has answered or gone.
         self._news = threading.Condition()
         self._replicas: list[_Replica] = []
@@ -91,12 +95,15 @@ class Desk:
 
     def tell(self) -> Told:
         """Have every replica load its models again, without waiting for it."""
+        return self._tell(b"")
+
+    def _tell(self, word: bytes) -> Told:
         with self._news:
             self._count += 1
             for replica in self._replicas.copy():
                 try:
                     # Never waits: a replica that has not taken thousands of such lines does not live.
-                    replica.connection.send(b"%d\n" % self._count, socket.MSG_DONTWAIT)
+                    replica.connection.send(b"%d%b\n" % (self._count, word), socket.MSG_DONTWAIT)
                 except OSError:
                     self._replicas.remove(replica)
             return Told(self._count, self._replicas.copy())
@@ -110,13 +117,9 @@ class Desk:
             What went wrong: a line for each replica that could not load, and for those that did not answer.
         """
         with self._news:
-
-            def waiting() -> list[_Replica]:
-                return [one for one in told.replicas if one in self._replicas and told.number not in one.answers]
-
-            self._news.wait_for(lambda: not waiting(), self._reload_s)
+            self._news.wait_for(lambda: not self._silent(told), self._reload_s)
             failures = [one.answers[told.number] for one in told.replicas if one.answers.get(told.number)]
-            if silent := len(waiting()):
+            if silent := len(self._silent(told)):
                 failures.append(
                     f"{silent} of {len(told.replicas)} processes did not answer within {self._reload_s:g} s, and may "
                     "serve what they served before; load it again"
@@ -124,6 +127,23 @@ class Desk:
             for replica in told.replicas:
                 replica.answers = {n: answer for n, answer in replica.answers.items() if n > told.number}
             return list(dict.fromkeys(failures))
+
+    def _silent(self, told: Told) -> list[_Replica]:
+        return [one for one in told.replicas if one in self._replicas and told.number not in one.answers]
+
+    def refuse(self) -> None:
+        """Have connections refused from now on; those that there are stay.
+
+        Replicas stop accepting first: to one that still did, a socket that was shut down would be an error. A
+        connection that comes between the two is reset.
+        """
+        self._refusing.set()
+        told = self._tell(_REFUSE)
+        with self._news:
+            self._news.wait_for(lambda: not self._silent(told), _REFUSE_S)
+        # Closing it would close this process's copy alone.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
 
     def count_replicas(self) -> int:
         """Count the replicas that are there now."""
@@ -150,7 +170,7 @@ class Desk:
                 self._listen_to(caller)
             elif asked == _RELOAD:
                 caller.sendall(orjson.dumps(self.collect(self.tell())))
-            elif asked == _FETCH:
+            elif asked == _FETCH and not self._refusing.is_set():
                 socket.send_fds(caller, [_FETCH], [self._listener.fileno(), sys.stderr.fileno()])
 
     def _listen_to(self, caller: socket.socket) -> None:
@@ -232,10 +252,16 @@ async def ask_for_reload(path: Path) -> None:
         raise ModelError(f"the model was loaded, but not everywhere: {'; '.join(failures)}")
 
 
-async def reloads(path: Path) -> AsyncIterator[Callable[[list[str]], None]]:
+async def reloads(path: Path, *, refuse: Callable[[], None]) -> AsyncIterator[Callable[[list[str]], None]]:
     """Yield at once, and then whenever the models are to be loaded again; ends with the desk.
 
     At once, because a bundle may have come between the loading of the models and this.
+
+    Parameters
+    ----------
+    path : Path
+    refuse : callable
+        Called when no further connection is to be accepted; it returns once that is so.
 
     Yields
     ------
@@ -246,7 +272,12 @@ async def reloads(path: Path) -> AsyncIterator[Callable[[list[str]], None]]:
     try:
         writer.write(_LISTEN)
         while line := await reader.readline():
-            number = int(line)
+            count, word, _ = line.rstrip(b"\n").partition(_REFUSE)
+            number = int(count)
+            if word:
+                refuse()
+                writer.write(b"%d \n" % number)
+                continue
 
             def answer(failures: list[str], number: int = number) -> None:
                 writer.write(b"%d %s\n" % (number, " ".join("; ".join(failures).split()).encode()))

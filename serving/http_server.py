@@ -60,6 +60,7 @@ class HttpServer:
         self.started = self.should_exit = False
         self._max_connections, self._grace_s = max_connections, grace_s
         self._connections: set[Connection] = set()
+        self._servers: list[asyncio.Server] = []
         self._date = b""
         self._date_of = 0
 
@@ -73,15 +74,23 @@ class HttpServer:
         loop = asyncio.get_running_loop()
         await self.app.start()
         try:
-            servers = [await loop.create_server(lambda: Connection(self), sock=one, backlog=BACKLOG) for one in sockets]
+            if not self.should_exit:  # or listening would begin again on sockets that others have shut down
+                for one in sockets:
+                    server = await loop.create_server(lambda: Connection(self), sock=one, backlog=BACKLOG)
+                    self._servers.append(server)
             self.started = True
             while not self.should_exit:
                 await self._tick()
-            for server in servers:
-                server.close()
+            self.refuse()
             await self._finish()
         finally:
             await self.app.stop()
+
+    def refuse(self) -> None:
+        """Accept no further connection from now on, and stop; from its own event loop."""
+        self.should_exit = True
+        for server in self._servers:
+            server.close()
 
     async def _finish(self) -> None:
         """Answer what is in flight, and wait until the answers are taken."""

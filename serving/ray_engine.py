@@ -92,6 +92,7 @@ def run(settings: ServiceSettings, listener: socket.socket, asked: Asked) -> Non
                 announce(base_url(listener), engine="ray", models=names, providers=providers, stream=stdout)
                 _watch(desk, asked)
         finally:
+            desk.refuse()
             _shut_down(drain_s=drain_s)
 
 

@@ -126,6 +126,8 @@ def test_a_request_under_way_is_answered_although_the_service_stops(
                 time.sleep(0.02)
             started.process.send_signal(signal.SIGINT)
             time.sleep(0.5)
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection((url.host, url.port), timeout=5)
             connection.sendall(body[1000:])
             assert connection.recv(100).startswith(b"HTTP/1.1 200 OK")
         assert started.process.wait(60) == 0

@@ -34,10 +34,14 @@ def desk(tmp_path: Path) -> Iterator[Desk]:
         yield one
 
 
+def do_nothing() -> None:
+    pass
+
+
 def test_desk_counts_the_replicas_that_are_there(desk: Desk, tmp_path: Path) -> None:
     async def come_and_go() -> list[int]:
         found = [desk.count_replicas()]
-        many = [reloads(tmp_path / "desk") for _ in range(2)]
+        many = [reloads(tmp_path / "desk", refuse=do_nothing) for _ in range(2)]
         for replica in many:
             await anext(replica)
             found.append(desk.count_replicas())
@@ -54,7 +58,7 @@ def asked_while(path: Path, *replicas: Callable[[Any], Awaitable[None]]) -> floa
     """Have all replicas load again, each of which answers as it is told to; gives the seconds that it took."""
 
     async def ask() -> float:
-        listening = [reloads(path) for _ in replicas]
+        listening = [reloads(path, refuse=do_nothing) for _ in replicas]
         for told in listening:
             (await anext(told))([])
 
@@ -189,6 +193,21 @@ def test_load_answers_when_the_new_version_is_to_be_had_from_every_replica(
         assert loaded.status_code == 200
         version = loaded.json()["version"]
         assert [replica._service.versions("digits")[0] for replica in (one, other)] == [version] * 2
+
+
+def test_connections_are_refused_by_all_processes_once_the_desk_says_so(
+    desk: Desk, digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = httpx.URL(base_url(desk._listener))
+    with two_replicas(digits_bundle, tmp_path / "desk", monkeypatch), socket.socket() as early:
+        early.connect((url.host, url.port))
+        begun = time.monotonic()
+        desk.refuse()
+        assert time.monotonic() - begun < 0.9, "both replicas have answered"
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((url.host, url.port), timeout=5)
+        with pytest.raises((OSError, ValueError)):
+            fetch(tmp_path / "desk")  # a replica that starts now would listen again
 
 
 def test_watch_without_a_replica_for_long_ends_the_service(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
