@@ -28,6 +28,10 @@ __all__ = ["Inference", "error_form", "split_model_path"]
 
 _JSON = [(b"content-type", JSON.encode())]
 _PREFIX = "/v2/models/"
+#: The body of a load.
+_LOAD_FORM = 'no body, or {"parameters": {"version": "..."}}'
+#: Parameters with which Triton's clients replace what the repository holds.
+_TRITON_ONLY = ("config", "file:")
 
 
 def split_model_path(path: str) -> tuple[str, str | None, str] | None:
@@ -194,9 +198,15 @@ class Inference:
         except orjson.JSONDecodeError as error:
             raise CodecError(f"got a body that is not JSON: {error}") from error
         parameters = values.get("parameters", {}) if isinstance(values, dict) else None
-        version = parameters.get("version", "") if isinstance(parameters, dict) else None
-        if not isinstance(version, str):
-            raise CodecError('got a body of another form, wanted none, or {"parameters": {"version": "..."}}')
+        if not isinstance(parameters, dict):
+            raise CodecError(f"got a body of another form, wanted {_LOAD_FORM}")
+        # Whoever misspelt the version would get what the folder holds, and not hear of it.
+        if unknown := [key for key in values if key != "parameters"] + [key for key in parameters if key != "version"]:
+            triton = "; what is loaded is always the model's folder" if unknown[0].startswith(_TRITON_ONLY) else ""
+            raise CodecError(f"got the unknown key {unknown[0][:80]!r}, wanted {_LOAD_FORM}{triton}")
+        version = parameters.get("version")
+        if not isinstance(version, str | None):
+            raise CodecError(f"got a version that is no text, wanted {_LOAD_FORM}")
         return version or None
 
     def _refuse_unless_alone(self) -> None:

@@ -23,6 +23,8 @@ __all__ = ["Models", "find_bundles"]
 _log = logging.getLogger("serving")
 #: Of one name, the newest first: the one that is served and the one before.
 _KEPT = 2
+#: Digits of a version that name it; as many as the log has.
+_SHORTEST_VERSION = 12
 
 
 class Models:
@@ -98,7 +100,8 @@ class Models:
         name : str, optional
             May be left out where one model is served.
         version : str, optional
-            A digest with or without ``sha256:``; the newest when None or empty.
+            A digest with or without ``sha256:``, or its first digits, 12 or more, where no other version of the name
+            begins with them; the newest when None or empty.
 
         Raises
         ------
@@ -116,9 +119,9 @@ class Models:
         if not version:
             return versions[0]
         wanted = version.removeprefix("sha256:")
-        for model in versions:
-            if model.version == wanted:
-                return model
+        found = [model for model in versions if model.version.startswith(wanted)]
+        if len(found) == 1 and len(wanted) >= _SHORTEST_VERSION:
+            return found[0]
         held = ", ".join(model.version for model in versions)
         raise RequestError(
             404, "unknown_model", f"got version {version[:80]!r} of model {versions[0].name!r}, wanted one of {held}"
@@ -155,7 +158,12 @@ class Models:
             The bundle is bad or computes something else; what was served goes on being served.
         """
         if name not in self._sources:
-            raise RequestError(404, "unknown_model", f"got model={name[:100]!r}, wanted one of {self.available()}")
+            raise RequestError(
+                404,
+                "unknown_model",
+                f"got model={name[:100]!r}, wanted one of {self.available()}; folders are listed when the service "
+                "starts: a model that is new needs a restart",
+            )
         interruption = self._interruption
         with _told(name):
             return self._serve(name, self._read(name), interruption)
@@ -200,7 +208,7 @@ class Models:
         self._versions = {**self._versions, name: (model, *others)[:_KEPT]}
         self._loaded[name] = bundle.digest
         self.generation += 1
-        _log.info("serving %s in version %s", name, model.version[:12])
+        _log.warning("serving %s in version %s", name, model.version[:_SHORTEST_VERSION])
         return model
 
     def choose(self, name: str, version: str) -> ServedModel:
@@ -219,7 +227,7 @@ class Models:
         others = tuple(other for other in self._of(name) if other is not model)
         self._versions = {**self._versions, name: (model, *others)}
         self.generation += 1
-        _log.warning("serving %s in version %s, as asked", name, model.version[:12])
+        _log.warning("serving %s in version %s, as asked", name, model.version[:_SHORTEST_VERSION])
         return model
 
     def unload(self, name: str) -> None:

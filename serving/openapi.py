@@ -168,12 +168,9 @@ _SCHEMAS: dict[str, _Schema] = {
         | {"inputs": _list(_TENSOR), "outputs": _list(_TENSOR), "parameters": _PARAMETERS}
     ),
     "Indexed": _object({"name": _TEXT, "state": _TEXT, "reason": _TEXT}, optional={"version": _VERSION}),
-    "LoadRequest": {
-        "type": "object",
-        "properties": {
-            "parameters": {"type": "object", "properties": {"version": {"type": ["string", "null"]}}},
-        },
-    },
+    "LoadRequest": _object(
+        {}, optional={"parameters": _object({}, optional={"version": {"type": ["string", "null"]}})}
+    ),
 }
 
 _MEANINGS = {

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
-__all__ = ["replace_file", "sync_folder"]
+__all__ = ["exchange_files", "replace_file", "sync_folder"]
 
 
 def replace_file(path: Path, content: bytes, *, private: bool = False) -> None:
@@ -49,6 +50,41 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def exchange_files(staging: Path, folder: Path, names: list[str]) -> None:
+    """Move files from one folder into another; if one cannot be moved, put back what was there.
+
+    Parameters
+    ----------
+    staging : Path
+        Holds the files, on the same disk; to be deleted after this.
+    folder : Path
+    names : list of str
+
+    Raises
+    ------
+    OSError
+        The folder is as it was.
+    """
+    before = staging / "before"
+    before.mkdir()
+    done: list[str] = []
+    try:
+        for name in names:
+            if (folder / name).is_file():
+                # A copy, so that the old file stays readable under its name until the new one takes that over.
+                shutil.copyfile(folder / name, before / name)
+            (staging / name).replace(folder / name)
+            done.append(name)
+    except OSError:
+        for name in done:
+            if (before / name).exists():
+                (before / name).replace(folder / name)
+            else:
+                (folder / name).unlink()
+        raise
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:

@@ -33,7 +33,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
-from vaefeat.atomic import replace_file, sync_folder
+from vaefeat.atomic import exchange_files, replace_file
 from vaefeat.errors import BundleError, InputError
 from vaefeat.input_spec import InputSpec
 
@@ -199,7 +199,7 @@ class Manifest:
             raise BundleError(f"got a {MANIFEST_FILE} with a value of the wrong form: {error}") from error
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Bundle:
     """A trained encoder with its manifest; on disk (after :func:`load_bundle`) or in memory (after training).
 
@@ -219,6 +219,10 @@ class Bundle:
     digest: str
     path: Path | None = None
     _contents: dict[str, bytes] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        where = "in memory" if self.path is None else f"in {str(self.path)!r}"
+        return f"Bundle({self.name!r}, {self.manifest.input}, {self.digest[:19]}, {where})"
 
     @classmethod
     def of(cls, manifest: Manifest, contents: Mapping[str, bytes]) -> Self:
@@ -291,7 +295,7 @@ class Bundle:
             # Everything is on the disk before the first name changes, so that a full disk spoils nothing.
             for name, content in staged.items():
                 replace_file(staging / name, content)
-            _exchange(staging, folder, list(staged))
+            exchange_files(staging, folder, list(staged))
         except OSError as error:
             raise BundleError(
                 f"could not write bundle {self.name!r} to {folder}: {error.strerror or error}; "
@@ -325,6 +329,11 @@ def load_bundle(path: str | PathLike[str]) -> Bundle:
     folder = Path(path)
     with _reading(folder / MANIFEST_FILE):
         is_bundle = (folder / MANIFEST_FILE).is_file()
+    if not is_bundle and folder.suffix == ".onnx" and folder.is_file():
+        raise BundleError(
+            f"got {folder}, wanted the folder of a bundle: that is the file alone; give vaefeat.export_pipeline a "
+            f"folder's name, such as {folder.with_suffix('').name!r}, without .onnx"
+        )
     if not is_bundle:
         raise BundleError(
             f"got {folder}, wanted the folder of a bundle; it has no {MANIFEST_FILE}. "
@@ -346,28 +355,6 @@ def load_bundle(path: str | PathLike[str]) -> Bundle:
     for name, entry in files.items():
         _verify(folder / name, entry)
     return Bundle(manifest=manifest, files=files, digest=digest, path=folder)
-
-
-def _exchange(staging: Path, folder: Path, names: list[str]) -> None:
-    """Move staged files into place; if one cannot be moved, put back what was there."""
-    before = staging / "before"
-    before.mkdir()
-    done: list[str] = []
-    try:
-        for name in names:
-            if (folder / name).is_file():
-                # A copy, so that the old file stays readable under its name until the new one takes that over.
-                shutil.copyfile(folder / name, before / name)
-            (staging / name).replace(folder / name)
-            done.append(name)
-    except OSError:
-        for name in done:
-            if (before / name).exists():
-                (before / name).replace(folder / name)
-            else:
-                (folder / name).unlink()
-        raise
-    sync_folder(folder)
 
 
 def check_name(name: str) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from vaefeat.input_spec import InputSpec
+    from vaefeat.table_schema import TableSchema
 
 __all__ = [
     "BUNDLE",
@@ -22,6 +23,7 @@ __all__ = [
     "IMAGE_SIZE",
     "SEED",
     "SPLIT",
+    "frame_for",
     "parts",
     "require_suffix",
     "rows_for",
@@ -65,28 +67,42 @@ def rows_for(
     """
     from vaefeat.arrays import read_npy
     from vaefeat.data import load_rows
-    from vaefeat.table_files import SUFFIXES, read_frame
 
     if spec.table is None:
         return load_rows(data, split=split, image_size=image_size, max_rows=max_rows).array
     if data.suffix.lower() == ".npy" and data.is_file():
         return spec.prepare(read_npy(data)[:max_rows], holes=holes)
+    return spec.prepare(frame_for(spec.table, data, max_rows=max_rows), holes=holes)
+
+
+def frame_for(table: TableSchema, data: Path, *, max_rows: int | None = None) -> Any:
+    """Read the columns that a model knows from a file of a table, as a table of pyarrow."""
+    from vaefeat.table_files import SUFFIXES, read_frame
+
+    if not data.exists():
+        raise InputError(f"got {data}, which does not exist; wanted a file of {table}")
     if data.suffix.lower() not in SUFFIXES or not data.is_file():
-        raise InputError(f"got {data}, wanted a file of {spec.table}: {', '.join(SUFFIXES)} or .npy")
-    names = [column.name for column in spec.table.columns] if spec.table.named else None
-    return spec.prepare(read_frame(data, columns=names, max_rows=max_rows)[0], holes=holes)
+        raise InputError(f"got {data}, wanted a file of {table}: {', '.join(SUFFIXES)} or .npy")
+    names = [column.name for column in table.columns] if table.named else None
+    return read_frame(data, columns=names, max_rows=max_rows, wanted="the bundle was trained with")[0]
 
 
-def write_rows(path: Path, rows: NDArray[Any], spec: InputSpec) -> None:
-    """Write rows as an array file, or those of a table as CSV or Parquet, with the names of categories."""
-    from vaefeat.table_files import write_frame
+def write_rows(
+    path: Path, rows: NDArray[Any], spec: InputSpec, *, given: Any = None, holes: NDArray[Any] | None = None
+) -> None:
+    """Write rows as an array file, or those of a table as CSV or Parquet, with the names of categories.
+
+    Outside of `holes`, the values of a table that was `given` (:func:`frame_for`) stay as they were read.
+    """
+    from vaefeat.table_files import completed, write_frame
 
     if path.suffix == ".npy":
         write_array(path, rows)
     elif spec.table is None:
         raise InputError(f"got the output file {path} for {spec}, which are no table; give a name that ends in .npy")
     else:
-        write_file(path, write_frame(path, spec.table.frame(rows, library="pyarrow")))
+        frame = spec.table.frame(rows, library="pyarrow")
+        write_file(path, write_frame(path, frame if given is None or holes is None else completed(given, frame, holes)))
 
 
 def require_suffix(out: Path, *suffixes: str) -> None:

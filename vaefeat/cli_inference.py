@@ -16,6 +16,7 @@ from vaefeat.cli_files import (
     IMAGE_SIZE,
     SEED,
     SPLIT,
+    frame_for,
     parts,
     require_suffix,
     rows_for,
@@ -177,16 +178,20 @@ def impute(
 
     require_suffix(out, ".npy", ".csv", ".parquet")
     loaded = load_bundle(bundle)
-    spec = loaded.manifest.input
+    spec, given = loaded.manifest.input, None
     if spec.table is None:
         rows = _rows_with_holes(data, split=split, image_size=image_size)
+    elif data.suffix.lower() != ".npy":
+        given = frame_for(spec.table, data)
+        rows = spec.prepare(given, holes=True)
     else:
         rows = rows_for(spec, data, split=split, image_size=image_size, holes=True)
     holes = None if mask is None else read_npy(mask)
     with shown_activity("load torch and the rest"), requiring("train", what="impute"):
         from vaefeat import inference
     filled = inference.impute(loaded, rows, missing=holes, corrected=corrected, n_iterations=iterations, seed=seed)
-    write_rows(out, filled.rows if kind == "mean" else filled.draws[-1], spec)
+    made = filled.rows if kind == "mean" else filled.draws[-1]
+    write_rows(out, made, spec, given=given, holes=filled.missing)
     accepted = f", {filled.acceptance:.0%} of the proposals accepted" if corrected else ""
     Console().print(
         f"{out}: {filled.missing.sum():,} missing values in {len(rows):,} rows filled{accepted}",

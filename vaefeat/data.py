@@ -10,7 +10,7 @@ import hashlib
 import operator
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -48,7 +48,7 @@ Split = Literal["train", "test"]
 FINGERPRINT_ROWS = 4096
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Rows:
     """Rows, and what came with them.
 
@@ -69,7 +69,7 @@ class Rows:
     """
 
     array: NDArray[Any]
-    labels: NDArray[Any] | None = field(default=None, repr=False)
+    labels: NDArray[Any] | None = None
     names: tuple[str, ...] | None = None
     source: str = "array"
     skipped: tuple[str, ...] = ()
@@ -77,6 +77,11 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.array)
+
+    def __repr__(self) -> str:
+        what = "" if self.table is None else f", {self.table}"
+        labels = "no labels" if self.labels is None else "labels"
+        return f"Rows({self.array.dtype} of shape {self.array.shape}{what}, {labels}, source={self.source!r})"
 
     @property
     def kind(self) -> Literal["image", "vector"]:
@@ -297,7 +302,11 @@ def _find(source: Any, request: Request) -> _Found:
         return _read_folder(path, request)
     if path.is_file():
         return _read_file(path, request)
-    raise InputError(f"got {path}, which does not exist; wanted a folder or a file, see vaefeat.data.load_rows")
+    raise _missing(path)
+
+
+def _missing(path: Path) -> InputError:
+    return InputError(f"got {path}, which does not exist; wanted a folder or a file, see vaefeat.data.load_rows")
 
 
 def _table(source: Any, request: Request, asked: bool | None, categorical: Sequence[str | int] | None) -> _Found | None:
@@ -313,6 +322,8 @@ def _table(source: Any, request: Request, asked: bool | None, categorical: Seque
         asked = path.suffix.lower() == ".csv" or categorical is not None
     if not asked:
         return None
+    if not path.exists():
+        raise _missing(path)
     if path.suffix.lower() not in TABLE_SUFFIXES or not path.is_file():
         raise InputError(f"got {path} to read as a table, wanted a file that ends in {' or '.join(TABLE_SUFFIXES)}")
     request.refuse(str(path), image_size=True, split=True)

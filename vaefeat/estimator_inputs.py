@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import numpy as np
@@ -24,6 +26,7 @@ __all__ = [
     "checked_rows",
     "flat_images",
     "given_settings",
+    "named_as",
     "named_augmentations",
     "plain_settings",
     "taking_tables",
@@ -174,6 +177,18 @@ def plain_settings(own: Mapping[str, Any], options: Mapping[str, Any] | None, *,
     if both := sorted(own.keys() & (options or {}).keys()):
         raise InputError(f"got {both[0]!r} in {what}, which the estimator sets itself; give it as its own parameter")
     return {key: plain_value(value) for key, value in {**own, **(options or {})}.items()}
+
+
+@contextlib.contextmanager
+def named_as(**own: str) -> Iterator[None]:
+    """Have errors about a field of the configuration, its name given first, speak of the estimator's own parameter."""
+    try:
+        yield
+    except ConfigError as error:
+        text = str(error)
+        for field, parameter in own.items():
+            text = re.sub(rf"\b{field}\b", parameter, text)
+        raise type(error)(text) from error
 
 
 def given_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

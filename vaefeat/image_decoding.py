@@ -6,6 +6,7 @@ What is done to an image on the way, in this order:
 2. 16-bit grey keeps the high byte, as Pillow does for 16-bit colour. Keep the full depth in a ``.npy`` file.
 3. Transparent pixels are laid on white.
 4. Black-and-white, grey and grey with alpha become one channel; everything else (palettes and CMYK, too) becomes RGB.
+   Where rows are grey, RGB whose channels are equal (as in WebP, which has no grey) is taken for grey, too.
 5. With `image_size`, it is resized (bilinear, antialiased) to exactly that size, whatever its aspect ratio was.
 
 Small images take as long in Python as in the decoders, so that what is not needed of Pillow's ways is left out.
@@ -29,7 +30,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vaefeat.errors import InputError
 
-__all__ = ["UNREADABLE", "Reference", "decode_image", "decode_pixels"]
+__all__ = ["UNREADABLE", "Reference", "decode_image", "decode_pixels", "grey_of"]
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _GREY_MODES = ("1", "L", "LA", "I;16")
@@ -39,6 +40,8 @@ _START_OF_SCAN = b"\xff\xda"
 #: Where Pillow looks for an orientation.
 _ORIENTED = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
 _ANY_ROOM = nullcontext()
+#: By which the channels of grey may differ: lossy WebP rounds each by itself.
+_GREY_ROUNDING = 1
 
 
 class Reference(NamedTuple):
@@ -50,7 +53,7 @@ class Reference(NamedTuple):
     """Height and width."""
 
     channels: int | None = None
-    """1 refuses colour, 3 repeats grey, None takes what there is."""
+    """1 refuses colour (and takes RGB that is grey), 3 repeats grey, None takes what there is."""
 
 
 class _UnreadableError(Exception):
@@ -117,7 +120,12 @@ def decode_image(
         reason = "it is none of them" if isinstance(error, UnidentifiedImageError) else error
         raise InputError(f"got {name} that cannot be read ({reason}), wanted a PNG, JPEG or WebP file") from error
     if pixels.ndim == 3 and n_channels == 1:
-        raise InputError(f"got {name} in colour, wanted grey as the rows that the encoder was trained on; convert it")
+        grey = grey_of(pixels)
+        if grey is None:
+            raise InputError(
+                f"got {name} in colour, wanted grey as the rows that the encoder was trained on; convert it"
+            )
+        pixels = grey
     row = pixels[np.newaxis] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return row if row.shape == shape else np.broadcast_to(row, shape)
 
@@ -172,6 +180,14 @@ def decode_pixels(
                 plain = plain.resize(image_size[::-1], Image.Resampling.BILINEAR)
             shape = (plain.height, plain.width) if plain.mode == "L" else (plain.height, plain.width, 3)
             return np.frombuffer(plain.tobytes(), np.uint8).reshape(shape)
+
+
+def grey_of(pixels: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+    """Give the one channel, (H, W), of an RGB image (H, W, 3) that is grey; None where it is in colour."""
+    # The range of three bytes, without a step that could overflow.
+    if (pixels.max(axis=2) - pixels.min(axis=2)).max() > _GREY_ROUNDING:
+        return None
+    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))
 
 
 def _check_scans(encoded: bytes) -> None:

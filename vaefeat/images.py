@@ -156,7 +156,8 @@ class _Canvas:
 
     def add(self, name: str, pixels: NDArray[np.uint8]) -> None:
         """Put down one image of shape (H, W) or (H, W, 3)."""
-        channels = self._channels(name, pixels)
+        pixels = self._grey_if_wanted(name, pixels)
+        channels = (self._reference and self._reference.channels) or (1 if pixels.ndim == 2 else 3)
         if self.array is None:
             self.array = np.empty((self._count, channels, *pixels.shape[:2]), np.uint8)
         elif channels > self.array.shape[1]:
@@ -167,15 +168,18 @@ class _Canvas:
         self.array[self._filled] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         self._filled += 1
 
-    def _channels(self, name: str, pixels: NDArray[np.uint8]) -> int:
-        found = 1 if pixels.ndim == 2 else 3
-        wanted = None if self._reference is None else self._reference.channels
-        if self._reference is not None and wanted is not None and found > wanted:
+    def _grey_if_wanted(self, name: str, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        from vaefeat.image_decoding import grey_of
+
+        if self._reference is None or self._reference.channels != 1 or pixels.ndim == 2:
+            return pixels
+        grey = grey_of(pixels)
+        if grey is None:
             raise InputError(
                 f"got {name} in colour, wanted grey as {self._reference.name} and the other images that were looked at "
                 "first; convert them all to colour, or this one to grey"
             )
-        return wanted or found
+        return grey
 
 
 def _blocks(items: Iterable[tuple[str, Path | bytes | None]]) -> Iterator[list[tuple[str, Path | bytes | None]]]:

@@ -19,6 +19,7 @@ import onnx
 from numpy.typing import ArrayLike, NDArray
 from onnx import TensorProto, helper
 from sklearn.frozen import FrozenEstimator
+from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 from sklearn.pipeline import Pipeline
 from sklearn.utils.validation import check_is_fitted
 
@@ -51,7 +52,7 @@ _STEPS = "steps/"
 
 
 def export_pipeline(
-    pipe: Pipeline | FineTuneClassifier | TemperedClassifier,
+    pipe: Pipeline | FineTuneClassifier | TemperedClassifier | GridSearchCV | RandomizedSearchCV,
     path: str | PathLike[str] | None,
     *,
     X: ArrayLike | None = None,
@@ -61,12 +62,12 @@ def export_pipeline(
 
     Parameters
     ----------
-    pipe : Pipeline, FineTuneClassifier or TemperedClassifier
+    pipe : Pipeline, FineTuneClassifier or TemperedClassifier, or a search around one
         Fitted. :class:`VAEFeatures` (of a bundle, not of a service) or :class:`VAETransformer` first, then scalers and
         the like (:data:`vaefeat.onnx_steps.TRANSFORMERS`), a classifier last
         (:data:`vaefeat.onnx_steps.CLASSIFIERS`, or what holds one: ``SelfTrainingClassifier``, ``FrozenEstimator``,
         a search, ``few_label_head``). Or :class:`FineTuneClassifier` alone. Or either in a
-        :class:`vaefeat.temperature.TemperedClassifier`.
+        :class:`vaefeat.temperature.TemperedClassifier`. Of a search, its ``best_estimator_``.
     path : path-like or None
         Ending in ``.onnx``: the file alone, which any ONNX Runtime loads. Else the folder of a bundle, which
         ``python -m serving`` serves, and :class:`OnnxPredictor` opens. None writes nothing: save the bundle later.
@@ -101,6 +102,8 @@ def export_pipeline(
     >>> export_pipeline(pipe, "pipeline.onnx", X=X)  # doctest: +SKIP
     """
     check_is_fitted(pipe)
+    if type(pipe) in (GridSearchCV, RandomizedSearchCV):
+        pipe = _best_of(pipe)
     whole, temperature = _untempered(pipe)
     encoder, output, steps = _taken_apart(whole)
     base = encoder.bundle.manifest
@@ -136,13 +139,22 @@ def _untempered(pipe: Any) -> tuple[Any, float | None]:
     return inner.estimator if type(inner) is FrozenEstimator else inner, pipe.temperature
 
 
+def _best_of(search: Any) -> Any:
+    if not hasattr(search, "best_estimator_"):
+        raise InputError(
+            f"got a {type(search).__name__} with refit={search.refit!r}, which keeps no estimator, wanted one with "
+            "refit=True; or give the pipeline that you fitted with best_params_"
+        )
+    return search.best_estimator_
+
+
 def _taken_apart(pipe: Any) -> tuple[OnnxEncoder, str, list[tuple[str, Any]]]:
     """Give the encoder, which of its outputs is used, and what follows."""
     steps = [("classifier", pipe)] if type(pipe) is FineTuneClassifier else list(getattr(pipe, "steps", ()))
     if not steps or type(pipe) not in (Pipeline, FineTuneClassifier):
         raise InputError(
             f"got a {type(pipe).__name__}, wanted a fitted Pipeline that begins with VAEFeatures or VAETransformer, or "
-            "a FineTuneClassifier; of a search, give best_estimator_"
+            "a FineTuneClassifier, or GridSearchCV or RandomizedSearchCV around one"
         )
     (name, first), *others = (step for step in steps if step[1] is not None and step[1] != "passthrough")
     if type(first) is FineTuneClassifier:

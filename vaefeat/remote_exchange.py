@@ -281,7 +281,8 @@ def _judged_answer(answer: httpx.Response, terms: Terms) -> _Trouble:
     if answer.is_client_error:
         if status == 401:
             told += (
-                "; pass api_key=, or give it to authenticate() of an encoder that was unpickled: pickles hold no key"
+                "; pass RemoteEncoder(..., api_key=...), which VAEFeatures takes, too, or give the key to "
+                "authenticate() of an encoder that was unpickled: pickles hold no key"
             )
         refused = RefusedError(told)
         refused.status = status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vaefeat.errors import InputError, requiring
+from vaefeat.errors import ConfigError, InputError, requiring
 from vaefeat.parquet import DEFAULT_LABEL_COLUMN
 from vaefeat.settings import unknown_name
 
-__all__ = ["SUFFIXES", "read_frame", "write_frame"]
+__all__ = ["SUFFIXES", "completed", "read_frame", "write_frame"]
 
 SUFFIXES = (".csv", ".parquet", ".pq")
 
@@ -24,6 +25,7 @@ def read_frame(
     columns: Sequence[str] | None = None,
     label_column: str | None = DEFAULT_LABEL_COLUMN,
     max_rows: int | None = None,
+    wanted: str = "was asked for",
 ) -> tuple[Any, NDArray[Any] | None]:
     """Read a file whole.
 
@@ -37,6 +39,8 @@ def read_frame(
     label_column : str or None
         Read as labels where it is there; None reads no labels, and a column of the default name is still left out.
     max_rows : int, optional
+    wanted : str
+        Of a column that is missing: why it has to be there, for the error.
 
     Returns
     -------
@@ -72,7 +76,11 @@ def read_frame(
     names = columns if columns is not None else [name for name in whole.column_names if name not in left_out]
     for name in names:
         if name not in whole.column_names:
-            raise unknown_name(f"the column in {path}", name, whole.column_names)
+            near = difflib.get_close_matches(name, whole.column_names, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(
+                f"{path} has no column {name!r}, which {wanted}; {hint}it has {', '.join(whole.column_names)}"
+            )
     return whole.select(list(names)), labels
 
 
@@ -87,6 +95,42 @@ def write_frame(path: Path, frame: Any) -> bytes:
     else:
         parquet.write_table(frame, sink)
     return bytes(sink.getvalue())
+
+
+def completed(given: Any, filled: Any, holes: NDArray[np.bool_]) -> Any:
+    """Lay filled values into the holes of a table, whose other values stay as they were read.
+
+    Rows are float32, in which 14.23 is 14.229999542; nobody wants that back.
+
+    Parameters
+    ----------
+    given, filled : pyarrow.Table
+        The same columns in the same order.
+    holes : ndarray of bool of shape (n, columns)
+
+    Returns
+    -------
+    pyarrow.Table
+        With the names of `given`.
+    """
+    import pyarrow as pa
+    from pyarrow import compute
+
+    columns = []
+    for observed, made, hole in zip(given.columns, filled.columns, holes.T, strict=True):
+        if not hole.any():
+            columns.append(observed)
+            continue
+        if pa.types.is_float64(made.type):
+            # The shortest decimals that read back as the same float32.
+            made = made.cast(pa.float32()).cast(pa.string()).cast(pa.float64())
+        if pa.types.is_dictionary(observed.type):
+            observed = observed.cast(observed.type.value_type)
+        here = pa.array(hole)
+        # What stands in a hole need not be of the other type.
+        kept = compute.if_else(here, pa.scalar(None, observed.type), observed)
+        columns.append(compute.if_else(here, made, kept.cast(made.type)))
+    return pa.table(columns, names=given.column_names)
 
 
 def _labels(column: Any) -> NDArray[Any]:

@@ -21,7 +21,14 @@ from vaefeat.callbacks import EpochTasks, FitTasks, with_callbacks
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import InputError, requiring
-from vaefeat.estimator_inputs import checked_rows, given_settings, plain_settings, taking_tables, training_data
+from vaefeat.estimator_inputs import (
+    checked_rows,
+    given_settings,
+    named_as,
+    plain_settings,
+    taking_tables,
+    training_data,
+)
 from vaefeat.features import Features
 from vaefeat.model_card import renamed
 from vaefeat.table_columns import library_of
@@ -219,17 +226,18 @@ class VAETransformer(CallbackSupportMixin, Features):  # type: ignore[misc]  # s
             return {"bundle_": bundle, "encoder_": encoder, "n_iter_": n_before + n_epochs}
 
         tasks = FitTasks(self, "epoch", X=X, y=y)
-        bundle = pretrain(
-            rows,
-            preset=self.preset,
-            effort=self.effort,
-            model=self._model_changes(),
-            train=self._train_changes(seed),
-            name="encoder",
-            progress=self.verbose != 0,
-            observers=[EpochTasks(tasks, fitted)],
-            start=start,
-        )
+        with named_as(latent_dim="n_components"):
+            bundle = pretrain(
+                rows,
+                preset=self.preset,
+                effort=self.effort,
+                model=self._model_changes(),
+                train=self._train_changes(seed),
+                name="encoder",
+                progress=self.verbose != 0,
+                observers=[EpochTasks(tasks, fitted)],
+                start=start,
+            )
         tasks.finish(fitted(bundle, bundle.manifest.metrics["epochs"]))
         return self
 

@@ -217,6 +217,24 @@ CASES: dict[str, Case] = {
         b'{"parameters": 1}',
         {400},
     ),
+    "load: a version outside of its place": (
+        "/v2/repository/models/digits/load",
+        NO_HEADERS,
+        b'{"version": "1"}',
+        {400},
+    ),
+    "load: a misspelt version": (
+        "/v2/repository/models/digits/load",
+        NO_HEADERS,
+        b'{"parameters": {"versoin": "1"}}',
+        {400},
+    ),
+    "load: Triton's config": (
+        "/v2/repository/models/digits/load",
+        NO_HEADERS,
+        b'{"parameters": {"config": "{}"}}',
+        {400},
+    ),
     "load: unknown version": (
         "/v2/repository/models/digits/load",
         NO_HEADERS,

@@ -46,6 +46,37 @@ def test_load_of_a_new_bundle_takes_over_and_keeps_the_version_before(
     np.testing.assert_array_equal(after, before * 2)
 
 
+def test_version_may_be_shortened_to_twelve_digits(folder: Path, variant: Callable[..., Bundle]) -> None:
+    models = Models.from_bundles([folder], place=PLACE)
+    (old,) = models.current
+    variant().save(folder)
+    new = models.load("digits")
+    assert [models.find("digits", model.version[:12]) for model in (old, new)] == [old, new]
+    assert models.find("digits", old.digest[:19]) is old
+    for wanted in (old.version[:11], old.version[:12] + "x", old.version + "0"):
+        with pytest.raises(RequestError, match="wanted one of"):
+            models.find("digits", wanted)
+
+
+def test_swap_is_logged_as_a_roll_back_is(
+    folder: Path, variant: Callable[..., Bundle], caplog: pytest.LogCaptureFixture
+) -> None:
+    models = Models.from_bundles([folder], place=PLACE)
+    (old,) = models.current
+    variant().save(folder)
+    new = models.load("digits")
+    models.choose("digits", old.version)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("WARNING", f"serving digits in version {new.version[:12]}"),
+        ("WARNING", f"serving digits in version {old.version[:12]}, as asked"),
+    ]
+
+
+def test_load_of_a_model_that_is_new_says_that_it_needs_a_restart(folder: Path) -> None:
+    with pytest.raises(RequestError, match="a model that is new needs a restart"):
+        Models.from_bundles([folder], place=PLACE).load("other")
+
+
 def test_load_of_an_unchanged_bundle_changes_nothing(folder: Path) -> None:
     models = Models.from_bundles([folder], place=PLACE)
     (old,) = models.current

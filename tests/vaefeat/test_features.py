@@ -27,6 +27,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from vaefeat import OnnxEncoder, VAEFeatures, VAETransformer, load_bundle
+from vaefeat.data import load_rows
 from vaefeat.errors import BundleError, ConfigError, InputError
 
 Y: NDArray[np.int64] = load_digits().target
@@ -369,3 +370,22 @@ def test_options_reach_the_configurations_and_are_refused_where_they_cannot(digi
         VAETransformer(4, train_options={"corruptions": "masking"}, **settings).fit(rows)
     with pytest.raises(InputError, match="wanted a mapping"):
         VAETransformer(4, train_options=3, **settings).fit(rows)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"n_components": 0}, "n_components=0"), ({"n_components": 1, "posterior": "full"}, "with n_components=1")],
+)
+def test_errors_about_the_number_of_components_call_it_so(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        small(**settings).fit(np.zeros((10, 3), np.float32))
+    assert "latent_dim" not in str(caught.value)
+
+
+def test_bundle_and_rows_are_shown_in_a_line(digits_bundle: Path) -> None:
+    bundle = load_bundle(digits_bundle)
+    assert repr(bundle).startswith("Bundle('digits', uint8 rows of shape")
+    assert bundle.digest[:19] in repr(bundle)
+    assert len(repr(bundle)) < 250 + len(str(digits_bundle))
+    rows = load_rows(np.zeros((1000, 3), np.float32))
+    assert repr(rows) == "Rows(float32 of shape (1000, 3), no labels, source='array')"

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from vaefeat.data import load_rows
 from vaefeat.errors import InputError
+from vaefeat.image_decoding import Reference, decode_image
 from vaefeat.images import decode_images
 
 EXIF_ORIENTATION = 0x0112
@@ -218,6 +219,26 @@ def test_alpha_is_laid_on_white() -> None:
 def test_grey_with_alpha_stays_one_channel() -> None:
     image = Image.fromarray(np.array([[[40, 255], [40, 0]]], np.uint8), "LA")
     np.testing.assert_array_equal(_decode_one(_encoded(image)), [[[40, 255]]])
+
+
+@pytest.mark.parametrize("settings", [{"lossless": True}, {"quality": 80}, {"quality": 30}])
+def test_webp_of_grey_is_grey_where_rows_are(settings: dict[str, Any], tmp_path: Path) -> None:
+    grey = _noise(16, 16, 1)
+    encoded = _encoded(Image.fromarray(grey).convert("RGB"), "WEBP", **settings)
+    row = decode_image(encoded, name="one", shape=(1, 16, 16))
+    if "lossless" in settings:
+        np.testing.assert_array_equal(row[0], grey)
+    # In training as in the service; where nothing says that rows are grey, it is what it says it is.
+    reference = Reference("first.png", (16, 16), 1)
+    np.testing.assert_array_equal(decode_images([("one", encoded)], count=1, reference=reference).array[0], row)
+    assert decode_images([("one", encoded)], count=1).array.shape == (1, 3, 16, 16)
+
+
+def test_a_tint_in_one_pixel_is_colour() -> None:
+    pixels = np.stack([_noise(16, 16, 1)] * 3, axis=-1)
+    pixels[3, 4] = (100, 102, 100)
+    with pytest.raises(InputError, match="one in colour, wanted grey"):
+        decode_image(_encoded(Image.fromarray(pixels)), name="one", shape=(1, 16, 16))
 
 
 def test_transparent_palette_entry_is_laid_on_white() -> None:

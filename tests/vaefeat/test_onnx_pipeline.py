@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.feature_selection import SelectKBest, VarianceThreshold
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV
+from sklearn.model_selection import GridSearchCV, RandomizedSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import (
@@ -55,7 +56,7 @@ from vaefeat import (
     load_bundle,
 )
 from vaefeat.bundle import Bundle
-from vaefeat.errors import ExportError, InputError
+from vaefeat.errors import BundleError, ExportError, InputError
 from vaefeat.onnx_pipeline import PIPELINE_TOLERANCE
 
 pytest.importorskip("skl2onnx")
@@ -215,6 +216,33 @@ def test_pipeline_that_trains_its_encoder_is_exported_with_it(rows: NDArray[np.u
     bundle = export_pipeline(pipe, tmp_path / "pipeline.onnx", X=rows)
     assert_same((tmp_path / "pipeline.onnx").read_bytes(), pipe, rows)
     assert bundle.name == "encoder-pipeline"
+
+
+@pytest.mark.parametrize("search", [GridSearchCV, partial(RandomizedSearchCV, n_iter=2, random_state=0)])
+def test_search_around_a_pipeline_is_exported_as_its_best(
+    search: Any, digits_bundle: Path, rows: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    pipe = Pipeline([("features", VAEFeatures(digits_bundle)), ("line", LogisticRegression(max_iter=1000))])
+    found = search(pipe, {"line__C": [0.01, 1.0]}, cv=2).fit(rows, TARGET)
+    bundle = export_pipeline(found, tmp_path / "best", X=rows)
+    alone = export_pipeline(found.best_estimator_, tmp_path / "alone", X=rows)
+    assert bundle.digest == alone.digest
+    np.testing.assert_array_equal(OnnxPredictor(bundle).predict(rows), found.predict(rows))
+
+
+def test_search_that_keeps_no_estimator_is_refused(
+    digits_bundle: Path, rows: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    pipe = Pipeline([("features", VAEFeatures(digits_bundle)), ("line", LogisticRegression(max_iter=1000))])
+    found = GridSearchCV(pipe, {"line__C": [0.01, 1.0]}, cv=2, refit=False).fit(rows, TARGET)
+    with pytest.raises((InputError, NotFittedError), match="refit"):
+        export_pipeline(found, tmp_path / "best", X=rows)
+
+
+def test_file_alone_where_a_bundle_is_wanted_says_how_to_make_one(tmp_path: Path) -> None:
+    (tmp_path / "digits.onnx").write_bytes(b"a graph")
+    with pytest.raises(BundleError, match=r"the file alone; give .*export_pipeline a folder's name, such as 'digits'"):
+        OnnxPredictor(tmp_path / "digits.onnx")
 
 
 def test_fine_tuned_classifier_alone_is_exported_with_labels(

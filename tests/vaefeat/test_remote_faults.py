@@ -88,7 +88,11 @@ def test_embed_through_a_fault_that_passes_gives_every_row_its_features(
 
 FINAL: dict[str, tuple[Fault, type[Exception], str]] = {
     "400": (answering(400, b"no"), InputError, "400: no"),
-    "401": (answering(401, b'{"error": {"message": "no key"}}'), InputError, "401: no key; pass api_key="),
+    "401": (
+        answering(401, b'{"error": {"message": "no key"}}'),
+        InputError,
+        r"401: no key; pass RemoteEncoder\(\.\.\., api_key=",
+    ),
     "403": (answering(403), InputError, "403: Forbidden"),
     "404": (answering(404), InputError, "404: Not Found"),
     "422": (

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import polars as pl
+import pyarrow as pa
 import pytest
 from scipy.sparse import csr_matrix
 from sklearn.base import clone
@@ -28,12 +29,14 @@ from typer.testing import CliRunner
 from vaefeat import FineTuneClassifier, OnnxEncoder, VAEFeatures, VAETransformer, load_bundle, pretrain, pretrain_grid
 from vaefeat.bundle import Bundle
 from vaefeat.cli import app
+from vaefeat.cli_files import rows_for
 from vaefeat.data import load_rows
 from vaefeat.decoder import OnnxDecoder
 from vaefeat.errors import ConfigError, InputError
 from vaefeat.generation import sample
 from vaefeat.inference import anomaly_scores, denoise, impute
 from vaefeat.model.diagnostics import diagnose
+from vaefeat.table_files import completed, read_frame
 from vaefeat.table_schema import TableSchema
 from vaefeat.weights import restore_vae
 
@@ -305,11 +308,41 @@ def test_parquet_that_is_not_said_to_be_a_table_keeps_to_its_numbers(tmp_path: P
     assert rows.array.shape == (2, 1)
 
 
-@pytest.mark.parametrize("bad", ["none.csv", "folder"])
-def test_table_that_is_no_file_is_refused(bad: str, tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
+def test_table_that_is_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"to read as a table, wanted a file that ends in \.csv or"):
-        load_rows(tmp_path / bad, table=True)
+        load_rows(tmp_path, table=True)
+
+
+@pytest.mark.parametrize("name", ["none.csv", "none.parquet"])
+def test_table_that_is_not_there_is_said_not_to_be(name: str, tmp_path: Path, table_bundle: Path) -> None:
+    with pytest.raises(InputError, match=f"{name}, which does not exist"):
+        load_rows(tmp_path / name, table=True)
+    with pytest.raises(InputError, match=f"{name}, which does not exist"):
+        rows_for(load_bundle(table_bundle).manifest.input, tmp_path / name, split="train", image_size=None)
+
+
+def test_file_without_a_column_of_the_bundle_says_which(
+    tmp_path: Path, wine_table: pd.DataFrame, table_bundle: Path
+) -> None:
+    wine_table.drop(columns="hue").astype({"alcohol": object}).to_parquet(tmp_path / "wine.parquet")
+    with pytest.raises(InputError, match=r"wine\.parquet has no column 'hue', which the bundle was trained with"):
+        rows_for(load_bundle(table_bundle).manifest.input, tmp_path / "wine.parquet", split="train", image_size=None)
+
+
+def test_imputation_leaves_observed_values_as_they_were_read(table_file: Path, schema: TableSchema) -> None:
+    table = read_frame(table_file)[0]
+    rows = schema.encode(table, holes=True)
+    holes = np.isnan(rows)
+    assert holes.any()
+    assert not holes.all()
+    back = completed(table, schema.frame(np.where(holes, np.float32(1), rows), library="pyarrow"), holes)
+    assert back.column_names == table.column_names
+    for before, after, hole in zip(table.columns, back.columns, holes.T, strict=True):
+        values, were = np.array(after.to_pylist(), dtype=object), np.array(before.to_pylist(), dtype=object)
+        assert (values[~hole] == were[~hole]).all()
+        assert not any(value is None for value in values)
+    third = pa.table({"a": pa.array([None, 0.1])}), pa.table({"a": [float(np.float32(14.23)), 5.0]})
+    assert completed(*third, np.array([[True], [False]])).to_pydict() == {"a": [14.23, 0.1]}
 
 
 def test_column_that_the_file_lacks_names_the_nearest(table_file: Path) -> None:
@@ -334,6 +367,9 @@ def test_command_line_trains_embeds_scores_and_fills_a_table(
     assert np.load(tmp_path / "scores.npy").shape == (178,)
     filled = tmp_path / f"filled{table_file.suffix}"
     run("impute", out, table_file, "--out", filled, "--iterations", 4)
+    for column, before in zip(read_frame(filled)[0].columns, read_frame(table_file)[0].columns, strict=True):
+        pairs = zip(column.to_pylist(), before.to_pylist(), strict=True)
+        assert all(after is not None and was in (None, after) for after, was in pairs)
     read = load_rows(filled, table=True)
     assert read.table is not None
     assert not read.table.allows_missing
