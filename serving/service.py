@@ -390,8 +390,8 @@ class Service:
         good = np.array([position for position in range(len(encoded)) if position not in errors], np.intp)
         job = self._submit(model, rows[good], outputs, priority, timeout_s - decode_s, caller)
         computed = await self._result(job)
-        spread = {output: spread(features, good, len(encoded)) for output, features in computed.items()}
-        return Embedded(spread, job, errors, decode_s)
+        found = {output: spread(features, good, len(encoded)) for output, features in computed.items()}
+        return Embedded(found, job, errors, decode_s)
 
     def _batch_done(self, batch: Batch) -> None:
         if self.told is not None:
