@@ -123,7 +123,7 @@ def test_reload_with_a_replica_that_dies_meanwhile_waits_for_the_others_only(des
     dying.sendall(b"L")
     assert dying.recv(10) == b"0\n"
     threading.Timer(0.3, dying.close).start()
-    assert 0.3 <= asked_while(tmp_path / "desk", at_once) < 5
+    assert 0.2 <= asked_while(tmp_path / "desk", at_once) < 5, "the clock starts a little after the timer"
 
 
 def test_desk_answers_while_another_caller_says_nothing(desk: Desk, tmp_path: Path) -> None:
