@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vaefeat.blocks_arrays import BLOCK_BYTES, Blocks, even_sizes
 from vaefeat.errors import InputError
-from vaefeat.image_decoding import Reference
 from vaefeat.images import decode_images
+
+if TYPE_CHECKING:
+    from vaefeat.image_decoding import Reference
 
 __all__ = ["ImageBlocks", "look_at"]
 
@@ -112,4 +114,6 @@ def look_at(
     count = max(1, min(len(items), _LOOKED_AT_BYTES // (3 * math.prod(first.shape[-2:]))))
     spread = np.unique(np.linspace(0, len(items) - 1, count).round().astype(int))
     row_shape = decode_images([items[i] for i in spread], count=len(spread), image_size=image_size).array.shape[1:]
+    from vaefeat.image_decoding import Reference
+
     return Reference(items[0][0], row_shape[1:], row_shape[0]), row_shape
