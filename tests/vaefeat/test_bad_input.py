@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def test_rows_that_are_no_rows_are_refused_by_fit_and_after_it(
     estimators: dict[str, Any], fitted: dict[str, Any], frame: pd.DataFrame, kind: str, case: str
 ) -> None:
     change, error, message = ROWS[case]
-    with pytest.raises(error, match=message):
+    # To the one that is fitted to tables, these are a category and a missing value (tests/vaefeat/test_tables.py).
+    taken = kind == "transformer" and case in {"texts", "missing"}
+    with contextlib.nullcontext() if taken else pytest.raises(error, match=message):
         clone(estimators[kind]).fit(change(frame), Y if case not in {"no row", "one row"} else Y[:0])
     ask = fitted[kind].transform if hasattr(fitted[kind], "transform") else fitted[kind].predict
     with pytest.raises(error, match=f"{message}|feature names should match"):
