@@ -144,7 +144,7 @@ def test_auto_head_spreads_where_there_are_rows_to_learn_from(
     n_labelled: int, n_others: int, max_rows: int, kind: str
 ) -> None:
     X, y = make_blobs(n_labelled + n_others, centers=2, random_state=0)
-    head = few_label_head(max_rows=max_rows).fit(X, np.where(np.arange(len(y)) < n_labelled, y, -1))
+    head = few_label_head(max_rows=max_rows, random_state=0).fit(X, np.where(np.arange(len(y)) < n_labelled, y, -1))
     assert head.kind_ == kind
 
 
