@@ -143,6 +143,7 @@ def test_folder_alone_is_enough_to_get_the_same_bundle_again(
     assert f"numpy=={np.__version__}" in (out / "requirements.txt").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_run_stopped_by_sigterm_goes_on_where_it_was(tmp_path: Path) -> None:
     long = ("train.max_epochs=12", "train.batch_size=32", "probe.n_draws=1")
     out = tmp_path / "digits"

@@ -50,7 +50,8 @@ def png(width: int, height: int, *chunks: bytes, pixels: bytes = b"") -> bytes:
 
 
 def saved(form: str, *sizes: tuple[int, int], **options: Any) -> bytes:
-    first, *others = [Image.new("L", size) for size in sizes]
+    # Equal frames are one picture to WebP.
+    first, *others = [Image.new("L", size, 90 * number) for number, size in enumerate(sizes)]
     file = io.BytesIO()
     first.save(file, form, **({"save_all": True, "append_images": others} if others else {}), **options)
     return file.getvalue()

@@ -35,14 +35,14 @@ EXTRA: list[Callable[[str, Any], None]] = [
     check_get_feature_names_out_error,
     check_inplace_ensure_writeable,
     check_set_output_transform,
-    check_set_output_transform_pandas,
     check_transformer_get_feature_names_out,
     check_transformer_get_feature_names_out_pandas,
 ]
-#: Each of these trains a dozen models to say of other frames, or of a global setting, what the one for pandas says.
+#: Each of these trains a dozen models to say of data frames, or of a global setting, what the one for arrays says.
 EXTRA_SLOW: list[Callable[[str, Any], None]] = [
     check_global_output_transform_pandas,
     check_global_set_output_transform_polars,
+    check_set_output_transform_pandas,
     check_set_output_transform_polars,
 ]
 

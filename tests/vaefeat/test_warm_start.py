@@ -112,7 +112,7 @@ def test_head_of_a_classifier_is_kept_and_its_name_too(digits_bundle: Path, X: N
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("transformer", {"n_components": 5}, "got latent_dim=5, but the weights to go on from have latent_dim=4"),
+        ("transformer", {"n_components": 5}, "got n_components=5, but the weights to go on from have n_components=4"),
         ("transformer", {"hidden_dims": (8,)}, r"got hidden_dims=\[8\], but the weights to go on from have"),
         ("transformer", {"posterior": "full"}, "got posterior='full'"),
         (
