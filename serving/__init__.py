@@ -36,6 +36,7 @@ What starts it:
 ``ray_environment``     what Ray reads when it is imported
 ``ray_engine``          starts and stops Ray and Serve
 ``desk``                hands the listening socket to the replicas
+``accepting``           how replicas share out the connections
 ``deployment``          a replica
 ======================  ===============================================================================================
 """

@@ -9,6 +9,8 @@ add to each request is several times what embedding a row takes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -19,6 +21,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application as ServeApplication
 
+from serving.accepting import Share
 from serving.desk import ask_for_reload, fetch, reloads
 from serving.errors import ModelError
 from serving.http_server import HttpServer, lanes_for, loop_factory, make_application, make_server, serving_grpc
@@ -90,10 +93,14 @@ class EmbeddingReplica:
             self._started.set()
 
     async def _serve(self, desk: Path) -> None:
-        listener, errors = fetch(desk)
+        listener, share, errors = fetch(desk)
         start_logging(self._settings.log_level, stream=errors)
+        with contextlib.closing(share):
+            await self._serve_from(listener, share, desk)
+
+    async def _serve_from(self, listener: socket.socket, share: Share, desk: Path) -> None:
         app = make_application(self._service, self._settings)
-        server = make_server(app, self._settings)
+        server = make_server(app, self._settings, share=share)
         # Before the first connection is accepted: there are others to accept it.
         await self._service.start()
         while not (self._service.ready or self._service.failure):

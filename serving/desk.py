@@ -5,7 +5,8 @@ and passes it on to all of them when one was told to load a model, or a signal w
 asked hears that every replica has loaded, or which have not. In the end it has them all accept no more.
 
 All replicas accept from one queue of connections, which the starting process keeps open: while a replica is replaced,
-connections wait in it instead of being refused, and a replica that goes leaves none behind.
+connections wait in it instead of being refused, and a replica that goes leaves none behind. The desk hands out the
+counts by which they share them out (:mod:`serving.accepting`), and takes back what a replica that has gone left there.
 
 Messages are one letter from the caller; and, to a replica that listens, a number in a line, with a word behind it where
 it is not about loading, which comes back in a line with what went wrong behind it, or nothing.
@@ -26,6 +27,7 @@ from typing import Self, TextIO
 
 import orjson
 
+from serving.accepting import Counts, Share
 from serving.errors import ModelError
 
 __all__ = ["Desk", "Told", "ask_for_reload", "fetch", "reloads"]
@@ -35,6 +37,8 @@ _log = logging.getLogger("serving")
 _FETCH, _RELOAD, _LISTEN = b"F", b"R", b"L"
 #: The word behind a number: accept no further connection.
 _REFUSE = b" refuse"
+#: Of a replica's place among the counts of connections, in the answer to its first word.
+_PLACE_BYTES = 2
 #: In which a caller has to say what it wants, and the desk to answer.
 _TIMEOUT_S = 30.0
 #: In which every replica has to have loaded its models again.
@@ -83,6 +87,7 @@ class Desk:
 
     def __init__(self, path: Path, listener: socket.socket, *, reload_s: float = _RELOAD_S) -> None:
         self._listener, self._reload_s = listener, reload_s
+        self._counts = Counts()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(str(path))
         self._socket.listen()
@@ -171,7 +176,19 @@ class Desk:
             elif asked == _RELOAD:
                 caller.sendall(orjson.dumps(self.collect(self.tell())))
             elif asked == _FETCH and not self._refusing.is_set():
-                socket.send_fds(caller, [_FETCH], [self._listener.fileno(), sys.stderr.fileno()])
+                self._hand_out(caller)
+
+    def _hand_out(self, caller: socket.socket) -> None:
+        with self._news:
+            place = self._counts.enter()
+        try:
+            files = [self._listener.fileno(), sys.stderr.fileno(), self._counts.file]
+            socket.send_fds(caller, [place.to_bytes(_PLACE_BYTES)], files)
+            caller.settimeout(None)
+            caller.recv(1)  # until it has gone
+        finally:
+            with self._news:
+                self._counts.leave(place)
 
     def _listen_to(self, caller: socket.socket) -> None:
         caller.settimeout(None)
@@ -210,22 +227,29 @@ class Desk:
                     replica.connection.shutdown(socket.SHUT_RDWR)
 
 
-def fetch(path: Path) -> tuple[socket.socket, TextIO]:
-    """Ask a desk for its listening socket and standard error; they are the same ones in this process, too.
+def fetch(path: Path) -> tuple[socket.socket, Share, TextIO]:
+    """Ask a desk for its listening socket, a share of the connections, and its standard error.
+
+    Socket and standard error are the same ones in this process, too. The share ends with it.
 
     Raises
     ------
     OSError
         Nobody is there.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as desk:
+    desk = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
         desk.settimeout(_TIMEOUT_S)
         desk.connect(str(path))
         desk.sendall(_FETCH)
-        _, (listening, errors), _, _ = socket.recv_fds(desk, 1, 2)
+        place, (listening, errors, counts), _, _ = socket.recv_fds(desk, _PLACE_BYTES, 3)
+    except BaseException:
+        desk.close()
+        raise
     listener = socket.socket(fileno=listening)
     listener.setblocking(False)
-    return listener, os.fdopen(errors, "w", buffering=1)
+    share = Share(Counts(counts), int.from_bytes(place), held=desk)
+    return listener, share, os.fdopen(errors, "w", buffering=1)
 
 
 async def ask_for_reload(path: Path) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from email.utils import formatdate
 
+from serving.accepting import Acceptor, Share
 from serving.app import Application
 from serving.connection import Connection
 from serving.guard.keys import KeyRing
@@ -44,6 +45,8 @@ class HttpServer:
         Further ones are told 503.
     grace_s : float
         Seconds that requests in flight have when it stops.
+    share : Share, optional
+        Of the connections, where other processes accept from the same sockets.
 
     Attributes
     ----------
@@ -55,12 +58,12 @@ class HttpServer:
         That its clients have sent lately.
     """
 
-    def __init__(self, app: Application, *, max_connections: int, grace_s: float) -> None:
+    def __init__(self, app: Application, *, max_connections: int, grace_s: float, share: Share | None = None) -> None:
         self.app, self.heads = app, Heads()
         self.started = self.should_exit = False
-        self._max_connections, self._grace_s = max_connections, grace_s
+        self._max_connections, self._grace_s, self._share = max_connections, grace_s, share
         self._connections: set[Connection] = set()
-        self._servers: list[asyncio.Server] = []
+        self._servers: list[asyncio.Server | Acceptor] = []
         self._date = b""
         self._date_of = 0
 
@@ -71,13 +74,11 @@ class HttpServer:
 
     async def serve(self, sockets: Sequence[socket.socket]) -> None:
         """Serve on sockets that are listening, or are to listen; they are closed in the end."""
-        loop = asyncio.get_running_loop()
         await self.app.start()
         try:
             if not self.should_exit:  # or listening would begin again on sockets that others have shut down
                 for one in sockets:
-                    server = await loop.create_server(lambda: Connection(self), sock=one, backlog=BACKLOG)
-                    self._servers.append(server)
+                    self._servers.append(await self._accept_from(one))
             self.started = True
             while not self.should_exit:
                 await self._tick()
@@ -85,6 +86,15 @@ class HttpServer:
             await self._finish()
         finally:
             await self.app.stop()
+
+    async def _accept_from(self, listener: socket.socket) -> asyncio.Server | Acceptor:
+        def make() -> Connection:
+            return Connection(self)
+
+        if self._share is None:
+            return await asyncio.get_running_loop().create_server(make, sock=listener, backlog=BACKLOG)
+        listener.listen(BACKLOG)
+        return Acceptor(listener, self._share, make)
 
     def refuse(self) -> None:
         """Accept no further connection from now on, and stop; from its own event loop."""
@@ -116,6 +126,8 @@ class HttpServer:
     def leave(self, connection: Connection) -> None:
         """Forget one that has ended."""
         self._connections.discard(connection)
+        if self._share is not None:
+            self._share.add(-1)
 
     def date(self) -> bytes:
         """Give the Date header of now, as a line."""
@@ -143,11 +155,11 @@ def make_application(service: Service, settings: ServiceSettings) -> Application
     )
 
 
-def make_server(app: Application, settings: ServiceSettings) -> HttpServer:
+def make_server(app: Application, settings: ServiceSettings, *, share: Share | None = None) -> HttpServer:
     """Make a server, to be run with ``await server.serve(sockets=[listener])``."""
     limits = settings.limits
     _allow_files(limits.max_connections)
-    return HttpServer(app, max_connections=limits.max_connections, grace_s=limits.compute_timeout_s)
+    return HttpServer(app, max_connections=limits.max_connections, grace_s=limits.compute_timeout_s, share=share)
 
 
 def _allow_files(n_connections: int) -> None:

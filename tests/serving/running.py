@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 
+from serving.accepting import Share
 from serving.app import Application
 from serving.http_server import HttpServer, loop_factory, make_server
 from serving.models import Models
@@ -58,12 +59,12 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(models: Models, *, limits: Limits | None = None) -> Iterator[Running]:
+def running(models: Models, *, limits: Limits | None = None, share: Share | None = None) -> Iterator[Running]:
     """Run a service under the real HTTP server, on a free port, in a thread."""
     settings = ServiceSettings(bundles=(), limits=limits or Limits())
     service = Service(models, settings.limits, lanes=1)
     application = Application(service)
-    server = make_server(application, settings)
+    server = make_server(application, settings, share=share)
     up = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listener:
 

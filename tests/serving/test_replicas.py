@@ -130,10 +130,10 @@ def test_desk_answers_while_another_caller_says_nothing(desk: Desk, tmp_path: Pa
     with socket.socket(socket.AF_UNIX) as silent:
         silent.connect(str(tmp_path / "desk"))
         begun = time.monotonic()
-        listener, errors = fetch(tmp_path / "desk")
+        listener, share, errors = fetch(tmp_path / "desk")
         assert time.monotonic() - begun < 5
-        listener.close()
-        errors.close()
+        for one in (listener, share, errors):
+            one.close()
 
 
 def test_desk_answers_again_after_files_were_short(tmp_path: Path) -> None:
