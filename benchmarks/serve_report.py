@@ -35,6 +35,13 @@ TARGETS = {
     "local_1x32_vs_fastapi": 6.0,
     "local_64x8_vs_inprocess": 0.95,
     "local_512x8_vs_inprocess": 0.95,
+    # The same of one call at a time, whose operators are cut into threads: what one calls without a second thought.
+    "ray_512x8_vs_one_call": 0.90,
+    "ray_64x8_vs_one_call": 0.80,
+    "local_64x8_vs_one_call": 0.95,
+    "local_512x8_vs_one_call": 0.95,
+    # And of one process of FastAPI, as the local engine is one.
+    "local_1x32_vs_fastapi_process": 6.0,
     "int8_64x8_vs_fp32": 2.0,
     "ray_oip_binary_64x8_vs_raw": 0.9,
     "ray_json_64x8_vs_mlserver": 3.0,
@@ -140,14 +147,15 @@ def ratios_of(report: Mapping[str, Any]) -> dict[str, float | None]:
     def over(ours: float | None, other: float | None) -> float | None:
         return ours / other if ours is not None and other else None
 
-    def alone(rows: int) -> float | None:
+    def alone(rows: int, way: str = "rows_per_s") -> float | None:
         found = in_process["encoder"].get(str(rows))
-        return found["rows_per_s"] if found else None
+        return found[way] if found else None
 
     ratios: dict[str, float | None] = {}
     for engine in ("ray", "local"):
         for rows in (512, 64):
             ratios[f"{engine}_{rows}x8_vs_inprocess"] = over(rate(engine, f"{rows}x8"), alone(rows))
+            ratios[f"{engine}_{rows}x8_vs_one_call"] = over(rate(engine, f"{rows}x8"), alone(rows, "operators"))
         for shape in ("1x32", "512x8"):
             for peer in _PEERS:
                 ratios[f"{engine}_{shape}_vs_{peer}"] = over(rate(engine, shape), rate(peer, shape))
@@ -158,6 +166,8 @@ def ratios_of(report: Mapping[str, Any]) -> dict[str, float | None]:
             ratios[f"{engine}_{kind}_64x8_vs_decoder"] = over(
                 rate(engine, f"{kind}_64x8"), in_process["decoder"].get(kind)
             )
+    process = servers.get("fastapi", {}).get("workloads", {}).get("1x32")
+    ratios["local_1x32_vs_fastapi_process"] = over(rate("local", "1x32"), process and process["rows_per_s"])
     ratios["int8_64x8_vs_fp32"] = over(rate("local_int8", "64x8"), rate("local", "64x8"))
     return ratios
 
@@ -204,7 +214,8 @@ def _table(name: str, results: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     rows = name.rpartition("_")[2].partition("x")[0]
     if (alone := results["in_process"]["encoder"].get(rows)) is not None:
-        table.add_row(f"ONNX Runtime in process ({alone['how']})", f"{alone['rows_per_s']:,.0f}")
+        table.add_row("ONNX Runtime in process, a session for each thread", f"{alone['sessions']:,.0f}")
+        table.add_row("ONNX Runtime in process, one call in all threads", f"{alone['operators']:,.0f}")
     for key, server in results["servers"].items():
         one = server["workloads"].get(name)
         if one is None:
