@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits, load_wine
+from torch.onnx._internal._lazy_import import onnxscript_apis
 
 from benchmarks.versions import scaled
 from vaefeat import ModelConfig, TrainConfig, pretrain
@@ -32,6 +34,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(without_gpu)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exporter_reads_its_operators_once() -> Iterator[None]:
+    """Keep the table that torch.onnx.export makes anew for every graph: half of the time of a small fit.
+
+    It parses the source of onnxscript's 500 operators, which does not change while the tests run.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxscript_apis, "get_torchlib_ops", functools.cache(onnxscript_apis.get_torchlib_ops))
+        yield
 
 
 @pytest.fixture(scope="session")
