@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import typer
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits, load_wine
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from benchmarks.versions import scaled
 from vaefeat import ModelConfig, TrainConfig, pretrain
 from vaefeat.bundle import Bundle, load_bundle
+from vaefeat.cli import run_command_line
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +38,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(without_gpu)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exporter_lists_its_operators_once() -> Iterator[None]:
+    """Keep what torch.onnx.export makes anew for every graph, in more than half of the time of a small fit.
+
+    It parses the source of onnxscript's 500 operators, which does not change while the tests run.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -93,3 +110,20 @@ def variant(digits_bundle: Path) -> Callable[..., Bundle]:
         return scaled(load_bundle(digits_bundle), name=name, **options)
 
     return make
+
+
+@pytest.fixture
+def run_here(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a command line as a shell does, status and streams, but in this process, which has loaded torch already."""
+
+    def run(app: typer.Typer, *words: str | Path) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_command_line(app)
+        told = capfd.readouterr()
+        return subprocess.CompletedProcess(words, int(ended.value.code or 0), told.out, told.err)
+
+    return run

@@ -43,7 +43,7 @@ def test_a_new_bundle_takes_over_without_a_failed_request(
             started.process.send_signal(signal.SIGHUP)
         elif how == "client":
             assert httpx.post(f"{url}/v2/repository/models/digits/load", content=b"", timeout=20).status_code == 200
-        deadline, last = time.monotonic() + 40, [""]
+        deadline, last = time.monotonic() + 90, [""]
         while last[-30:] != [new.digest] * 30 and time.monotonic() < deadline:
             answer = post_npy(url, body)  # a connection each time: to any of the replicas
             assert answer.status_code == 200
@@ -65,7 +65,7 @@ def test_a_bad_bundle_at_reload_is_logged_and_the_old_one_serves(
         url = wait_until_ready(started).url
         (tmp_path / "digits" / "encoder.onnx").write_bytes(b"something else")
         started.process.send_signal(signal.SIGHUP)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while "hashes" not in started.errors.read_text() and time.monotonic() < deadline:
             time.sleep(0.1)
         assert "hashes" in started.errors.read_text()
@@ -110,6 +110,14 @@ def test_a_public_host_with_keys_asks_for_them(engine: str, digits_bundle: Path,
         assert secret not in started.errors.read_text()
 
 
+def refuses(url: httpx.URL) -> bool:
+    try:
+        socket.create_connection((url.host, url.port), timeout=20).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("engine", ["local", RAY])
 def test_a_request_under_way_is_answered_although_the_service_stops(
     engine: str, digits_bundle: Path, tmp_path: Path, npy: Path
@@ -125,9 +133,10 @@ def test_a_request_under_way_is_answered_although_the_service_stops(
             while "vaefeat_in_flight 1" not in httpx.get(f"{url}/metrics").text:
                 time.sleep(0.02)
             started.process.send_signal(signal.SIGINT)
-            time.sleep(0.5)
-            with pytest.raises(ConnectionRefusedError):
-                socket.create_connection((url.host, url.port), timeout=5)
+            deadline = time.monotonic() + 60
+            while not refuses(url):
+                assert time.monotonic() < deadline, "it still takes connections"
+                time.sleep(0.05)
             connection.sendall(body[1000:])
             assert connection.recv(100).startswith(b"HTTP/1.1 200 OK")
         assert started.process.wait(60) == 0

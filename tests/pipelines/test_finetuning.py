@@ -20,6 +20,7 @@ from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits
 
+from pipelines.__main__ import app
 from pipelines.finetuning.job import FinetuneOptions, Shipped, finetune
 from pipelines.server import running_server
 from vaefeat import OnnxEncoder, OnnxPredictor, RemoteEncoder, load_bundle
@@ -347,18 +348,23 @@ def test_command_prints_the_table_and_how_to_serve(options: FinetuneOptions) -> 
     assert f"python -m serving {options.out}" in done.stdout.replace("\n", "")
 
 
-def test_command_with_bad_input_is_one_line(options: FinetuneOptions) -> None:
-    done = command(replace(options, labels=Path("no.csv")))
+def test_command_with_bad_input_is_one_line(
+    options: FinetuneOptions, run_here: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = run_here(app, *words(replace(options, labels=Path("no.csv"))))
     assert done.returncode == 2
     assert "no.csv, which does not exist" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def command(options: FinetuneOptions, *more: str) -> subprocess.CompletedProcess[str]:
+def words(options: FinetuneOptions) -> list[str]:
     given = {"bundle": options.bundle, "data": options.data, "labels": options.labels, "out": options.out}
-    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return ["finetune", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
+
+
+def command(options: FinetuneOptions, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pipelines", "finetune", *words, *more],
+        [sys.executable, "-m", "pipelines", *words(options), *more],
         cwd=CHECKOUT,
         capture_output=True,
         text=True,

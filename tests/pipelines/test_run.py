@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
+from pipelines.__main__ import app
 from pipelines.config import RunConfig, load_config
 from pipelines.run import run, run_stage, show_plan
 from vaefeat import OnnxEncoder, load_bundle
@@ -31,9 +33,13 @@ CONFIG = CHECKOUT / "pipelines" / "configs" / "digits.toml"
 SMALL = ("model.channels=[8, 8]", "model.hidden_dims=[32]", "probe.n_draws=3", "serve.engine=local")
 
 
-def command(out: Path, *overrides: str) -> list[str]:
+def words(out: Path, *overrides: str) -> list[str]:
     settings = [word for text in (f"out={out}", *SMALL, *overrides) for word in ("--set", text)]
-    return [sys.executable, "-m", "pipelines", "run", str(CONFIG), *settings]
+    return ["run", str(CONFIG), *settings]
+
+
+def command(out: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "pipelines", *words(out, *overrides)]
 
 
 def pipelines_run(out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
@@ -185,8 +191,10 @@ def test_stage_whose_input_is_not_there_names_what_to_run_first(tmp_path: Path) 
         ("track.mlflow=1", "wanted true or false"),
     ],
 )
-def test_bad_input_is_one_error_and_no_traceback(override: str, message: str, tmp_path: Path) -> None:
-    done = pipelines_run(tmp_path / "out", "train.max_epochs=1", override)
+def test_bad_input_is_one_error_and_no_traceback(
+    override: str, message: str, tmp_path: Path, run_here: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    done = run_here(app, *words(tmp_path / "out", "train.max_epochs=1", override))
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 from PIL import Image
 
+from pipelines.__main__ import app
 from pipelines.config import load_config
 from pipelines.datasets import load_validation
 from pipelines.probes import HEADS, draw_labels
@@ -33,10 +36,14 @@ SMALL = (
 )
 
 
-def command(out: Path, over: list[str], *more: str, settings: tuple[str, ...] = ()) -> list[str]:
-    words = [word for text in (f"out={out}", *SMALL, *settings) for word in ("--set", text)]
+def words(out: Path, over: list[str], *more: str, settings: tuple[str, ...] = ()) -> list[str]:
+    set_ = [word for text in (f"out={out}", *SMALL, *settings) for word in ("--set", text)]
     swept = [word for text in over for word in ("--over", text)]
-    return [sys.executable, "-m", "pipelines", "sweep", str(CONFIG), *words, *swept, *more]
+    return ["sweep", str(CONFIG), *set_, *swept, *more]
+
+
+def command(out: Path, over: list[str], *more: str, settings: tuple[str, ...] = ()) -> list[str]:
+    return [sys.executable, "-m", "pipelines", *words(out, over, *more, settings=settings)]
 
 
 def start(words: list[str]) -> subprocess.Popen[str]:
@@ -142,11 +149,16 @@ def test_sweep_stopped_by_sigterm_while_trials_run_side_by_side_is_finished_by_r
     ],
 )
 def test_bad_input_is_one_error_before_ray_starts(
-    over: str, more: tuple[str, ...], message: str, tmp_path: Path
+    over: str,
+    more: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    run_here: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
-    code, told, errors = finish(start(command(tmp_path / "out", [over], *more)))
-    assert code == 2, errors
-    assert message in errors
-    assert "Traceback" not in errors
-    assert told == ""
+    done = run_here(app, *words(tmp_path / "out", [over], *more))
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not ray.is_initialized()
+    assert done.stdout == ""
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import random
 import threading
+import time
 import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -381,8 +382,10 @@ def test_batcher_lets_go_of_models_that_are_asked_no_more() -> None:
         del model
         while batcher.busy:
             await asyncio.sleep(0.001)
-        await asyncio.sleep(0.01)  # the lane's thread is on its way back
-        gc.collect()
+        gone_by = time.monotonic() + 60
+        while any(model() is not None for model in known) and time.monotonic() < gone_by:
+            await asyncio.sleep(0.01)  # the lane's thread is on its way back
+            gc.collect()
         return [model for model in known if model() is not None]
 
     assert run(talk) == []

@@ -38,7 +38,7 @@ def test_calls_that_wait_when_the_process_is_to_end_are_answered_and_watchers_le
             async with serving_grpc(app, settings), grpc.aio.insecure_channel(address) as channel:
                 while not service.ready:
                     await asyncio.sleep(0.005)
-                model.compute = lambda *arguments: (gate.wait(20), compute(*arguments))[1]  # type: ignore[method-assign]
+                model.compute = lambda *arguments: (gate.wait(60), compute(*arguments))[1]  # type: ignore[method-assign]
                 watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"")
                 await watch.read()
                 infer = channel.unary_unary(
@@ -62,7 +62,7 @@ def test_calls_that_wait_when_the_process_is_to_end_are_answered_and_watchers_le
     computed, took_s = asyncio.run(talk())
     wanted = OnnxEncoder(digits_bundle).embed(digits_rows[:8])
     assert b"".join(computed) == wanted.tobytes()
-    assert took_s < 10, "the stream held it up"
+    assert took_s < 30, "the stream held it up"
 
 
 def request(rows: NDArray[np.uint8]) -> object:

@@ -73,7 +73,7 @@ def ask(service: Running, sent: bytes) -> tuple[int, dict[str, Any]]:
     return int(head.split()[1]), told
 
 
-def until(condition: Callable[[], bool], *, within_s: float = 5.0) -> None:
+def until(condition: Callable[[], bool], *, within_s: float = 60.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline, "it did not come to that"
@@ -122,7 +122,7 @@ def test_http_that_lies_is_refused_in_the_envelope_and_the_next_request_works(
     assert (got, told["error"]["type"]) == (status, kind)
     assert told["error"]["message"].startswith("got ")
     assert told["error"]["request_id"]
-    assert time.monotonic() - began < BODY_TIMEOUT_S + 3
+    assert time.monotonic() - began < 15
     assert_sound(service, wanted)
 
 
@@ -166,7 +166,7 @@ def test_a_body_that_trickles_is_answered_408_within_the_time_for_the_whole_of_i
             connection.sendall(b"\x93")
             with contextlib.suppress(TimeoutError):
                 received = connection.recv(65_536)
-        assert time.monotonic() - began < BODY_TIMEOUT_S + 2
+        assert time.monotonic() - began < 10, "that is, long before all of it could have come"
     assert received.startswith(b"HTTP/1.1 408 ")
     assert_sound(service, wanted)
 
@@ -266,7 +266,7 @@ def test_a_client_that_takes_no_answer_is_let_go(service: Running, wanted: NDArr
         connection.sendall(request)
         until(lambda: service.application.admission.in_flight == 1)
         until(lambda: service.application.admission.in_flight == 0)
-        time.sleep(1.0)
+        until(lambda: not service.server.n_connections)
         received = 0
         with contextlib.suppress(ConnectionError):
             while part := connection.recv(65_536):
@@ -357,12 +357,12 @@ def test_a_body_that_stops_half_way_loses_its_room_long_before_a_whole_one_would
 
 
 def test_a_body_that_comes_slowly_but_in_time_is_read(digits_models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serving.exchange._BODY_GRACE_S", 0.3)
-    with running(digits_models, limits=Limits(body_timeout_s=2.0)) as service, service.connect() as connection:
+    monkeypatch.setattr("serving.exchange._BODY_GRACE_S", 1.0)
+    with running(digits_models, limits=Limits(body_timeout_s=6.0)) as service, service.connect() as connection:
         request = post(LENGTH, CLOSE, body=GOOD)
         head = len(request) - len(GOOD)
         connection.sendall(request[:head])
         for start in range(head, len(request), 1 + len(GOOD) // 10):
-            time.sleep(0.1)
+            time.sleep(0.15)
             connection.sendall(request[start : start + 1 + len(GOOD) // 10])
         assert read_all(connection).startswith(b"HTTP/1.1 200")

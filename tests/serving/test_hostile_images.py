@@ -159,7 +159,7 @@ def test_many_large_images_stop_at_the_request_s_deadline(service: Running, want
     began = time.monotonic()
     answer = httpx.post(f"{service.url}/v1/embed?timeout_ms=300", files=files, timeout=30)
     assert (answer.status_code, answer.json()["error"]["type"]) == (504, "deadline_exceeded")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 25
     assert_sound(service, wanted)
 
 

@@ -84,16 +84,17 @@ def test_guard_with_a_request_without_a_body_passes_it_on() -> None:
 
 def test_guard_with_more_bodies_than_memory_refuses_the_last_and_takes_the_next() -> None:
     async def exchange() -> list[int]:
-        let_go = asyncio.Event()
+        entered, let_go = asyncio.Event(), asyncio.Event()
 
         async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+            entered.set()
             await let_go.wait()
             await echo(scope, receive, send)
 
         app = guarded(slow, in_flight=150)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://guard") as client:
             first = asyncio.create_task(client.post("/v1/embed", content=b"a" * 100))
-            await asyncio.sleep(0.01)
+            await entered.wait()
             second = await client.post("/v1/embed", content=b"a" * 100)
             assert second.headers["retry-after"] == "1"
             let_go.set()

@@ -46,8 +46,11 @@ def test_desk_counts_the_replicas_that_are_there(desk: Desk, tmp_path: Path) -> 
             await anext(replica)
             found.append(desk.count_replicas())
         for replica in many:
+            there = desk.count_replicas()
             await replica.aclose()  # type: ignore[attr-defined]  # it is a generator
-            await asyncio.sleep(0.05)
+            async with asyncio.timeout(60):
+                while desk.count_replicas() == there:
+                    await asyncio.sleep(0.01)
             found.append(desk.count_replicas())
         return found
 
@@ -94,25 +97,25 @@ async def badly(answer: Callable[[list[str]], None]) -> None:
 
 
 async def never(answer: Callable[[list[str]], None]) -> None:
-    await asyncio.sleep(60)
+    await asyncio.sleep(300)
 
 
 def test_reload_of_all_replicas_is_over_when_the_last_has_loaded(desk: Desk, tmp_path: Path) -> None:
-    assert asked_while(tmp_path / "desk") < 5, "nobody is there, and nobody is waited for"
-    assert 0.4 <= asked_while(tmp_path / "desk", at_once, after_a_while, at_once) < 5
+    assert asked_while(tmp_path / "desk") < 30, "nobody is there, and nobody is waited for"
+    assert 0.4 <= asked_while(tmp_path / "desk", at_once, after_a_while, at_once) < 30
 
 
 def test_reload_that_a_replica_cannot_do_tells_whoever_asked_why(desk: Desk, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="not everywhere: model 'digits' was not loaded: no memory"):
         asked_while(tmp_path / "desk", at_once, badly)
-    assert asked_while(tmp_path / "desk", at_once) < 5, "an answer belongs to one reload"
+    assert asked_while(tmp_path / "desk", at_once) < 30, "an answer belongs to one reload"
 
 
 def test_reload_that_a_replica_never_answers_ends_and_says_so(tmp_path: Path) -> None:
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
-        Desk(tmp_path / "desk", listener, reload_s=0.3),
-        pytest.raises(ModelError, match=r"1 of 2 processes did not answer within 0\.3 s"),
+        Desk(tmp_path / "desk", listener, reload_s=1.5),
+        pytest.raises(ModelError, match=r"1 of 2 processes did not answer within 1\.5 s"),
     ):
         asked_while(tmp_path / "desk", at_once, never)
 
@@ -123,7 +126,7 @@ def test_reload_with_a_replica_that_dies_meanwhile_waits_for_the_others_only(des
     dying.sendall(b"L")
     assert dying.recv(10) == b"0\n"
     threading.Timer(0.3, dying.close).start()
-    assert 0.2 <= asked_while(tmp_path / "desk", at_once) < 5, "the clock starts a little after the timer"
+    assert 0.2 <= asked_while(tmp_path / "desk", at_once) < 30, "the clock starts a little after the timer"
 
 
 def test_desk_answers_while_another_caller_says_nothing(desk: Desk, tmp_path: Path) -> None:
@@ -131,7 +134,7 @@ def test_desk_answers_while_another_caller_says_nothing(desk: Desk, tmp_path: Pa
         silent.connect(str(tmp_path / "desk"))
         begun = time.monotonic()
         listener, share, errors = fetch(tmp_path / "desk")
-        assert time.monotonic() - begun < 5
+        assert time.monotonic() - begun < 30
         for one in (listener, share, errors):
             one.close()
 
@@ -198,12 +201,14 @@ def test_load_answers_when_the_new_version_is_to_be_had_from_every_replica(
 def test_connections_are_refused_by_all_processes_once_the_desk_says_so(
     desk: Desk, digits_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Without an answer from both it would take that long.
+    monkeypatch.setattr("serving.desk._REFUSE_S", 60.0)
     url = httpx.URL(base_url(desk._listener))
     with two_replicas(digits_bundle, tmp_path / "desk", monkeypatch), socket.socket() as early:
         early.connect((url.host, url.port))
         begun = time.monotonic()
         desk.refuse()
-        assert time.monotonic() - begun < 0.9, "both replicas have answered"
+        assert time.monotonic() - begun < 30, "both replicas have answered"
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection((url.host, url.port), timeout=5)
         with pytest.raises((OSError, ValueError)):
@@ -216,7 +221,7 @@ def test_watch_without_a_replica_for_long_ends_the_service(desk: Desk, monkeypat
     monkeypatch.setattr(ray_engine, "_WATCH_S", 0.01)
     monkeypatch.setattr(ray_engine, "_START_TIMEOUT_S", 0.1)
     asked = Asked()
-    giving_up = threading.Timer(5, asked.stop.set)
+    giving_up = threading.Timer(60, asked.stop.set)
     giving_up.start()
     with pytest.raises(EngineError, match="no replica has answered"):
         ray_engine._watch(desk, asked)
@@ -244,9 +249,24 @@ def test_replica_whose_event_loop_is_stuck_is_not_healthy(
         ServiceSettings(bundles=(digits_bundle,), device="cpu", threads=1), str(tmp_path / "desk")
     )
     replica.check_health()
-    replica._service.batcher._loop.call_soon_threadsafe(time.sleep, 2.0)
-    time.sleep(1.0)
-    with pytest.raises(ModelError, match="has not moved"):
+    go_on = threading.Event()
+    replica._service.batcher._loop.call_soon_threadsafe(go_on.wait, 60.0)
+    assert wait_for(lambda: "has not moved" in ailment(replica))
+    go_on.set()
+    assert wait_for(lambda: not ailment(replica))
+
+
+def ailment(replica: Any) -> str:
+    """Say why a replica is not healthy, if it is not."""
+    try:
         replica.check_health()
-    time.sleep(1.5)
-    replica.check_health()
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
+def wait_for(happened: Callable[[], bool]) -> bool:
+    until = time.monotonic() + 30
+    while not happened() and time.monotonic() < until:
+        time.sleep(0.05)
+    return happened()

@@ -192,7 +192,8 @@ def test_a_new_version_takes_over_while_requests_run_and_none_is_mixed(
 
     async def conversation(client: Any) -> tuple[Any, ...]:
         asking = [asyncio.create_task(ask(client)) for _ in range(4)]
-        await asyncio.sleep(0.1)
+        while not seen:  # what is served first is the old one
+            await asyncio.sleep(0.01)
         await asyncio.to_thread(new.save, tmp_path / "digits")
         loaded = await client.post("/v2/repository/models/digits/load", content=b"")
         await asyncio.gather(*asking)
@@ -265,7 +266,7 @@ def test_a_device_that_fails_while_serving_takes_the_service_out(
         (model,) = client.app.service.models.current
         model.compute = failing
         await client.post("/v1/embed", content=encode_npy(digits_rows[:1]), headers=NPY)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while client.app.service.ready and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         ready = await client.get("/readyz")

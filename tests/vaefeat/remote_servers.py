@@ -238,6 +238,16 @@ def waiting(seconds: float) -> Fault:
     return fault
 
 
+def until(event: threading.Event) -> Fault:
+    """Answer well, but only once that has happened."""
+
+    def fault(exchange: Exchange) -> bool:
+        event.wait(60)
+        return False
+
+    return fault
+
+
 def of_another_bundle(exchange: Exchange) -> bool:
     """Answer well, from another bundle."""
     answer = io.BytesIO()

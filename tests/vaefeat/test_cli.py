@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -169,17 +170,29 @@ def test_diagnose_prints_what_the_library_finds(
     ],
 )
 def test_bad_input_is_one_line_and_status_two(
-    arguments: list[str], message: str, digits_bundle: Path, digits_rows: NDArray[np.uint8], tmp_path: Path
+    arguments: list[str],
+    message: str,
+    digits_bundle: Path,
+    digits_rows: NDArray[np.uint8],
+    tmp_path: Path,
+    run_here: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     np.save(tmp_path / "rows.npy", digits_rows[:10])
     np.save(tmp_path / "wide.npy", np.zeros((3, 65), dtype=np.uint8))
     places = {"bundle": digits_bundle, "rows": tmp_path / "rows.npy", "wide": tmp_path / "wide.npy"}
     if "cuda" in arguments and OnnxEncoder(digits_bundle).device == "cuda":
         pytest.skip("there is a CUDA device")
-    done = vaefeat(*(argument.format(**places) for argument in arguments))
+    done = run_here(app, *(argument.format(**places) for argument in arguments))
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_bad_input_of_a_process_is_one_line_and_status_two() -> None:
+    done = vaefeat("inspect", "nowhere")
+    assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
 

@@ -25,6 +25,7 @@ def refuse(self: TrainingStep, rows: torch.Tensor) -> None:
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> Examination:
     monkeypatch.setattr(TrainingStep, "compile", refuse)
+    monkeypatch.setattr(doctor, "_BATCH_SIZE", 4)
     return examine(seconds=0.1)
 
 

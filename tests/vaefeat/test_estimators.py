@@ -165,16 +165,22 @@ class TestProcesses:
         joblib.dump(fitted["features"], tmp_path / "fitted.joblib")
         program = """
             import json, os, sys, time, joblib
+            from pathlib import Path
             from vaefeat.processors import available_cpus
 
-            def look(features):
-                time.sleep(0.5)
+            def look(features, wait=True):
+                here = Path(sys.argv[1]) / "workers"
+                here.mkdir(exist_ok=True)
+                (here / str(os.getpid())).touch()
+                # No worker does all the work before the other has started.
+                while wait and len(list(here.iterdir())) < 2:
+                    time.sleep(0.05)
                 options = features.encoder_._graph.session.get_session_options()
                 return os.getpid(), options.intra_op_num_threads
 
             if __name__ == "__main__":
                 features = joblib.load(sys.argv[1] + "/fitted.joblib")
-                here = look(features)[1]
+                here = look(features, wait=False)[1]
                 found = joblib.Parallel(n_jobs=2)(joblib.delayed(look)(features) for _ in range(4))
                 print(json.dumps([here, available_cpus(), found]))
         """

@@ -150,7 +150,7 @@ def test_plan_s_thread_ends_with_its_encoder(digits_bundle: Path) -> None:
     assert threads() == before + 1
     del encoder
     gc.collect()
-    for _ in range(100):
+    for _ in range(3000):
         if threads() <= before:
             break
         time.sleep(0.02)

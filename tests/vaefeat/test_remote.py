@@ -188,7 +188,7 @@ def test_remote_encoder_where_nobody_listens_says_so_at_once() -> None:
         url = base_url(listener)
     with pytest.raises(RemoteError, match="cannot be reached"):
         RemoteEncoder(url)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
 
 
 def test_async_remote_encoder_gives_the_local_encoder_s_bits_in_order(

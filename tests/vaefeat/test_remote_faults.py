@@ -29,6 +29,7 @@ from tests.vaefeat.remote_servers import (
     faulty,
     features_of,
     of_another_bundle,
+    until,
     waiting,
 )
 from vaefeat.errors import InputError, RemoteError
@@ -119,11 +120,13 @@ def test_embed_with_a_fault_that_does_not_pass_asks_once_and_sends_no_more(
 
 
 def test_embed_with_an_error_in_one_part_cancels_what_is_not_sent(server: Faulty, embed: Embed) -> None:
-    server.faults.extend([waiting(0.1), answering(422), waiting(0.1)])
-    server.always = waiting(0.1)
+    over = threading.Event()
+    server.faults.extend([until(over), answering(422)])
+    server.always = until(over)
     with pytest.raises(InputError, match="422"):
         embed(server.url, ROWS, batch_size=1, in_flight=3)
-    assert len(server.queries) <= 5
+    assert len(server.queries) <= 3
+    over.set()
 
 
 def test_embed_with_another_bundle_behind_a_retry_refuses_to_mix(server: Faulty, embed: Embed) -> None:
@@ -138,9 +141,9 @@ def test_embed_out_of_patience_gives_up_and_tells_how_often_it_tried(
 ) -> None:
     server.always = answer
     begun = time.monotonic()
-    with pytest.raises(RemoteError, match=r"attempt \d+, within patience_s=0.7") as caught:
-        embed(server.url, ROWS, patience_s=0.7)
-    assert time.monotonic() - begun < 5
+    with pytest.raises(RemoteError, match=r"attempt \d+, within patience_s=1.5") as caught:
+        embed(server.url, ROWS, patience_s=1.5)
+    assert time.monotonic() - begun < 20
     assert f"attempt {len(server.queries)}," in str(caught.value)
     assert len(server.queries) > 2
 
@@ -156,7 +159,7 @@ def test_embed_waits_as_long_as_the_server_asks(server: Faulty, embed: Embed) ->
     server.faults.append(answering(429, retry_after="1"))
     begun = time.monotonic()
     np.testing.assert_array_equal(embed(server.url, ROWS), features_of(ROWS))
-    assert 1 <= time.monotonic() - begun < 5
+    assert 1 <= time.monotonic() - begun < 20
 
 
 def test_embed_asked_to_wait_beyond_its_patience_gives_up_at_once(server: Faulty, embed: Embed) -> None:
@@ -164,7 +167,7 @@ def test_embed_asked_to_wait_beyond_its_patience_gives_up_at_once(server: Faulty
     begun = time.monotonic()
     with pytest.raises(RemoteError, match="429: come back tomorrow"):
         embed(server.url, ROWS)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 20
 
 
 def test_embed_of_a_silent_server_is_tried_again(server: Faulty, embed: Embed) -> None:
@@ -176,7 +179,14 @@ def test_embed_of_a_silent_server_is_tried_again(server: Faulty, embed: Embed) -
 
 
 def test_embed_keeps_so_many_in_flight_and_no_more(server: Faulty, embed: Embed) -> None:
-    server.always = waiting(0.05)
+    together = threading.Barrier(3)
+
+    def meeting(_: Any) -> bool:
+        together.wait(60)
+        return False
+
+    server.faults.extend([meeting] * 3)
+    server.always = waiting(0.01)
     np.testing.assert_array_equal(embed(server.url, ROWS, batch_size=5, in_flight=3), features_of(ROWS))
     assert server.n_most == 3
 
@@ -242,41 +252,54 @@ def test_embed_of_many_rows_holds_no_more_bodies_than_are_in_flight(server: Faul
     assert peak - features.nbytes < rows.nbytes / 4
 
 
+def once_asked(server: Faulty, act: Callable[[], object]) -> None:
+    """Act as soon as the server has a request to embed."""
+    while not server.queries:
+        time.sleep(0.01)
+    act()
+
+
 def test_embed_interrupted_leaves_no_thread_waiting(server: Faulty) -> None:
-    server.always = waiting(20)
+    over = threading.Event()
+    server.always = until(over)
     with RemoteEncoder(server.url, batch_size=10) as encoder:
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        begun = time.monotonic()
+        threading.Thread(target=once_asked, args=[server, lambda: os.kill(os.getpid(), signal.SIGINT)]).start()
         with pytest.raises(KeyboardInterrupt):
             encoder.embed(ROWS)
-        assert time.monotonic() - begun < 5
+        assert not over.is_set(), "it waited for an answer"
         assert [thread for thread in threading.enumerate() if thread.name.startswith("vaefeat-remote")] == []
-        server.always = None
+        over.set()
         np.testing.assert_array_equal(encoder.embed(ROWS), features_of(ROWS))
 
 
 @pytest.mark.parametrize("batch_size", [10, 1000])
 def test_close_while_another_thread_embeds_ends_that_at_once(server: Faulty, batch_size: int) -> None:
-    server.always = waiting(20)
+    over = threading.Event()
+    server.always = until(over)
     encoder = RemoteEncoder(server.url, batch_size=batch_size)
-    threading.Timer(0.5, encoder.close).start()
-    begun = time.monotonic()
+    threading.Thread(target=once_asked, args=[server, encoder.close]).start()
     with pytest.raises(InputError, match="was closed"):
         encoder.embed(ROWS)
-    assert time.monotonic() - begun < 5
+    over.set()
 
 
 def test_async_embed_cancelled_ends_at_once_and_sends_no_more(server: Faulty) -> None:
-    server.always = waiting(1)
+    over = threading.Event()
+    server.always = until(over)
 
     async def run() -> None:
         async with await AsyncRemoteEncoder.connect(server.url, batch_size=10, in_flight=2) as encoder:
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(encoder.embed(ROWS), 0.3)
+            embedding = asyncio.create_task(encoder.embed(ROWS))
+            while len(server.queries) < 2:
+                await asyncio.sleep(0.01)
+            embedding.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await embedding
             assert len(asyncio.all_tasks()) == 1
 
     asyncio.run(run())
     assert len(server.queries) == 2
+    over.set()
 
 
 def test_async_embed_of_many_at_a_time_gives_each_its_own_rows(server: Faulty) -> None:

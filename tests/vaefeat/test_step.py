@@ -48,7 +48,9 @@ def after_steps(step: TrainingStep, rows: Tensor, n_steps: int = 2) -> tuple[Ten
     [
         pytest.param({}, {}, id="elbo"),
         # Its gradient passes through a hook on the samples, which a compiler could lose without a word.
-        pytest.param({}, {"objective": "iwae", "n_samples": 3}, id="doubly-reparameterized"),
+        pytest.param(
+            {}, {"objective": "iwae", "n_samples": 3}, id="doubly-reparameterized", marks=pytest.mark.slow
+        ),
         # Its temperature changes from step to step: a compiled graph must not take it for a constant.
         pytest.param({"posterior": "joint", "latent_dim": 14}, {}, id="joint", marks=pytest.mark.slow),
         pytest.param({"posterior": "iaf", "prior": "mixture"}, {}, id="flow", marks=pytest.mark.slow),
@@ -106,12 +108,18 @@ def test_compiling_and_measuring_remember_nothing(digits_rows: NDArray[np.uint8]
         assert torch.equal(value, before[name]), name
 
 
-def test_compiled_step_draws_new_noise_at_each_call_and_the_same_from_the_same_seed(
-    digits_rows: NDArray[np.uint8],
-) -> None:
-    rows = torch.from_numpy(digits_rows[:64])
+@pytest.fixture(scope="module")
+def compiled(digits_rows: NDArray[np.uint8]) -> TrainingStep:
+    """Give a step for minibatches of 64, compiled with a short one: a run that is continued may begin with that."""
     step = make_step(digits_rows[:64])
-    step.compile(rows)
+    step.compile(torch.from_numpy(digits_rows[:5]))
+    return step
+
+
+def test_compiled_step_draws_new_noise_at_each_call_and_the_same_from_the_same_seed(
+    compiled: TrainingStep, digits_rows: NDArray[np.uint8]
+) -> None:
+    rows, step = torch.from_numpy(digits_rows[:64]), compiled
     with fixed_noise(3, CPU):
         first, second = step.gradients(rows, n_rows=64), step.gradients(rows, n_rows=64)
     with fixed_noise(3, CPU):
@@ -120,22 +128,21 @@ def test_compiled_step_draws_new_noise_at_each_call_and_the_same_from_the_same_s
     assert torch.equal(first, again)
 
 
-def test_compiled_step_takes_the_short_minibatch_at_the_end_kernel_by_kernel(digits_rows: NDArray[np.uint8]) -> None:
-    step = make_step(digits_rows[:64])
-    step.compile(torch.from_numpy(digits_rows[:64]))
-    figures = step(torch.from_numpy(digits_rows[:5]), Knobs(1e-3, 1.0, 0.0), n_rows=5)
+def test_compiled_step_takes_the_short_minibatch_at_the_end_kernel_by_kernel(
+    compiled: TrainingStep, digits_rows: NDArray[np.uint8]
+) -> None:
+    figures = compiled(torch.from_numpy(digits_rows[:5]), Knobs(1e-3, 1.0, 0.0), n_rows=5)
     assert figures[4] == 5
 
 
-def test_step_is_compiled_for_full_minibatches_whichever_comes_first(digits_rows: NDArray[np.uint8]) -> None:
-    """A run that is continued may begin with the short one."""
-    step = make_step(digits_rows[:64])
-    step.compile(torch.from_numpy(digits_rows[:5]))
+def test_step_is_compiled_for_full_minibatches_whichever_comes_first(
+    compiled: TrainingStep, digits_rows: NDArray[np.uint8]
+) -> None:
     rows = torch.from_numpy(digits_rows[:64])
     with torch._dynamo.config.patch(error_on_recompile=True), fixed_noise(0, CPU):
-        figures = step.gradients(rows, n_rows=64)
+        figures = compiled.gradients(rows, n_rows=64)
     assert figures[4] == 64
-    assert step._fitting(rows, 64) != step._differentiate
+    assert compiled._fitting(rows, 64) != compiled._differentiate
 
 
 def test_share_of_a_short_minibatch_that_is_as_large_as_of_a_full_one_is_taken_kernel_by_kernel(

@@ -378,17 +378,21 @@ def test_block_of_another_shape_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
 def test_closed_generator_ends_its_threads_without_reading_on(monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = NumberedBlocks([10] * 200)
     stream = RowStream(blocks, buffer_bytes=30_000, workers=2)
-    read = NumberedBlocks.read
+    read, held, closing = NumberedBlocks.read, threading.Event(), threading.Event()
 
     def slow(self: NumberedBlocks, block: int) -> NDArray[Any]:
         time.sleep(0.02)
+        if held.is_set():
+            closing.wait(60)
         return read(self, block)
 
     monkeypatch.setattr(NumberedBlocks, "read", slow)
     batches = stream.epoch(0, batch_size=8)
     next(batches)
+    held.set()
     assert len(_threads()) == 2
     blocks.read_blocks.clear()
+    threading.Timer(0.3, closing.set).start()
     batches.close()
     assert not _threads()
     # The second buffer wants some ninety; all but those that are just being read are called off.
