@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http
 import math
 from enum import Enum, auto
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 
-from serving.errors import RequestError, envelope, overloaded
-from serving.exchange import ClientGoneError, Exchange, Headers, new_request_id
+from serving.answer_head import CLOSE, write_head, write_refusal
+from serving.errors import RequestError, overloaded
+from serving.exchange import ClientGoneError, Exchange, Headers
 from serving.head import Head, HeadParser
 
 if TYPE_CHECKING:
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 __all__ = ["Connection"]
 
 _END = b"\r\n\r\n"
-_CLOSE = (b"connection", b"close")
-_STATUS = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in http.HTTPStatus}
 #: Reads go here, and are copied at once; those of a body that is awaited do not. One for all connections of a process:
 #: event loops ask for it immediately before they read (Windows' proactor does not, and is not used).
 _SCRATCH = memoryview(bytearray(2**18))
@@ -258,23 +256,13 @@ class Connection(asyncio.BufferedProtocol):
         head = self._head
         # Who waits to be told to send its body may send it all the same, or not: nobody can tell what comes next.
         is_unclear = self._left > 0 and (head.expects or self._left > _MOST_DROPPED)
-        closes = self._is_stopping or is_unclear or not head.keeps_alive or _CLOSE in headers
-        parts: list[bytes | memoryview] = [
-            _STATUS[status],
-            *[b"%b: %b\r\n" % header for header in headers],
-            self._server.date(),
-        ]
-        if closes:
-            if _CLOSE not in headers:
-                parts.append(b"connection: close\r\n")
-        elif head.scope["http_version"] == "1.0":
-            parts.append(b"connection: keep-alive\r\n")
-        parts.append(b"\r\n")
+        closes = self._is_stopping or is_unclear or not head.keeps_alive or CLOSE in headers
+        date, version = self._server.date(), head.scope["http_version"]
+        parts = write_head(status, headers, date=date, closes=closes, version=version)
         if len(body) > _ONE_PIECE:
             self._transport.writelines([b"".join(parts), body])
         else:
-            parts.append(body)
-            self._transport.write(b"".join(parts))
+            self._transport.write(b"".join([*parts, body]))
         self._exchange = self._task = self._head = None
         self._first = b""
         if closes:
@@ -417,12 +405,7 @@ class Connection(asyncio.BufferedProtocol):
         """Answer what never became an exchange, and close: nobody knows where the next request would begin."""
         assert self._transport is not None
         self._server.app.recorder.refused(error)
-        request_id = new_request_id()
-        body = envelope(error, request_id)
-        more = b"".join(b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in error.headers.items())
-        fields = b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %s\r\nconnection: close\r\n"
-        head = _STATUS[error.status] + fields % (len(body), request_id) + more + self._server.date()
-        self._transport.write(head + b"\r\n" + body)
+        self._transport.write(write_refusal(error, date=self._server.date()))
         self._linger(wait=True)
 
     def _linger(self, *, wait: bool) -> None:
