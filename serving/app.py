@@ -94,7 +94,7 @@ class Application:
         tracer: Tracer | None = None,
     ) -> None:
         self.service = service
-        self.admission = Admission(service.limits, keys=keys)
+        self.admission = Admission(service.limits, room=service.room, keys=keys)
         names = {*_names(_EXACT), *_names(_OF_MODELS), *_names(_OF_REPOSITORY), _CARD[1], INFER_ROUTE}
         self.recorder = Recorder(service.models, routes=names, replica=replica, access_log=access_log, tracer=tracer)
         service.batcher.tracer = tracer
@@ -103,6 +103,7 @@ class Application:
             queue_rows=lambda: service.batcher.queued_rows,
             queue_bytes=lambda: service.batcher.queued_bytes,
             in_flight=lambda: self.admission.in_flight,
+            in_flight_bytes=lambda: service.room.used,
             lanes_busy=lambda: service.batcher.busy,
         )
         self._meta = Meta(service, self.recorder, routes=self.routes)

@@ -41,6 +41,8 @@ _ONE_PIECE = 2**16
 _MOST_DROPPED = 2**20
 #: Of an answer, what a client has to take within :attr:`Connection.write_timeout_s` to be waited for any longer.
 _LEAST_TAKEN = 2**20
+#: The same where memory is short: whoever takes answers slowly must not take the service away from the others.
+_HURRIED_S = 5.0
 #: For a client to read a last answer while its own bytes are dropped; to close at once would reset the connection, and
 #: the answer with it.
 _LINGER_S = 2.0
@@ -78,7 +80,7 @@ class Connection(asyncio.BufferedProtocol):
     idle_timeout_s: ClassVar[float] = 75.0
 
     def __init__(self, server: HttpServer) -> None:
-        self._server = server
+        self._server, self._room = server, server.app.service.room
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._state = _State.IDLE
@@ -98,6 +100,8 @@ class Connection(asyncio.BufferedProtocol):
         #: Since when answers stand, as far as they are not taken bit by bit, and how many bytes did then.
         self._stuck_since = math.inf
         self._standing = 0
+        #: Of an answer that is not wholly taken, what is counted: all of it, because it lies in one piece.
+        self._untaken = 0
         self.deadline = math.inf
 
     # What the event loop calls.
@@ -105,6 +109,8 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for a first request."""
         self._transport = cast(asyncio.Transport, transport)
+        # Whatever the kernel does not take counts, and nothing more is done for a client before it has its answer.
+        self._transport.set_write_buffer_limits(high=0)
         self._rest()
         if not self._server.enter(self):
             self._refuse(overloaded("as many connections are open as the service allows"))
@@ -113,6 +119,7 @@ class Connection(asyncio.BufferedProtocol):
         """Let whoever handles a request know that there is nobody to answer."""
         self._server.leave(self)
         self._transport = None
+        self._count_untaken(0)
         self.deadline = self._stuck_since = math.inf
         exchange, self._exchange = self._exchange, None
         if exchange is None:
@@ -168,7 +175,9 @@ class Connection(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """Go on."""
         self._stuck_since = math.inf
+        self._count_untaken(0)
         if self._state is _State.IDLE:
+            self._rest()
             self._next()
         elif self._state is _State.LINGERING:
             self.deadline = self._loop.time() + self.write_timeout_s
@@ -181,7 +190,8 @@ class Connection(asyncio.BufferedProtocol):
         if transport is None:
             return
         if self._stuck_since != math.inf:
-            if now > self._stuck_since + self.write_timeout_s:
+            patience_s = min(_HURRIED_S, self.write_timeout_s) if self._room.is_short else self.write_timeout_s
+            if now > self._stuck_since + patience_s:
                 standing = transport.get_write_buffer_size()
                 if self._standing - standing < _LEAST_TAKEN:
                     transport.abort()
@@ -263,6 +273,8 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.writelines([b"".join(parts), body])
         else:
             self._transport.write(b"".join([*parts, body]))
+        if self._stuck_since != math.inf:
+            self._count_untaken(len(body))
         self._exchange = self._task = self._head = None
         self._first = b""
         if closes:
@@ -364,6 +376,12 @@ class Connection(asyncio.BufferedProtocol):
             self._pending += _SCRATCH[:n_bytes]
         if len(self._first) + len(self._pending) >= _MOST_PENDING:
             self._pause()
+
+    def _count_untaken(self, n_bytes: int) -> None:
+        if n_bytes != self._untaken:
+            self._room.give_back(self._untaken)
+            self._room.count(n_bytes)
+            self._untaken = n_bytes
 
     def _pause(self) -> None:
         if self._transport is not None:

@@ -93,7 +93,9 @@ class Exchange:
     request_id : bytes
         The client's ``x-request-id`` if it is a plain one, else ours.
     announced_bytes : int
-        Content-Length, or what the body has become; room is kept for it.
+        Content-Length, or what the body has become.
+    kept_bytes : int
+        What room is kept for: the body, and the features of its rows.
     received_bytes : int
         What has come of the body.
     body_is_read : bool
@@ -114,6 +116,7 @@ class Exchange:
         "headers",
         "is_late",
         "is_watched",
+        "kept_bytes",
         "key",
         "model",
         "path",
@@ -139,7 +142,7 @@ class Exchange:
         else:
             self.request_id = new_request_id()
         self.announced_bytes = 0
-        self.received_bytes = 0
+        self.received_bytes = self.kept_bytes = 0
         self.body_is_read = self.started = self.gone = self.is_late = self.is_watched = False
         self.route = "other"
         self.model = self.version = ""
@@ -155,10 +158,10 @@ class Exchange:
         self.model, self.version = model.name, model.version
         self.served, self.embedded = model, embedded
 
-    def admit_rows(self, n_rows: int) -> None:
-        """Take rows off the rate of the key that asks."""
+    def admit_rows(self, n_rows: int, *, n_bytes: int) -> None:
+        """Keep room for the features of rows, and take the rows off the rate of the key that asks."""
         if self.admission is not None:
-            self.admission.admit_rows(self.key, n_rows)
+            self.admission.admit_rows(self, n_rows, n_bytes=n_bytes)
 
     def grow(self, n_bytes: int) -> None:
         """Keep room for a body that is larger than what was announced."""

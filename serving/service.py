@@ -24,6 +24,7 @@ from serving.batcher import RowBatcher
 from serving.errors import ModelError, RequestError, overloaded, too_large
 from serving.images import ImageDecoder, spread
 from serving.models import Models
+from serving.room import Room
 from serving.served_model import ServedModel
 from serving.settings import Limits
 from vaefeat.errors import DeviceError
@@ -85,8 +86,8 @@ class Caller(Protocol):
 
     span: Any
 
-    def admit_rows(self, n_rows: int) -> None:
-        """Take rows off a rate; raises RequestError 429."""
+    def admit_rows(self, n_rows: int, *, n_bytes: int) -> None:
+        """Take rows off a rate, and keep room for the bytes of their features; raises RequestError 429 and 503."""
 
 
 class Service:
@@ -110,6 +111,8 @@ class Service:
         ModelError where they have not.
     told : callable or None
         Hears of every :class:`Batch` that was computed.
+    room : Room
+        What clients may occupy, whichever door they come through.
     ready : bool
         Every model is warmed up, agrees with its reference, and no device has failed since.
     failure : str
@@ -122,6 +125,7 @@ class Service:
         self, models: Models, limits: Limits, *, lanes: int, watches: bool = False, alone: bool = True
     ) -> None:
         self.models, self.limits = models, limits
+        self.room = Room(limits.max_in_flight_bytes)
         self.watches, self.alone = watches, alone
         self.ready = self.stopping = False
         self.failure = ""
@@ -223,7 +227,7 @@ class Service:
         limit = self.limits.compute_timeout_s
         timeout_s = limit if timeout_s is None else min(timeout_s, limit)
         if isinstance(batch, np.ndarray):
-            self._admit(model, len(batch) if batch.ndim else 0, priority, timeout_s, caller)
+            self._admit(model, len(batch) if batch.ndim else 0, outputs, priority, timeout_s, caller)
             # A float row is looked at value by value; that of many rows would hold up everybody else.
             plain = batch.dtype == np.uint8 and model.input.dtype == "uint8"
             slow = not plain and batch.nbytes > self.limits.inline_bytes
@@ -329,14 +333,22 @@ class Service:
             _log.error("not ready any more: %s", reason)
         self.ready, self.failure = False, self.failure or reason
 
-    def _admit(self, model: ServedModel, n_rows: int, priority: int, timeout_s: float, caller: Caller | None) -> None:
+    def _admit(
+        self,
+        model: ServedModel,
+        n_rows: int,
+        outputs: tuple[str, ...],
+        priority: int,
+        timeout_s: float,
+        caller: Caller | None,
+    ) -> None:
         if n_rows > self.limits.max_rows:
             raise too_large(f"got {n_rows} rows, wanted at most {self.limits.max_rows} at a time; send them in parts")
         # Before they are taken off a rate: whoever is refused comes again, and would pay twice.
         n_bytes = n_rows * model.input.row_bytes
         self.batcher.require_room(model, n_rows, n_bytes, timeout_s=timeout_s, bulk=_is_bulk(priority))
         if caller is not None:
-            caller.admit_rows(n_rows)
+            caller.admit_rows(n_rows, n_bytes=n_rows * model.feature_bytes(outputs))
 
     def _submit(
         self,
@@ -377,7 +389,7 @@ class Service:
     ) -> Embedded:
         if model.input.kind != "image":
             raise RequestError(422, "invalid_rows", f"got images, wanted {model.input}; send rows of numbers")
-        self._admit(model, len(encoded), priority, timeout_s, caller)
+        self._admit(model, len(encoded), outputs, priority, timeout_s, caller)
         began = time.perf_counter()
         rows, errors = await self._decoder.decode(encoded, model.input, deadline=began + timeout_s)
         decode_s = time.perf_counter() - began

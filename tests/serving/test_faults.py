@@ -25,6 +25,7 @@ from serving.guard.admission import Admission
 from serving.guard.keys import Key, KeyRing
 from serving.guard.rates import RateLimiter
 from serving.models import Models
+from serving.room import Room
 from serving.served_model import Place
 from serving.service import Service
 from serving.settings import Limits
@@ -351,7 +352,7 @@ def test_bytes_that_are_refused_for_want_of_room_are_not_taken_off_a_key_s_rate(
     key = Key(id="a", scopes=frozenset({"embed"}), bytes_per_s=100.0)
 
     async def conversation() -> list[int]:
-        admission = Admission(Limits(max_in_flight=1))
+        admission = Admission(Limits(max_in_flight=1), room=Room(1000))
         first = arriving(key, 100)
         admission.enter(first)
         refused = []
@@ -374,7 +375,7 @@ def test_rows_that_are_refused_for_want_of_room_are_not_taken_off_a_key_s_rate(
     class Caller:
         span = None
 
-        def admit_rows(self, n_rows: int) -> None:
+        def admit_rows(self, n_rows: int, *, n_bytes: int) -> None:
             admitted.append(n_rows)
 
     async def conversation(client: Any) -> None:
