@@ -144,9 +144,7 @@ class Application:
                 raise RequestError(
                     403, "forbidden", "got a request from a web page, wanted one from an operator's tool"
                 )
-            exchange.key = self.admission.identify(
-                exchange.headers.get(b"authorization"), exchange.headers.get(b"x-api-key"), scope=route.scope
-            )
+            exchange.key = self.admission.identify(exchange, scope=route.scope)
             answer = await (self._with_body(exchange, route) if route.takes_body else route.handler(exchange))
         except ClientGoneError:
             self.recorder.end(exchange, _CLIENT_GONE)

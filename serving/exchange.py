@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import orjson
 
 from serving.errors import RequestError
+from serving.guard.keys import presented
 from serving.settings import Limits
 
 if TYPE_CHECKING:
     from serving.guard.admission import Admission
     from serving.guard.keys import Key
+    from serving.head import Head
     from serving.served_model import ServedModel
     from serving.service import Embedded
 
@@ -85,8 +87,8 @@ class Exchange:
     scope : mapping
         ASGI's.
     wire : Wire
-    headers : dict of bytes to bytes, optional
-        The scope's as a dict, names in lower case, the last of equal ones.
+    head : Head, optional
+        Where our own connection has read it; its scope is this one.
 
     Attributes
     ----------
@@ -101,6 +103,8 @@ class Exchange:
     body_is_read : bool
     began : float
         :func:`time.perf_counter` when it came.
+    key_digest : bytes or None
+        Of the API key that is presented.
     route, model, version, key, served, embedded
         What is noted of it on the way, for logs and metrics.
     """
@@ -118,6 +122,7 @@ class Exchange:
         "is_watched",
         "kept_bytes",
         "key",
+        "key_digest",
         "model",
         "path",
         "received_bytes",
@@ -131,11 +136,17 @@ class Exchange:
         "version",
     )
 
-    def __init__(self, scope: Mapping[str, Any], wire: Wire, *, headers: dict[bytes, bytes] | None = None) -> None:
+    def __init__(self, scope: Mapping[str, Any], wire: Wire, *, head: Head | None = None) -> None:
         self.began = time.perf_counter()
         self.scope, self._wire = scope, wire
         self.path: str = scope["path"]
-        self.headers = dict(scope["headers"]) if headers is None else headers
+        self.headers: dict[bytes, bytes]
+        self.key_digest: bytes | None
+        if head is not None:
+            self.headers, self.key_digest = head.headers, head.key_digest
+        else:
+            self.headers = dict(scope["headers"])
+            self.key_digest = presented(self.headers.get(b"authorization"), self.headers.get(b"x-api-key"))
         given = self.headers.get(b"x-request-id")
         if given is not None and _REQUEST_ID.fullmatch(given):
             self.request_id = given

@@ -13,7 +13,7 @@ from collections import deque
 
 from serving.errors import overloaded
 
-__all__ = ["Room"]
+__all__ = ["Holding", "Room"]
 
 #: Of the budget, from which on it is short: clients that let answers stand are not waited for as long as usual.
 _SHORT = 0.75
@@ -79,3 +79,31 @@ class Room:
             # All of them: how many find room is for them to see, and few ever wait.
             if not (turn := self._waiting.popleft()).done():
                 turn.set_result(None)
+
+
+class Holding:
+    """What one connection has of a room, whether or not there was room for it.
+
+    Parameters
+    ----------
+    room : Room
+
+    Attributes
+    ----------
+    n_bytes : int
+    """
+
+    __slots__ = ("_room", "n_bytes")
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self.n_bytes = 0
+
+    def become(self, n_bytes: int) -> None:
+        """Count so many instead of those before."""
+        more = n_bytes - self.n_bytes
+        self.n_bytes = n_bytes
+        if more > 0:
+            self._room.count(more)
+        elif more:
+            self._room.give_back(-more)

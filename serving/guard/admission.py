@@ -49,7 +49,7 @@ class Admission:
         """Requests with a body that are being answered."""
         return len(self._present)
 
-    def identify(self, authorization: bytes | None, x_api_key: bytes | None, *, scope: str) -> Key | None:
+    def identify(self, exchange: Exchange, *, scope: str) -> Key | None:
         """Find out who asks, and whether that key may; None where no key is needed.
 
         Raises
@@ -59,7 +59,7 @@ class Admission:
         """
         if self.keys is None or not scope:
             return None
-        return require_scope(self.keys.identify(authorization, x_api_key), scope)
+        return require_scope(self.keys.find(exchange.key_digest), scope)
 
     def admit_rows(self, exchange: Exchange, n_rows: int, *, n_bytes: int) -> None:
         """Keep room for the features of rows, and take the rows off a key's rate.
