@@ -310,22 +310,35 @@ class Service:
         if not self.ready:
             raise overloaded(f"the service is not ready: {self.failure or self.state}")
 
-    def require_room(self, model: ServedModel, *, priority: int = 0, timeout_s: float | None = None) -> None:
+    def require_room(self, model: ServedModel | None, *, priority: int = 0, timeout_s: float | None = None) -> None:
         """Refuse a request before its body is read, where not even one of its rows would find a place in time.
+
+        Parameters
+        ----------
+        model : ServedModel or None
+            None where the body says which is meant: it is refused if there is no place for any of them.
+        priority : int
+        timeout_s : float, optional
+            As for :meth:`embed`.
 
         Raises
         ------
         RequestError
             503.
         """
+        if not self.batcher.queued_rows:
+            return
         limit = self.limits.compute_timeout_s
-        self.batcher.require_room(
-            model,
-            1,
-            model.input.row_bytes,
-            timeout_s=limit if timeout_s is None else min(timeout_s, limit),
-            bulk=_is_bulk(priority),
-        )
+        timeout_s = limit if timeout_s is None else min(timeout_s, limit)
+        refusal: RequestError | None = None
+        for one in self.models.current if model is None else (model,):
+            try:
+                self.batcher.require_room(one, 1, one.input.row_bytes, timeout_s=timeout_s, bulk=_is_bulk(priority))
+                return
+            except RequestError as error:
+                refusal = error
+        if refusal is not None:
+            raise refusal
 
     def fail(self, reason: str) -> None:
         """Take the service out: nobody is told 200 by what does not work."""

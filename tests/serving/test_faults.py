@@ -79,7 +79,7 @@ def test_a_device_that_hangs_takes_the_service_out(
     assert "has not computed the reference" in ready.json()["reason"]
 
 
-@pytest.mark.parametrize("path", ["/v1/embed", "/v2/models/digits/infer"])
+@pytest.mark.parametrize("path", ["/v1/embed", "/v1/embeddings", "/v2/models/digits/infer"])
 def test_a_request_that_finds_the_queue_full_is_refused_before_its_body_is_read(
     digits_bundle: Path, digits_rows: NDArray[np.uint8], gate: threading.Event, path: str
 ) -> None:
@@ -89,7 +89,8 @@ def test_a_request_that_finds_the_queue_full_is_refused_before_its_body_is_read(
 
         def ask(head: str, body: bytes) -> socket.socket:
             connection = served.connect()
-            lines = f"POST {head} HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\n"
+            kind = "json" if head.endswith("embeddings") else "octet-stream"
+            lines = f"POST {head} HTTP/1.1\r\nHost: x\r\nContent-Type: application/{kind}\r\n"
             connection.sendall(f"{lines}Content-Length: 640\r\n\r\n".encode() + body)
             return connection
 
