@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from serving.batch import Batch, Job
 from serving.batcher import RowBatcher
+from serving.changes import Changes
 from serving.errors import ModelError, RequestError, overloaded, too_large
 from serving.images import ImageDecoder, spread
 from serving.models import Models
@@ -38,8 +39,6 @@ _T = TypeVar("_T")
 _PROVE_EVERY_S = 5.0
 #: Rows of it that are compared then; all were when the model was loaded.
 _PROVE_ROWS = 4
-#: Between two looks at watched folders.
-_LOOK_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +105,8 @@ class Service:
 
     Attributes
     ----------
-    changed : callable or None
-        Awaited after a client had a folder loaded again: returns when other processes have done so, too, and raises
-        ModelError where they have not.
+    changes : Changes
+        Of what is served.
     told : callable or None
         Hears of every :class:`Batch` that was computed.
     room : Room
@@ -131,7 +129,7 @@ class Service:
         self.failure = ""
         self.state = "warming up"
         self.told: Callable[[Batch], None] | None = None
-        self.changed: Callable[[], Awaitable[None]] | None = None
+        self.changes = Changes(models)
         self.batcher = RowBatcher(
             lanes=lanes,
             max_batch_rows=limits.max_batch_rows,
@@ -148,10 +146,7 @@ class Service:
             tasks=max(1, limits.worker_threads - 1),
             off_loop=self.off_loop,
         )
-        # Loading takes seconds; it must not stand in the way of bodies that wait to be decoded.
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._tasks: list[asyncio.Task[None]] = []
-        self._loading: set[asyncio.Task[ServedModel]] = set()
 
     async def start(self) -> None:
         """Start the lanes, and warm up in the background so that probes are answered meanwhile; only once."""
@@ -160,7 +155,7 @@ class Service:
         self.batcher.start()
         self._tasks.append(asyncio.create_task(self._watch_over()))
         if self.watches:
-            self._tasks.append(asyncio.create_task(self.watch()))
+            self._tasks.append(asyncio.create_task(self.changes.watch()))
 
     async def stop(self) -> None:
         """End everything; requests in flight were answered before."""
@@ -170,7 +165,7 @@ class Service:
         self.batcher.close()
         self.models.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        self.changes.stop()
 
     def find(self, name: str | None, version: str | None = None) -> ServedModel:
         """Find a model; see :meth:`serving.models.Models.find`."""
@@ -239,65 +234,6 @@ class Service:
     async def off_loop(self, function: Callable[..., _T], *arguments: Any) -> _T:
         """Call a function in a bounded pool of threads."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
-
-    async def change(self, function: Callable[..., _T], *arguments: Any) -> _T:
-        """Change the models, one change after the other, in a thread of its own."""
-        return await asyncio.get_running_loop().run_in_executor(self._loader, function, *arguments)
-
-    async def load(self, name: str) -> ServedModel:
-        """Load a name's folder again, here and then in all other processes that answer at this address.
-
-        Raises
-        ------
-        RequestError, ModelError
-            As :meth:`serving.models.Models.load`; or others have not loaded it.
-        """
-        loading = asyncio.create_task(self._load(name))
-        self._loading.add(loading)
-        loading.add_done_callback(self._loading.discard)
-        # Whoever asked for it may hang up in between.
-        return await asyncio.shield(loading)
-
-    async def _load(self, name: str) -> ServedModel:
-        model = await self.change(self.models.load, name)
-        if self.changed is not None:
-            await self.changed()
-        return model
-
-    async def reload(self) -> list[str]:
-        """Load every folder that has changed; what cannot be loaded is logged, and what was served goes on.
-
-        Returns
-        -------
-        list of str
-            What could not be loaded, and why.
-        """
-        failures = []
-        for name in self.models.names:
-            try:
-                await self.change(self.models.reload, name)
-            except ModelError as error:
-                _log.error("%s", error)
-                failures.append(str(error))
-            except Exception as error:  # whoever watches has to go on watching
-                _log.exception("model %r was not loaded, and what was served still is", name)
-                failures.append(f"model {name!r} was not loaded: {type(error).__name__}")
-        return failures
-
-    async def watch(self) -> None:
-        """Load a bundle again whenever its folder changes, until cancelled."""
-        # Loaded once more to begin with, because a bundle may have come since; the same one is not opened again.
-        before: dict[str, tuple[int, ...]] = {}
-        while True:
-            await asyncio.sleep(_LOOK_EVERY_S)
-            # Twice the same: whoever writes the bundle has finished with its manifest, which comes last.
-            if (now := self.models.stamps()) != before and now == await self._stamps_later():
-                before = now
-                await self.reload()
-
-    async def _stamps_later(self) -> dict[str, tuple[int, ...]]:
-        await asyncio.sleep(_LOOK_EVERY_S / 4)
-        return self.models.stamps()
 
     def require_ready(self) -> None:
         """Refuse work that would not be done well.
@@ -425,7 +361,7 @@ class Service:
     async def _watch_over(self) -> None:
         """Warm up, then compare with the reference again and again."""
         try:
-            await self.change(lambda: self.models.warm_up(told=self._is_warming))
+            await self.changes.run(lambda: self.models.warm_up(told=self._is_warming))
             self.ready = True
             while True:
                 await asyncio.sleep(_PROVE_EVERY_S)

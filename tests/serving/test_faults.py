@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import hashlib
 import socket
@@ -18,6 +19,7 @@ import pytest
 from numpy.typing import NDArray
 
 from serving.asgi import AsgiWire
+from serving.changes import Change
 from serving.codec import encode_npy
 from serving.errors import RequestError, overloaded
 from serving.exchange import Exchange
@@ -248,10 +250,10 @@ def test_a_load_whose_client_hangs_up_is_told_to_the_other_processes_all_the_sam
 
         service.models.load, service.alone = slow, False
 
-        async def tell() -> None:
+        async def tell(_: Change) -> None:
             told.append("the others")
 
-        service.changed = tell
+        service.changes.turn = lambda: contextlib.nullcontext(tell)
         await client.app(scope, receive, send)
         await until(lambda: bool(told))
 
@@ -268,11 +270,11 @@ def test_a_reload_that_fails_in_any_way_leaves_what_was_served(
             raise error
 
         client.app.service.models.reload = fail
-        assert "digits" in (await client.app.service.reload())[0]
+        assert "digits" in (await client.app.service.changes.reload())[0]
         return int((await client.get("/readyz")).status_code)
 
     assert talk(conversation, digits_bundle) == 200
-    assert "was not loaded" in caplog.text
+    assert "was not changed" in caplog.text
 
 
 def test_sessions_of_versions_that_are_served_no_more_are_let_go(
