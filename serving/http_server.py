@@ -36,7 +36,7 @@ _MOST_TURNED_AWAY = 128
 _MOST_EARLY_BYTES = 64 * 2**20
 #: Most of what is read at once.
 _SCRATCH_BYTES = 2**18
-#: Files that a process has open beside its connections.
+#: Files that a process has open beside its connections; those that are turned away are among them.
 _OTHER_FILES = 512
 #: How often deadlines of connections are looked at, and a stop that was asked for is noticed.
 _TICK_S = 0.05
@@ -194,21 +194,35 @@ def make_application(service: Service, settings: ServiceSettings) -> Application
 def make_server(app: Application, settings: ServiceSettings, *, share: Share | None = None) -> HttpServer:
     """Make a server, to be run with ``await server.serve(sockets=[listener])``."""
     limits = settings.limits
-    _allow_files(limits.max_connections)
-    return HttpServer(app, max_connections=limits.max_connections, grace_s=limits.compute_timeout_s, share=share)
+    allowed = _allow_files(limits.max_connections)
+    if allowed < limits.max_connections:
+        _log.warning(
+            "got a limit of open files that leaves room for %d connections, wanted %d; raise it with ulimit -Hn",
+            allowed,
+            limits.max_connections,
+        )
+    return HttpServer(app, max_connections=allowed, grace_s=limits.compute_timeout_s, share=share)
 
 
-def _allow_files(n_connections: int) -> None:
-    """Raise this process's limit of open files, where it is lower than so many connections need and may be raised."""
+def _allow_files(n_connections: int) -> int:
+    """Raise this process's limit of open files, where it is lower than so many connections need and may be raised.
+
+    Returns
+    -------
+    int
+        Connections that there are files for: more would leave none for models and logs.
+    """
     if sys.platform == "win32":  # which knows no such limit
-        return
+        return n_connections
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = n_connections + _OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return n_connections
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(1, most - _OTHER_FILES)
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -36,6 +36,8 @@ __all__ = ["CallGuard", "MessageRoom", "Reader", "key_of"]
 _TURN_S = 5.0
 #: Calls that no key is asked for have messages of a few bytes: room for two large ones, and little time.
 _PROBE_MESSAGES, _PROBE_S = 2, 2.0
+#: So many of them at a time, those that watch the service's health among them: others need the server's calls, too.
+_MOST_PROBES = 16
 
 
 def key_of(context: Any, keys: KeyRing | None) -> Key | None:
@@ -134,16 +136,18 @@ class CallGuard:
         # Of their own, or whoever has no key could take the room of those who have one.
         probes = Room(_PROBE_MESSAGES * max_message_bytes)
         self._probes = MessageRoom(probes, largest=max_message_bytes, at_a_time=_PROBE_MESSAGES)
+        self._n_probes = 0
 
     def unary(self, call: Callable[[Any, Any], Any], reader: Reader) -> Callable[[Any, Any], Any]:
         """Make a handler of a stream from one of a message."""
 
         async def guarded(stream: Any, context: Any) -> Any:
-            message, room, n_bytes = await self._admitted(stream, context, reader)
-            try:
-                answer = await call(message, context)
-            finally:
-                room.give_back(n_bytes)
+            async with self._place(context, reader):
+                message, room, n_bytes = await self._admitted(stream, context, reader)
+                try:
+                    answer = await call(message, context)
+                finally:
+                    room.give_back(n_bytes)
             size = answer.ByteSize()
             room.count(size)
             context.add_done_callback(lambda _: room.give_back(size))
@@ -155,13 +159,28 @@ class CallGuard:
         """Make a handler of a stream from one of a message whose answers are a stream."""
 
         async def guarded(stream: Any, context: Any) -> AsyncIterator[Any]:
-            message, room, n_bytes = await self._admitted(stream, context, reader)
-            # It is going to be answered for hours, and is a name.
-            room.give_back(n_bytes)
-            async for answer in call(message, context):
-                yield answer
+            async with self._place(context, reader):
+                message, room, n_bytes = await self._admitted(stream, context, reader)
+                # It is going to be answered for hours, and is a name.
+                room.give_back(n_bytes)
+                async for answer in call(message, context):
+                    yield answer
 
         return guarded
+
+    @asynccontextmanager
+    async def _place(self, context: Any, reader: Reader) -> AsyncIterator[None]:
+        """Keep a place for a call that no key is asked for; or end it."""
+        if reader.keyed or reader.empty:
+            yield
+            return
+        if self._n_probes >= _MOST_PROBES:
+            await refuse(context, overloaded("as many calls without a key are open as are allowed"))
+        self._n_probes += 1
+        try:
+            yield
+        finally:
+            self._n_probes -= 1
 
     async def _admitted(self, stream: Any, context: Any, reader: Reader) -> tuple[Any, Room, int]:
         """Give the message, and where how much room is kept for it; or end the call."""

@@ -9,6 +9,7 @@ import itertools
 import random
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
@@ -350,3 +351,16 @@ def test_head_with_white_space_behind_its_values_says_the_same() -> None:
 
 def test_head_of_http_1_0_expects_nothing() -> None:
     assert not Heads().parse(b"POST / HTTP/1.0\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n").expects
+
+
+def test_service_with_few_files_takes_as_many_connections_as_there_are_files_for() -> None:
+    """In a process of its own, whose limit of open files nobody may raise."""
+    program = """
+import resource
+from serving.http_server import _allow_files
+resource.setrlimit(resource.RLIMIT_NOFILE, (600, 1000))
+print(_allow_files(80), resource.getrlimit(resource.RLIMIT_NOFILE)[0], end=" ")
+print(_allow_files(8192), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "80 600 488 1000\n", done.stderr

@@ -270,6 +270,27 @@ def test_answers_that_a_client_does_not_take_are_counted_until_it_does(
     relayed(digits_models, folder, in_time)
 
 
+def test_calls_without_a_key_leave_places_to_those_with_one(
+    digits_models: Models, digits_rows: NDArray[np.uint8], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.protocols.oip_grpc._MAX_CALLS", 5)
+    monkeypatch.setattr(calls, "_MOST_PROBES", 3)
+    tensor = {"name": "rows", "datatype": "UINT8", "shape": [1, 1, 8, 8]}
+    good = messages.ModelInferRequest(inputs=[tensor], raw_input_contents=[digits_rows[:1].tobytes()])
+
+    async def talk(channel: grpc.aio.Channel, relay: Relay, service: Service) -> None:
+        watching = [channel.unary_stream("/grpc.health.v1.Health/Watch")(b"") for _ in range(3)]
+        for one in watching:
+            await one.read()
+        assert await code_of(channel.unary_unary(CHECK)(b"")) == "UNAVAILABLE"
+        await channel.unary_unary(INFER)(good.SerializeToString(), metadata=(("x-api-key", "ci"),))
+        watching[0].cancel()
+        await asyncio.sleep(0.1)
+        await channel.unary_unary(CHECK)(b"")
+
+    relayed(digits_models, folder, talk, keys=a_key(folder))
+
+
 def test_calls_that_are_cancelled_are_in_the_figures(
     digits_bundle: Path, digits_rows: NDArray[np.uint8], folder: Path
 ) -> None:
