@@ -94,7 +94,7 @@ class Application:
         tracer: Tracer | None = None,
     ) -> None:
         self.service = service
-        self.admission = Admission(service.limits, keys=keys)
+        self.admission = Admission(service.limits, room=service.room, keys=keys)
         names = {*_names(_EXACT), *_names(_OF_MODELS), *_names(_OF_REPOSITORY), _CARD[1], INFER_ROUTE}
         self.recorder = Recorder(service.models, routes=names, replica=replica, access_log=access_log, tracer=tracer)
         service.batcher.tracer = tracer
@@ -103,6 +103,7 @@ class Application:
             queue_rows=lambda: service.batcher.queued_rows,
             queue_bytes=lambda: service.batcher.queued_bytes,
             in_flight=lambda: self.admission.in_flight,
+            in_flight_bytes=lambda: service.room.used,
             lanes_busy=lambda: service.batcher.busy,
         )
         self._meta = Meta(service, self.recorder, routes=self.routes)
@@ -143,9 +144,7 @@ class Application:
                 raise RequestError(
                     403, "forbidden", "got a request from a web page, wanted one from an operator's tool"
                 )
-            exchange.key = self.admission.identify(
-                exchange.headers.get(b"authorization"), exchange.headers.get(b"x-api-key"), scope=route.scope
-            )
+            exchange.key = self.admission.identify(exchange, scope=route.scope)
             answer = await (self._with_body(exchange, route) if route.takes_body else route.handler(exchange))
         except ClientGoneError:
             self.recorder.end(exchange, _CLIENT_GONE)

@@ -66,5 +66,12 @@ class AsgiWire:
 
     async def answer(self, exchange: Exchange, status: int, headers: Headers, body: bytes | memoryview) -> None:
         """Send a whole answer."""
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": bytes(body)})
+        room = exchange.admission.room if exchange.admission is not None else None
+        if room is not None:
+            room.count(len(body))
+        try:
+            await self._send({"type": "http.response.start", "status": status, "headers": headers})
+            await self._send({"type": "http.response.body", "body": bytes(body)})
+        finally:
+            if room is not None:
+                room.give_back(len(body))

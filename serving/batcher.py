@@ -294,9 +294,10 @@ class RowBatcher:
     def _look_at_deadlines(self) -> None:
         self._sweep = None
         now = time.perf_counter()
-        for job in self._waiting():
-            if job.deadline < now:
-                self._fail(job, too_late("got no place on the device"))
+        for job in [job for job in self._waiting() if job.deadline < now]:
+            self._fail(job, too_late("got no place on the device"))
+            # Or it would keep its memory, and others out, until its turn comes; of a device that hangs, never.
+            self.queue.remove(job)
         if self.queue or self.busy:
             self._sweep = self._loop.call_later(_SWEEP_S, self._look_at_deadlines)
 

@@ -148,7 +148,7 @@ class ClusterReplica(GrpcCalls):
         """
         before, self._config = self._config, config
         if self._service is not None and before not in (None, config):
-            self._reloading = asyncio.create_task(self._service.reload())
+            self._reloading = asyncio.create_task(self._service.changes.reload())
 
 
 def build(args: ClusterArgs) -> ServeApplication:

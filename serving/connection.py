@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http
 import math
 from enum import Enum, auto
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import numpy as np
 
-from serving.errors import RequestError, envelope, overloaded
-from serving.exchange import ClientGoneError, Exchange, Headers, new_request_id
-from serving.head import Head, HeadParser
+from serving.answer_head import CLOSE, write_head, write_refusal
+from serving.errors import RequestError, overloaded
+from serving.exchange import ClientGoneError, Exchange, Headers
+from serving.head import Head, HeadParser, head_too_large, no_http
+from serving.room import Holding
 
 if TYPE_CHECKING:
     from serving.http_server import HttpServer
@@ -30,19 +31,16 @@ if TYPE_CHECKING:
 __all__ = ["Connection"]
 
 _END = b"\r\n\r\n"
-_CLOSE = (b"connection", b"close")
-_STATUS = {status.value: b"HTTP/1.1 %d %s\r\n" % (status, status.phrase.encode()) for status in http.HTTPStatus}
-#: Reads go here, and are copied at once; those of a body that is awaited do not. One for all connections of a process:
-#: event loops ask for it immediately before they read (Windows' proactor does not, and is not used).
-_SCRATCH = memoryview(bytearray(2**18))
 #: Of what may be read ahead of an exchange that is under way.
-_MOST_PENDING = 2**18
+_MOST_PENDING = 2**16
 #: Answers up to this size are one piece with their head; copying more costs more than a second piece.
 _ONE_PIECE = 2**16
 #: Of a body that nobody wants: less is read and dropped, and the connection goes on.
 _MOST_DROPPED = 2**20
 #: Of an answer, what a client has to take within :attr:`Connection.write_timeout_s` to be waited for any longer.
 _LEAST_TAKEN = 2**20
+#: The same where memory is short: whoever takes answers slowly must not take the service away from the others.
+_HURRIED_S = 5.0
 #: For a client to read a last answer while its own bytes are dropped; to close at once would reset the connection, and
 #: the answer with it.
 _LINGER_S = 2.0
@@ -80,11 +78,14 @@ class Connection(asyncio.BufferedProtocol):
     idle_timeout_s: ClassVar[float] = 75.0
 
     def __init__(self, server: HttpServer) -> None:
-        self._server = server
+        self._server, self._room = server, server.app.service.room
+        #: Reads go here, and are copied at once; those of a body that is awaited do not.
+        self._scratch = server.scratch
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._state = _State.IDLE
         self._pending = bytearray()
+        self._early = Holding(server.early)
         self._parser: HeadParser | None = None
         self._head: Head | None = None
         self._exchange: Exchange | None = None
@@ -100,6 +101,8 @@ class Connection(asyncio.BufferedProtocol):
         #: Since when answers stand, as far as they are not taken bit by bit, and how many bytes did then.
         self._stuck_since = math.inf
         self._standing = 0
+        #: Of an answer that is not wholly taken, all is counted: it lies in one piece.
+        self._untaken = Holding(self._room)
         self.deadline = math.inf
 
     # What the event loop calls.
@@ -107,14 +110,19 @@ class Connection(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for a first request."""
         self._transport = cast(asyncio.Transport, transport)
+        # Whatever the kernel does not take counts, and nothing more is done for a client before it has its answer.
+        self._transport.set_write_buffer_limits(high=0)
         self._rest()
         if not self._server.enter(self):
-            self._refuse(overloaded("as many connections are open as the service allows"))
+            error = overloaded("as many connections are open as the service allows")
+            self._refuse(error, wait=self._server.turn_away(self))
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let whoever handles a request know that there is nobody to answer."""
         self._server.leave(self)
         self._transport = None
+        self._forget_pending()
+        self._untaken.become(0)
         self.deadline = self._stuck_since = math.inf
         exchange, self._exchange = self._exchange, None
         if exchange is None:
@@ -127,7 +135,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Give the place for what comes next."""
-        return _SCRATCH if self._target is None else self._target[self._filled :]
+        if self._target is not None:
+            return self._target[self._filled :]
+        return self._scratch if self._state is not _State.BUSY else self._scratch[:_MOST_PENDING]
 
     def buffer_updated(self, nbytes: int) -> None:
         """Take what has come."""
@@ -150,9 +160,9 @@ class Connection(asyncio.BufferedProtocol):
             self._keep(nbytes)
             return
         if not self._pending:
-            self._read_head(bytes(_SCRATCH[:nbytes]), nbytes)
+            self._read_head(bytes(self._scratch[:nbytes]), nbytes)
             return
-        self._pending += _SCRATCH[:nbytes]
+        self._pending += self._scratch[:nbytes]
         self._read_head(bytes(self._pending), nbytes)
 
     def eof_received(self) -> bool:
@@ -170,7 +180,9 @@ class Connection(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """Go on."""
         self._stuck_since = math.inf
+        self._untaken.become(0)
         if self._state is _State.IDLE:
+            self._rest()
             self._next()
         elif self._state is _State.LINGERING:
             self.deadline = self._loop.time() + self.write_timeout_s
@@ -183,7 +195,8 @@ class Connection(asyncio.BufferedProtocol):
         if transport is None:
             return
         if self._stuck_since != math.inf:
-            if now > self._stuck_since + self.write_timeout_s:
+            patience_s = min(_HURRIED_S, self.write_timeout_s) if self._room.is_short else self.write_timeout_s
+            if now > self._stuck_since + patience_s:
                 standing = transport.get_write_buffer_size()
                 if self._standing - standing < _LEAST_TAKEN:
                     transport.abort()
@@ -211,7 +224,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def abort(self) -> None:
         """Close at once."""
-        if self._task is not None:
+        if self._task is not None and self._exchange is not None:
+            self._exchange.gone = True
             self._task.cancel()
         if self._transport is not None:
             self._transport.abort()
@@ -258,23 +272,15 @@ class Connection(asyncio.BufferedProtocol):
         head = self._head
         # Who waits to be told to send its body may send it all the same, or not: nobody can tell what comes next.
         is_unclear = self._left > 0 and (head.expects or self._left > _MOST_DROPPED)
-        closes = self._is_stopping or is_unclear or not head.keeps_alive or _CLOSE in headers
-        parts: list[bytes | memoryview] = [
-            _STATUS[status],
-            *[b"%b: %b\r\n" % header for header in headers],
-            self._server.date(),
-        ]
-        if closes:
-            if _CLOSE not in headers:
-                parts.append(b"connection: close\r\n")
-        elif head.scope["http_version"] == "1.0":
-            parts.append(b"connection: keep-alive\r\n")
-        parts.append(b"\r\n")
+        closes = self._is_stopping or is_unclear or not head.keeps_alive or CLOSE in headers
+        date, version = self._server.date(), head.scope["http_version"]
+        parts = write_head(status, headers, date=date, closes=closes, version=version)
         if len(body) > _ONE_PIECE:
             self._transport.writelines([b"".join(parts), body])
         else:
-            parts.append(body)
-            self._transport.write(b"".join(parts))
+            self._transport.write(b"".join([*parts, body]))
+        if self._stuck_since != math.inf:
+            self._untaken.become(len(body))
         self._exchange = self._task = self._head = None
         self._first = b""
         if closes:
@@ -297,25 +303,19 @@ class Connection(asyncio.BufferedProtocol):
             data = data.lstrip(b"\r\n")
             n_new = len(data)
             if not data:
-                self._pending.clear()
+                self._forget_pending()
                 return
         end = data.find(_END) + len(_END)
         if end >= len(_END) and end <= self.max_head_bytes:
             try:
                 head = self._parsed(data[:end], n_new - (len(data) - end))
-            except ValueError:
-                self._refuse(_no_http())
+            except RequestError as error:
+                self._refuse(error)
                 return
-            self._pending.clear()
+            self._forget_pending()
             self._begin(head, data, end)
         elif max(len(data), end) > self.max_head_bytes:
-            self._refuse(
-                RequestError(
-                    431,
-                    "head_too_large",
-                    f"got a request line and headers of at least {self.max_head_bytes} bytes, wanted fewer",
-                )
-            )
+            self._refuse(head_too_large(f"at least {self.max_head_bytes} bytes"))
         else:
             self._wait_for_head(data, n_new)
 
@@ -325,7 +325,7 @@ class Connection(asyncio.BufferedProtocol):
             return self._server.heads.parse(data)
         parser.feed(data[len(data) - n_new :])
         if parser.head is None:
-            raise ValueError("no end")
+            raise no_http()
         return parser.head
 
     def _wait_for_head(self, data: bytes, n_new: int) -> None:
@@ -338,13 +338,17 @@ class Connection(asyncio.BufferedProtocol):
         try:
             # What can be no HTTP is answered now, and not when the time is over.
             self._parser.feed(data[len(data) - n_new :])
-        except ValueError:
-            self._refuse(_no_http())
+        except RequestError as error:
+            self._refuse(error)
             return
         if self._parser.head is not None:  # without the empty line that we look for
-            self._refuse(_no_http())
+            self._refuse(no_http())
             return
         self._pending[:] = data
+        if self._server.early.has(len(data) - self._early.n_bytes):
+            self._early.become(len(data))
+        else:
+            self._refuse(overloaded("requests that are not complete take all the memory that there is for them"))
 
     def _begin(self, head: Head, data: bytes, end: int) -> None:
         self._state, self.deadline = _State.BUSY, math.inf
@@ -354,7 +358,8 @@ class Connection(asyncio.BufferedProtocol):
         self._left = max(0, stop - len(data))
         if stop < len(data) and head.is_measured:
             self._pending += data[stop:]
-        exchange = self._exchange = Exchange(head.scope, self, headers=head.headers)
+            self._early.become(len(self._pending))
+        exchange = self._exchange = Exchange(head.scope, self, head=head)
         exchange.received_bytes = len(self._first)
         self._task = exchange.task = self._loop.create_task(self._run(exchange))
 
@@ -369,13 +374,19 @@ class Connection(asyncio.BufferedProtocol):
         """Keep what comes while a request is under way: the rest of its body, or the next one."""
         if self._left:
             taken = min(n_bytes, self._left)
-            self._first += _SCRATCH[:taken]
+            self._first += self._scratch[:taken]
             self._left -= taken
-            self._pending += _SCRATCH[taken:n_bytes]
+            self._pending += self._scratch[taken:n_bytes]
         else:
-            self._pending += _SCRATCH[:n_bytes]
+            self._pending += self._scratch[:n_bytes]
+        self._early.become(len(self._pending))
         if len(self._first) + len(self._pending) >= _MOST_PENDING:
             self._pause()
+
+    def _forget_pending(self) -> None:
+        if self._pending:
+            self._pending.clear()
+            self._early.become(0)
 
     def _pause(self) -> None:
         if self._transport is not None:
@@ -392,7 +403,8 @@ class Connection(asyncio.BufferedProtocol):
         self._left -= taken
         if not self._left:
             self._rest()
-            self._pending += _SCRATCH[taken:n_bytes]
+            self._pending += self._scratch[taken:n_bytes]
+            self._early.become(len(self._pending))
             self._next()
 
     def _rest(self) -> None:
@@ -413,22 +425,17 @@ class Connection(asyncio.BufferedProtocol):
             data = bytes(self._pending)
             self._read_head(data, len(data))
 
-    def _refuse(self, error: RequestError) -> None:
+    def _refuse(self, error: RequestError, *, wait: bool = True) -> None:
         """Answer what never became an exchange, and close: nobody knows where the next request would begin."""
         assert self._transport is not None
         self._server.app.recorder.refused(error)
-        request_id = new_request_id()
-        body = envelope(error, request_id)
-        more = b"".join(b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in error.headers.items())
-        fields = b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %s\r\nconnection: close\r\n"
-        head = _STATUS[error.status] + fields % (len(body), request_id) + more + self._server.date()
-        self._transport.write(head + b"\r\n" + body)
-        self._linger(wait=True)
+        self._transport.write(write_refusal(error, date=self._server.date()))
+        self._linger(wait=wait)
 
     def _linger(self, *, wait: bool) -> None:
         """Close; with `wait`, when the client has closed or has had time to read."""
         assert self._transport is not None
-        self._pending.clear()
+        self._forget_pending()
         self._parser = None
         self._state = _State.LINGERING
         if not wait:
@@ -440,7 +447,3 @@ class Connection(asyncio.BufferedProtocol):
         self._read_on()
         with contextlib.suppress(OSError):  # the client was quicker
             self._transport.write_eof()
-
-
-def _no_http() -> RequestError:
-    return RequestError(400, "malformed_request", "got bytes that are no HTTP request, wanted HTTP/1.1 with one Host")

@@ -22,7 +22,8 @@ from ray import serve
 from ray.serve import Application as ServeApplication
 
 from serving.accepting import Share
-from serving.desk import ask_for_reload, fetch, reloads
+from serving.changes import Change
+from serving.desk import fetch, orders, turn
 from serving.errors import ModelError
 from serving.http_server import HttpServer, lanes_for, loop_factory, make_application, make_server, serving_grpc
 from serving.models import Models
@@ -59,7 +60,7 @@ class EmbeddingReplica:
             watches=settings.watch,
             alone=settings.replicas == 1,
         )
-        self._service.changed = None if settings.replicas == 1 else partial(ask_for_reload, Path(desk))
+        self._service.changes.turn = partial(turn, Path(desk))
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._moved: float | None = None
@@ -108,19 +109,19 @@ class EmbeddingReplica:
         if self._service.failure:
             return
         # A bundle that came since the models were loaded is served everywhere else by now.
-        told = reloads(desk, refuse=server.refuse)
-        answer = await anext(told)
-        answer(await self._service.reload())
+        told = orders(desk, refuse=server.refuse)
+        changes, answer = await anext(told)
+        answer(await self._service.changes.follow(changes))
         async with serving_grpc(app, self._settings):
             serving = asyncio.create_task(server.serve(sockets=[listener]))
-            reloading = asyncio.create_task(self._reload_when_told(told))
+            following = asyncio.create_task(self._follow(told))
             await self._until_stopped(server, serving)
-            reloading.cancel()
+            following.cancel()
             await serving
 
-    async def _reload_when_told(self, told: AsyncIterator[Callable[[list[str]], None]]) -> None:
-        async for answer in told:
-            answer(await self._service.reload())
+    async def _follow(self, told: AsyncIterator[tuple[list[Change], Callable[[list[str]], None]]]) -> None:
+        async for changes, answer in told:
+            answer(await self._service.changes.follow(changes))
 
     async def _until_stopped(self, server: HttpServer, serving: asyncio.Task[None]) -> None:
         while not serving.done():

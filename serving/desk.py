@@ -1,15 +1,18 @@
 """Where replicas turn to the process that started them, over a Unix socket in a private folder.
 
 It hands them the listening socket and its standard error, for their logs to be lines of one stream without Ray's marks,
-and passes it on to all of them when one was told to load a model, or a signal was. Each says how that went: whoever
-asked hears that every replica has loaded, or which have not. In the end it has them all accept no more.
+and passes changes of what is served on to all of them: that one was asked for, or that a signal was. Each says how that
+went: whoever asked hears that every replica has made the change, or which have not. One change is made at a time, by
+whoever's turn it is, so that all make them in one order; a replica that comes later is told what was decided before. In
+the end the desk has them all accept no more.
 
 All replicas accept from one queue of connections, which the starting process keeps open: while a replica is replaced,
 connections wait in it instead of being refused, and a replica that goes leaves none behind. The desk hands out the
 counts by which they share them out (:mod:`serving.accepting`), and takes back what a replica that has gone left there.
 
-Messages are one letter from the caller; and, to a replica that listens, a number in a line, with a word behind it where
-it is not about loading, which comes back in a line with what went wrong behind it, or nothing.
+Messages are one letter from the caller. To a replica that listens they are a line: a number, and a list of changes in
+JSON or a word; the number comes back in a line with what went wrong behind it, or nothing. A caller whose turn it is
+sends a change in a line, and gets a list of what went wrong.
 """
 
 from __future__ import annotations
@@ -21,27 +24,34 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Self, TextIO
 
 import orjson
 
 from serving.accepting import Counts, Share
+from serving.changes import RELOAD, Change, Tell
 from serving.errors import ModelError
 
-__all__ = ["Desk", "Told", "ask_for_reload", "fetch", "reloads"]
+__all__ = ["Desk", "Told", "fetch", "orders", "turn"]
 
 _log = logging.getLogger("serving")
-#: What a caller says: hand me the sockets; have all replicas load again; tell me when I am to load again.
-_FETCH, _RELOAD, _LISTEN = b"F", b"R", b"L"
+#: What a caller says: hand me the sockets; let me change what is served; tell me what others change.
+_FETCH, _CHANGE, _LISTEN = b"F", b"C", b"L"
+#: The answer to the second of these, once it is the caller's turn.
+_YOUR_TURN = b"!"
 #: The word behind a number: accept no further connection.
-_REFUSE = b" refuse"
+_REFUSE = b"refuse"
 #: Of a replica's place among the counts of connections, in the answer to its first word.
 _PLACE_BYTES = 2
+#: Longest line; a list of failures has a line of some hundred characters for each replica.
+_LINE_BYTES = 2**20
 #: In which a caller has to say what it wants, and the desk to answer.
 _TIMEOUT_S = 30.0
-#: In which every replica has to have loaded its models again.
+#: In which every replica has to have made a change.
 _RELOAD_S = 60.0
 #: In which every replica has to have stopped accepting.
 _REFUSE_S = 1.0
@@ -54,12 +64,12 @@ class _Replica:
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        #: By number of the reload: what went wrong, or nothing.
+        #: By number of the change: what went wrong, or nothing.
         self.answers: dict[int, str] = {}
 
 
 class Told:
-    """A reload that replicas were told of, by :meth:`Desk.tell`.
+    """A change that replicas were told of, by :meth:`Desk.tell`.
 
     Parameters
     ----------
@@ -82,7 +92,7 @@ class Desk:
     listener : socket
         What is handed out.
     reload_s : float
-        Time in which every replica has to have loaded its models again, in seconds.
+        Time in which every replica has to have made a change, in seconds.
     """
 
     def __init__(self, path: Path, listener: socket.socket, *, reload_s: float = _RELOAD_S) -> None:
@@ -96,30 +106,38 @@ class Desk:
         self._news = threading.Condition()
         self._replicas: list[_Replica] = []
         self._count = 0
+        #: By model: what was decided that its folder does not say.
+        self._decided: dict[str, Change] = {}
+        self._turn = threading.Lock()
         self._thread = threading.Thread(target=self._answer, name="desk", daemon=True)
 
-    def tell(self) -> Told:
-        """Have every replica load its models again, without waiting for it."""
-        return self._tell(b"")
+    def tell(self, change: Change = RELOAD) -> Told:
+        """Have every replica make a change, without waiting for it."""
+        return self._tell(_listed([change]), change)
 
-    def _tell(self, word: bytes) -> Told:
+    def _tell(self, word: bytes, change: Change | None = None) -> Told:
         with self._news:
             self._count += 1
+            # Whoever comes from now on is told by _listen_to.
+            if change is not None and change.verb in ("choose", "unload"):
+                self._decided[change.model] = change
+            elif change is not None and change.verb == "load":
+                self._decided.pop(change.model, None)
             for replica in self._replicas.copy():
                 try:
                     # Never waits: a replica that has not taken thousands of such lines does not live.
-                    replica.connection.send(b"%d%b\n" % (self._count, word), socket.MSG_DONTWAIT)
+                    replica.connection.send(b"%d %b\n" % (self._count, word), socket.MSG_DONTWAIT)
                 except OSError:
                     self._replicas.remove(replica)
             return Told(self._count, self._replicas.copy())
 
     def collect(self, told: Told) -> list[str]:
-        """Wait until every replica that was told has loaded, or has gone; at most so long as the desk was made with.
+        """Wait until every replica that was told has answered, or has gone; at most so long as the desk was made with.
 
         Returns
         -------
         list of str
-            What went wrong: a line for each replica that could not load, and for those that did not answer.
+            What went wrong: a line for each replica that could not, and for those that did not answer.
         """
         with self._news:
             self._news.wait_for(lambda: not self._silent(told), self._reload_s)
@@ -127,7 +145,7 @@ class Desk:
             if silent := len(self._silent(told)):
                 failures.append(
                     f"{silent} of {len(told.replicas)} processes did not answer within {self._reload_s:g} s, and may "
-                    "serve what they served before; load it again"
+                    "serve what they served before; do it again"
                 )
             for replica in told.replicas:
                 replica.answers = {n: answer for n, answer in replica.answers.items() if n > told.number}
@@ -173,8 +191,8 @@ class Desk:
             asked = caller.recv(1)
             if asked == _LISTEN:
                 self._listen_to(caller)
-            elif asked == _RELOAD:
-                caller.sendall(orjson.dumps(self.collect(self.tell())))
+            elif asked == _CHANGE:
+                self._let_change(caller)
             elif asked == _FETCH and not self._refusing.is_set():
                 self._hand_out(caller)
 
@@ -190,6 +208,14 @@ class Desk:
             with self._news:
                 self._counts.leave(place)
 
+    def _let_change(self, caller: socket.socket) -> None:
+        """Have one caller change what is served, until it hangs up, while the others wait."""
+        caller.settimeout(None)  # it loads in between
+        with self._turn, caller.makefile("rb") as lines:
+            caller.sendall(_YOUR_TURN)
+            for line in lines:
+                caller.sendall(orjson.dumps(self.collect(self.tell(Change.from_json(line)))) + b"\n")
+
     def _listen_to(self, caller: socket.socket) -> None:
         caller.settimeout(None)
         replica = _Replica(caller)
@@ -197,7 +223,7 @@ class Desk:
             if self._closed.is_set():
                 return
             self._replicas.append(replica)
-            caller.send(b"0\n", socket.MSG_DONTWAIT)
+            caller.send(b"0 %b\n" % _listed([RELOAD, *self._decided.values()]), socket.MSG_DONTWAIT)
         try:
             with caller.makefile("r", encoding="utf-8", errors="replace") as lines:
                 for line in lines:
@@ -252,34 +278,53 @@ def fetch(path: Path) -> tuple[socket.socket, Share, TextIO]:
     return listener, share, os.fdopen(errors, "w", buffering=1)
 
 
-async def ask_for_reload(path: Path) -> None:
-    """Have every replica load its models again, and wait until all have.
+@asynccontextmanager
+async def turn(path: Path) -> AsyncIterator[Tell]:
+    """Wait for the turn to change what is served, and give what has every replica make a change.
 
     Raises
     ------
     ModelError
-        Not all have, and why.
+        The desk cannot be asked.
     """
     try:
-        reader, writer = await asyncio.open_unix_connection(path)
+        reader, writer = await asyncio.open_unix_connection(path, limit=_LINE_BYTES)
+    except OSError as error:
+        raise _not_asked(error) from error
+    try:
         try:
-            writer.write(_RELOAD)
-            # The desk keeps its own time, which is bounded.
-            failures: list[str] = orjson.loads(await reader.read())
-        finally:
-            writer.close()
-    except (OSError, orjson.JSONDecodeError) as error:
-        raise ModelError(
-            f"the model was loaded here, but the other processes could not be told ({error}); load it again"
-        ) from error
-    if failures:
-        raise ModelError(f"the model was loaded, but not everywhere: {'; '.join(failures)}")
+            writer.write(_CHANGE)
+            await reader.readexactly(1)
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise _not_asked(error) from error
+
+        async def tell(change: Change) -> None:
+            done = "nothing was changed" if change.verb == "prove" else f"{change.model!r} was changed here"
+            try:
+                writer.write(change.to_json() + b"\n")
+                # The desk keeps its own time, which is bounded.
+                failures: list[str] = orjson.loads(await reader.readline())
+            except (OSError, ValueError) as error:
+                raise ModelError(f"{done}, but the other processes could not be told ({error}); do it again") from error
+            if failures:
+                what = "because it cannot be everywhere" if change.verb == "prove" else "but not everywhere"
+                raise ModelError(f"{done}, {what}: {'; '.join(failures)}")
+
+        yield tell
+    finally:
+        writer.close()
 
 
-async def reloads(path: Path, *, refuse: Callable[[], None]) -> AsyncIterator[Callable[[list[str]], None]]:
-    """Yield at once, and then whenever the models are to be loaded again; ends with the desk.
+def _not_asked(error: Exception) -> ModelError:
+    return ModelError(f"nothing was changed, because the other processes could not be asked ({error}); try again")
 
-    At once, because a bundle may have come between the loading of the models and this.
+
+async def orders(
+    path: Path, *, refuse: Callable[[], None]
+) -> AsyncIterator[tuple[list[Change], Callable[[list[str]], None]]]:
+    """Yield at once, and then whenever what is served is to be changed; ends with the desk.
+
+    At once, because a bundle may have come between the loading of the models and this, and others have decided.
 
     Parameters
     ----------
@@ -289,16 +334,18 @@ async def reloads(path: Path, *, refuse: Callable[[], None]) -> AsyncIterator[Ca
 
     Yields
     ------
+    list of Change
+        To be made in this order.
     callable
-        Tells the desk what could not be loaded, once the rest was.
+        Tells the desk what could not be done, once the rest was.
     """
-    reader, writer = await asyncio.open_unix_connection(path)
+    reader, writer = await asyncio.open_unix_connection(path, limit=_LINE_BYTES)
     try:
         writer.write(_LISTEN)
         while line := await reader.readline():
-            count, word, _ = line.rstrip(b"\n").partition(_REFUSE)
+            count, _, word = line.rstrip(b"\n").partition(b" ")
             number = int(count)
-            if word:
+            if word == _REFUSE:
                 refuse()
                 writer.write(b"%d \n" % number)
                 continue
@@ -306,6 +353,10 @@ async def reloads(path: Path, *, refuse: Callable[[], None]) -> AsyncIterator[Ca
             def answer(failures: list[str], number: int = number) -> None:
                 writer.write(b"%d %s\n" % (number, " ".join("; ".join(failures).split()).encode()))
 
-            yield answer
+            yield [Change(**one) for one in orjson.loads(word)], answer
     finally:
         writer.close()
+
+
+def _listed(changes: Sequence[Change]) -> bytes:
+    return orjson.dumps([asdict(change) for change in changes])

@@ -24,6 +24,8 @@ class Embeddings:
         """Embed the items of one request."""
         service = self._service
         require_plain(exchange.headers)
+        # Which model is meant, and nothing else of this, stands in the body.
+        service.require_room(None)
         content = bytes(await exchange.body(service.limits))
         most = service.limits.max_rows
         values = most * max(model.input.n_features for model in service.models.current)

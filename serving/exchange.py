@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import orjson
 
 from serving.errors import RequestError
+from serving.guard.keys import presented
 from serving.settings import Limits
 
 if TYPE_CHECKING:
     from serving.guard.admission import Admission
     from serving.guard.keys import Key
+    from serving.head import Head
     from serving.served_model import ServedModel
     from serving.service import Embedded
 
@@ -85,20 +87,24 @@ class Exchange:
     scope : mapping
         ASGI's.
     wire : Wire
-    headers : dict of bytes to bytes, optional
-        The scope's as a dict, names in lower case, the last of equal ones.
+    head : Head, optional
+        Where our own connection has read it; its scope is this one.
 
     Attributes
     ----------
     request_id : bytes
         The client's ``x-request-id`` if it is a plain one, else ours.
     announced_bytes : int
-        Content-Length, or what the body has become; room is kept for it.
+        Content-Length, or what the body has become.
+    kept_bytes : int
+        What room is kept for: the body, and the features of its rows.
     received_bytes : int
         What has come of the body.
     body_is_read : bool
     began : float
         :func:`time.perf_counter` when it came.
+    key_digest : bytes or None
+        Of the API key that is presented.
     route, model, version, key, served, embedded
         What is noted of it on the way, for logs and metrics.
     """
@@ -114,7 +120,9 @@ class Exchange:
         "headers",
         "is_late",
         "is_watched",
+        "kept_bytes",
         "key",
+        "key_digest",
         "model",
         "path",
         "received_bytes",
@@ -128,18 +136,24 @@ class Exchange:
         "version",
     )
 
-    def __init__(self, scope: Mapping[str, Any], wire: Wire, *, headers: dict[bytes, bytes] | None = None) -> None:
+    def __init__(self, scope: Mapping[str, Any], wire: Wire, *, head: Head | None = None) -> None:
         self.began = time.perf_counter()
         self.scope, self._wire = scope, wire
         self.path: str = scope["path"]
-        self.headers = dict(scope["headers"]) if headers is None else headers
+        self.headers: dict[bytes, bytes]
+        self.key_digest: bytes | None
+        if head is not None:
+            self.headers, self.key_digest = head.headers, head.key_digest
+        else:
+            self.headers = dict(scope["headers"])
+            self.key_digest = presented(self.headers.get(b"authorization"), self.headers.get(b"x-api-key"))
         given = self.headers.get(b"x-request-id")
         if given is not None and _REQUEST_ID.fullmatch(given):
             self.request_id = given
         else:
             self.request_id = new_request_id()
         self.announced_bytes = 0
-        self.received_bytes = 0
+        self.received_bytes = self.kept_bytes = 0
         self.body_is_read = self.started = self.gone = self.is_late = self.is_watched = False
         self.route = "other"
         self.model = self.version = ""
@@ -155,10 +169,10 @@ class Exchange:
         self.model, self.version = model.name, model.version
         self.served, self.embedded = model, embedded
 
-    def admit_rows(self, n_rows: int) -> None:
-        """Take rows off the rate of the key that asks."""
+    def admit_rows(self, n_rows: int, *, n_bytes: int) -> None:
+        """Keep room for the features of rows, and take the rows off the rate of the key that asks."""
         if self.admission is not None:
-            self.admission.admit_rows(self.key, n_rows)
+            self.admission.admit_rows(self, n_rows, n_bytes=n_bytes)
 
     def grow(self, n_bytes: int) -> None:
         """Keep room for a body that is larger than what was announced."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import logging
 import os
 import socket
 import sys
@@ -17,6 +18,7 @@ from serving.app import Application
 from serving.connection import Connection
 from serving.guard.keys import KeyRing
 from serving.head import Heads
+from serving.room import Room
 from serving.service import Service
 from serving.settings import ServiceSettings
 from serving.watching.tracing import open_tracer
@@ -24,11 +26,17 @@ from vaefeat.processors import available_cpus
 
 __all__ = ["HttpServer", "lanes_for", "loop_factory", "make_application", "make_server", "serving_grpc"]
 
+_log = logging.getLogger("serving")
 #: Connections that may wait to be accepted.
 BACKLOG = 2048
-
-
-#: Files that a process has open beside its connections.
+#: Connections beyond the limit that may stay until their clients have read why; the rest is told and closed at once.
+_MOST_TURNED_AWAY = 128
+#: What may lie here of requests whose turn has not come: of heads that are not complete, and of those that clients send
+#: behind one that is being answered.
+_MOST_EARLY_BYTES = 64 * 2**20
+#: Most of what is read at once.
+_SCRATCH_BYTES = 2**18
+#: Files that a process has open beside its connections; those that are turned away are among them.
 _OTHER_FILES = 512
 #: How often deadlines of connections are looked at, and a stop that was asked for is noticed.
 _TICK_S = 0.05
@@ -56,13 +64,20 @@ class HttpServer:
         To be set, by any thread, for it to stop.
     heads : Heads
         That its clients have sent lately.
+    early : Room
+        For what comes before its turn.
+    scratch : memoryview
+        Where connections read into: one for all, because event loops ask for it immediately before they read (Windows'
+        proactor does not, and is not used), and no other loop's.
     """
 
     def __init__(self, app: Application, *, max_connections: int, grace_s: float, share: Share | None = None) -> None:
-        self.app, self.heads = app, Heads()
+        self.app, self.heads, self.early = app, Heads(), Room(_MOST_EARLY_BYTES)
+        self.scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self.started = self.should_exit = False
         self._max_connections, self._grace_s, self._share = max_connections, grace_s, share
         self._connections: set[Connection] = set()
+        self._turned_away: set[Connection] = set()
         self._servers: list[asyncio.Server | Acceptor] = []
         self._date = b""
         self._date_of = 0
@@ -70,7 +85,7 @@ class HttpServer:
     @property
     def n_connections(self) -> int:
         """Connections that are open."""
-        return len(self._connections)
+        return len(self._connections) + len(self._turned_away)
 
     async def serve(self, sockets: Sequence[socket.socket]) -> None:
         """Serve on sockets that are listening, or are to listen; they are closed in the end."""
@@ -105,29 +120,50 @@ class HttpServer:
     async def _finish(self) -> None:
         """Answer what is in flight, and wait until the answers are taken."""
         until = time.monotonic() + self._grace_s
-        while self._connections and time.monotonic() < until:
-            for connection in list(self._connections):  # also one that was accepted in the last moment
-                connection.stop()
+        while self.n_connections and time.monotonic() < until:
+            self._have_all(Connection.stop)  # also one that was accepted in the last moment
             await self._tick()
-        for connection in list(self._connections):
-            connection.abort()
+        self._have_all(Connection.abort)
 
     async def _tick(self) -> None:
         await asyncio.sleep(_TICK_S)
         now = asyncio.get_running_loop().time()
-        for connection in list(self._connections):
-            connection.expire(now)
+        self._have_all(lambda connection: connection.expire(now))
+
+    def _have_all(self, do: Callable[[Connection], None]) -> None:
+        """Have every connection do something; one that fails is closed, and the others go on."""
+        for connection in [*self._connections, *self._turned_away]:
+            try:
+                do(connection)
+            except Exception:
+                _log.exception("a connection failed, and is closed")
+                self._forget(connection)  # or it would fail again at every tick
+                with contextlib.suppress(Exception):
+                    connection.abort()
 
     def enter(self, connection: Connection) -> bool:
         """Take a new connection in; False where there are too many."""
+        if len(self._connections) >= self._max_connections:
+            return False
         self._connections.add(connection)
-        return len(self._connections) <= self._max_connections
+        return True
+
+    def turn_away(self, connection: Connection) -> bool:
+        """Tell whether one that may not enter may stay until its client has read so: few may, and they end soon."""
+        if len(self._turned_away) >= _MOST_TURNED_AWAY:
+            return False
+        self._turned_away.add(connection)
+        return True
 
     def leave(self, connection: Connection) -> None:
         """Forget one that has ended."""
-        self._connections.discard(connection)
+        self._forget(connection)
         if self._share is not None:
             self._share.add(-1)
+
+    def _forget(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        self._turned_away.discard(connection)
 
     def date(self) -> bytes:
         """Give the Date header of now, as a line."""
@@ -158,21 +194,35 @@ def make_application(service: Service, settings: ServiceSettings) -> Application
 def make_server(app: Application, settings: ServiceSettings, *, share: Share | None = None) -> HttpServer:
     """Make a server, to be run with ``await server.serve(sockets=[listener])``."""
     limits = settings.limits
-    _allow_files(limits.max_connections)
-    return HttpServer(app, max_connections=limits.max_connections, grace_s=limits.compute_timeout_s, share=share)
+    allowed = _allow_files(limits.max_connections)
+    if allowed < limits.max_connections:
+        _log.warning(
+            "got a limit of open files that leaves room for %d connections, wanted %d; raise it with ulimit -Hn",
+            allowed,
+            limits.max_connections,
+        )
+    return HttpServer(app, max_connections=allowed, grace_s=limits.compute_timeout_s, share=share)
 
 
-def _allow_files(n_connections: int) -> None:
-    """Raise this process's limit of open files, where it is lower than so many connections need and may be raised."""
+def _allow_files(n_connections: int) -> int:
+    """Raise this process's limit of open files, where it is lower than so many connections need and may be raised.
+
+    Returns
+    -------
+    int
+        Connections that there are files for: more would leave none for models and logs.
+    """
     if sys.platform == "win32":  # which knows no such limit
-        return
+        return n_connections
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = n_connections + _OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return n_connections
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(1, most - _OTHER_FILES)
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -166,25 +166,15 @@ class Inference:
         """Load a model's folder again, or go back to a version that is still held."""
         name, version = self._named(exchange), await self._asked_version(exchange)
         service = self._service
-        if version is None:
-            if not service.alone and service.changed is None:
-                raise RequestError(
-                    409,
-                    "conflict",
-                    "several processes answer here, and this one alone would load it; put the bundle into the model's "
-                    "folder, and have the operator tell them all",
-                )
-            model = await service.load(name)
-        else:
-            self._refuse_unless_alone()
-            model = await service.change(service.models.choose, name, version)
+        self._refuse_unless_all_change()
+        model = await (service.changes.load(name) if version is None else service.changes.choose(name, version))
         return json_answer({"name": model.name, "version": model.version, "state": "READY"})
 
     async def unload(self, exchange: Exchange) -> Answer:
         """Serve a model no more."""
         await exchange.body(self._service.limits)
-        self._refuse_unless_alone()
-        await self._service.change(self._service.models.unload, self._named(exchange))
+        self._refuse_unless_all_change()
+        await self._service.changes.unload(self._named(exchange))
         return json_answer({})
 
     async def _asked_version(self, exchange: Exchange) -> str | None:
@@ -209,13 +199,13 @@ class Inference:
             raise CodecError(f"got a version that is no text, wanted {_LOAD_FORM}")
         return version or None
 
-    def _refuse_unless_alone(self) -> None:
-        if not self._service.alone:
+    def _refuse_unless_all_change(self) -> None:
+        if not self._service.alone and self._service.changes.turn is None:
             raise RequestError(
                 409,
                 "conflict",
                 "several processes answer here, and this one alone would do so; put the bundle that you want into the "
-                "model's folder, and load it",
+                "model's folder, and have the operator tell them all",
             )
 
     def _named(self, exchange: Exchange) -> str:

@@ -67,7 +67,7 @@ async def _until_stopped(
         server.should_exit = server.should_exit or asked.stop.is_set() or bool(service.failure)
         if asked.reload.is_set():
             asked.reload.clear()
-            await service.reload()
+            await service.changes.reload()
         if server.started and service.ready and not announced and not server.should_exit:
             announced = True
             providers = [model.provider for model in service.models.current]

@@ -223,6 +223,8 @@ class Models:
             404 for a name or version that is not held.
         """
         model = self.find(name, version)
+        if model is self._of(name)[0]:
+            return model
         model.prove()
         others = tuple(other for other in self._of(name) if other is not model)
         self._versions = {**self._versions, name: (model, *others)}

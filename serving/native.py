@@ -192,9 +192,10 @@ class Native:
 
     def _require_room(self, asked: _Asked) -> None:
         service = self._service
-        # With several models, JSON may say in the body which is meant.
-        if service.batcher.queued_rows and (asked.model is not None or len(service.models.names) == 1):
-            model = service.find(asked.model, asked.version)
+        if service.batcher.queued_rows:
+            # With several models, JSON may say in the body which is meant.
+            is_known = asked.model is not None or len(service.models.names) == 1
+            model = service.find(asked.model, asked.version) if is_known else None
             service.require_room(model, priority=asked.priority, timeout_s=asked.timeout_s)
 
     async def _batch(

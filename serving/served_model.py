@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,10 @@ class ServedModel:
         self.classes = self._opened.classes
         predicted = (LABEL, PROBABILITIES) if self.classes else ()
         self.names = (*(name for name in self.outputs if name not in predicted), *predicted)
+        #: Features and probabilities are float32, labels int64.
+        self._feature_bytes = {name: 4 * width for name, width in self.outputs.items()}
+        if self.classes:
+            self._feature_bytes |= {LABEL: 8, PROBABILITIES: 4 * len(self.classes)}
         self.latent_dim, self.active_units = self._opened.latent_dim, self._opened.active_units
         self.provider, self.device = self._opened.provider, self._opened.device
         self.reference: Reference | PredictionReference | None = load_reference(bundle)
@@ -98,6 +102,10 @@ class ServedModel:
     def padding(self, n_rows: int) -> int:
         """Give the rows that are computed beside so many."""
         return self._opened.padding(n_rows)
+
+    def feature_bytes(self, outputs: Iterable[str]) -> int:
+        """Give the bytes that some of `names` take for each row."""
+        return sum(self._feature_bytes[name] for name in outputs)
 
     def compute(self, rows: NDArray[Any], outputs: Sequence[str]) -> list[NDArray[Any]]:
         """Compute some of `names` of checked rows; labels are places in `classes`."""

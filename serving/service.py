@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 from serving.batch import Batch, Job
 from serving.batcher import RowBatcher
+from serving.changes import Changes
 from serving.errors import ModelError, RequestError, overloaded, too_large
 from serving.images import ImageDecoder, spread
 from serving.models import Models
+from serving.room import Room
 from serving.served_model import ServedModel
 from serving.settings import Limits
 from vaefeat.errors import DeviceError
@@ -37,8 +39,6 @@ _T = TypeVar("_T")
 _PROVE_EVERY_S = 5.0
 #: Rows of it that are compared then; all were when the model was loaded.
 _PROVE_ROWS = 4
-#: Between two looks at watched folders.
-_LOOK_EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,8 @@ class Caller(Protocol):
 
     span: Any
 
-    def admit_rows(self, n_rows: int) -> None:
-        """Take rows off a rate; raises RequestError 429."""
+    def admit_rows(self, n_rows: int, *, n_bytes: int) -> None:
+        """Take rows off a rate, and keep room for the bytes of their features; raises RequestError 429 and 503."""
 
 
 class Service:
@@ -105,11 +105,12 @@ class Service:
 
     Attributes
     ----------
-    changed : callable or None
-        Awaited after a client had a folder loaded again: returns when other processes have done so, too, and raises
-        ModelError where they have not.
+    changes : Changes
+        Of what is served.
     told : callable or None
         Hears of every :class:`Batch` that was computed.
+    room : Room
+        What clients may occupy, whichever door they come through.
     ready : bool
         Every model is warmed up, agrees with its reference, and no device has failed since.
     failure : str
@@ -122,12 +123,13 @@ class Service:
         self, models: Models, limits: Limits, *, lanes: int, watches: bool = False, alone: bool = True
     ) -> None:
         self.models, self.limits = models, limits
+        self.room = Room(limits.max_in_flight_bytes)
         self.watches, self.alone = watches, alone
         self.ready = self.stopping = False
         self.failure = ""
         self.state = "warming up"
         self.told: Callable[[Batch], None] | None = None
-        self.changed: Callable[[], Awaitable[None]] | None = None
+        self.changes = Changes(models)
         self.batcher = RowBatcher(
             lanes=lanes,
             max_batch_rows=limits.max_batch_rows,
@@ -144,10 +146,7 @@ class Service:
             tasks=max(1, limits.worker_threads - 1),
             off_loop=self.off_loop,
         )
-        # Loading takes seconds; it must not stand in the way of bodies that wait to be decoded.
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._tasks: list[asyncio.Task[None]] = []
-        self._loading: set[asyncio.Task[ServedModel]] = set()
 
     async def start(self) -> None:
         """Start the lanes, and warm up in the background so that probes are answered meanwhile; only once."""
@@ -156,7 +155,7 @@ class Service:
         self.batcher.start()
         self._tasks.append(asyncio.create_task(self._watch_over()))
         if self.watches:
-            self._tasks.append(asyncio.create_task(self.watch()))
+            self._tasks.append(asyncio.create_task(self.changes.watch()))
 
     async def stop(self) -> None:
         """End everything; requests in flight were answered before."""
@@ -166,7 +165,7 @@ class Service:
         self.batcher.close()
         self.models.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._loader.shutdown(wait=False, cancel_futures=True)
+        self.changes.stop()
 
     def find(self, name: str | None, version: str | None = None) -> ServedModel:
         """Find a model; see :meth:`serving.models.Models.find`."""
@@ -223,7 +222,7 @@ class Service:
         limit = self.limits.compute_timeout_s
         timeout_s = limit if timeout_s is None else min(timeout_s, limit)
         if isinstance(batch, np.ndarray):
-            self._admit(model, len(batch) if batch.ndim else 0, priority, timeout_s, caller)
+            self._admit(model, len(batch) if batch.ndim else 0, outputs, priority, timeout_s, caller)
             # A float row is looked at value by value; that of many rows would hold up everybody else.
             plain = batch.dtype == np.uint8 and model.input.dtype == "uint8"
             slow = not plain and batch.nbytes > self.limits.inline_bytes
@@ -236,65 +235,6 @@ class Service:
         """Call a function in a bounded pool of threads."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
 
-    async def change(self, function: Callable[..., _T], *arguments: Any) -> _T:
-        """Change the models, one change after the other, in a thread of its own."""
-        return await asyncio.get_running_loop().run_in_executor(self._loader, function, *arguments)
-
-    async def load(self, name: str) -> ServedModel:
-        """Load a name's folder again, here and then in all other processes that answer at this address.
-
-        Raises
-        ------
-        RequestError, ModelError
-            As :meth:`serving.models.Models.load`; or others have not loaded it.
-        """
-        loading = asyncio.create_task(self._load(name))
-        self._loading.add(loading)
-        loading.add_done_callback(self._loading.discard)
-        # Whoever asked for it may hang up in between.
-        return await asyncio.shield(loading)
-
-    async def _load(self, name: str) -> ServedModel:
-        model = await self.change(self.models.load, name)
-        if self.changed is not None:
-            await self.changed()
-        return model
-
-    async def reload(self) -> list[str]:
-        """Load every folder that has changed; what cannot be loaded is logged, and what was served goes on.
-
-        Returns
-        -------
-        list of str
-            What could not be loaded, and why.
-        """
-        failures = []
-        for name in self.models.names:
-            try:
-                await self.change(self.models.reload, name)
-            except ModelError as error:
-                _log.error("%s", error)
-                failures.append(str(error))
-            except Exception as error:  # whoever watches has to go on watching
-                _log.exception("model %r was not loaded, and what was served still is", name)
-                failures.append(f"model {name!r} was not loaded: {type(error).__name__}")
-        return failures
-
-    async def watch(self) -> None:
-        """Load a bundle again whenever its folder changes, until cancelled."""
-        # Loaded once more to begin with, because a bundle may have come since; the same one is not opened again.
-        before: dict[str, tuple[int, ...]] = {}
-        while True:
-            await asyncio.sleep(_LOOK_EVERY_S)
-            # Twice the same: whoever writes the bundle has finished with its manifest, which comes last.
-            if (now := self.models.stamps()) != before and now == await self._stamps_later():
-                before = now
-                await self.reload()
-
-    async def _stamps_later(self) -> dict[str, tuple[int, ...]]:
-        await asyncio.sleep(_LOOK_EVERY_S / 4)
-        return self.models.stamps()
-
     def require_ready(self) -> None:
         """Refuse work that would not be done well.
 
@@ -306,22 +246,35 @@ class Service:
         if not self.ready:
             raise overloaded(f"the service is not ready: {self.failure or self.state}")
 
-    def require_room(self, model: ServedModel, *, priority: int = 0, timeout_s: float | None = None) -> None:
+    def require_room(self, model: ServedModel | None, *, priority: int = 0, timeout_s: float | None = None) -> None:
         """Refuse a request before its body is read, where not even one of its rows would find a place in time.
+
+        Parameters
+        ----------
+        model : ServedModel or None
+            None where the body says which is meant: it is refused if there is no place for any of them.
+        priority : int
+        timeout_s : float, optional
+            As for :meth:`embed`.
 
         Raises
         ------
         RequestError
             503.
         """
+        if not self.batcher.queued_rows:
+            return
         limit = self.limits.compute_timeout_s
-        self.batcher.require_room(
-            model,
-            1,
-            model.input.row_bytes,
-            timeout_s=limit if timeout_s is None else min(timeout_s, limit),
-            bulk=_is_bulk(priority),
-        )
+        timeout_s = limit if timeout_s is None else min(timeout_s, limit)
+        refusal: RequestError | None = None
+        for one in self.models.current if model is None else (model,):
+            try:
+                self.batcher.require_room(one, 1, one.input.row_bytes, timeout_s=timeout_s, bulk=_is_bulk(priority))
+                return
+            except RequestError as error:
+                refusal = error
+        if refusal is not None:
+            raise refusal
 
     def fail(self, reason: str) -> None:
         """Take the service out: nobody is told 200 by what does not work."""
@@ -329,14 +282,22 @@ class Service:
             _log.error("not ready any more: %s", reason)
         self.ready, self.failure = False, self.failure or reason
 
-    def _admit(self, model: ServedModel, n_rows: int, priority: int, timeout_s: float, caller: Caller | None) -> None:
+    def _admit(
+        self,
+        model: ServedModel,
+        n_rows: int,
+        outputs: tuple[str, ...],
+        priority: int,
+        timeout_s: float,
+        caller: Caller | None,
+    ) -> None:
         if n_rows > self.limits.max_rows:
             raise too_large(f"got {n_rows} rows, wanted at most {self.limits.max_rows} at a time; send them in parts")
         # Before they are taken off a rate: whoever is refused comes again, and would pay twice.
         n_bytes = n_rows * model.input.row_bytes
         self.batcher.require_room(model, n_rows, n_bytes, timeout_s=timeout_s, bulk=_is_bulk(priority))
         if caller is not None:
-            caller.admit_rows(n_rows)
+            caller.admit_rows(n_rows, n_bytes=n_rows * model.feature_bytes(outputs))
 
     def _submit(
         self,
@@ -377,7 +338,7 @@ class Service:
     ) -> Embedded:
         if model.input.kind != "image":
             raise RequestError(422, "invalid_rows", f"got images, wanted {model.input}; send rows of numbers")
-        self._admit(model, len(encoded), priority, timeout_s, caller)
+        self._admit(model, len(encoded), outputs, priority, timeout_s, caller)
         began = time.perf_counter()
         rows, errors = await self._decoder.decode(encoded, model.input, deadline=began + timeout_s)
         decode_s = time.perf_counter() - began
@@ -400,7 +361,7 @@ class Service:
     async def _watch_over(self) -> None:
         """Warm up, then compare with the reference again and again."""
         try:
-            await self.change(lambda: self.models.warm_up(told=self._is_warming))
+            await self.changes.run(lambda: self.models.warm_up(told=self._is_warming))
             self.ready = True
             while True:
                 await asyncio.sleep(_PROVE_EVERY_S)

@@ -85,10 +85,11 @@ _PANELS: tuple[tuple[str, str, str, Mapping[str, str]], ...] = (
     ),
     (
         "Memory",
-        "Of the processes, and of it what waits for the device.",
+        "Of the processes, and of it what clients occupy and what waits for the device.",
         "bytes",
         {
             "resident": "sum(process_resident_memory_bytes and on (instance, job) vaefeat_in_flight)",
+            "in flight": "sum(vaefeat_in_flight_bytes)",
             "waiting": "sum(vaefeat_queue_bytes)",
         },
     ),

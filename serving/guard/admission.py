@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from serving.errors import RequestError, overloaded, too_large
 from serving.guard.keys import Key, KeyRing, require_scope
 from serving.guard.rates import RateLimiter, rate_limited
+from serving.room import Room
 from serving.settings import Limits
 
 if TYPE_CHECKING:
@@ -26,22 +27,21 @@ class Admission:
     Parameters
     ----------
     limits : Limits
+    room : Room
+        For bodies, and what becomes of them.
     keys : KeyRing, optional
         Without it nobody is asked for a key.
 
     Attributes
     ----------
     rates : RateLimiter
-    in_flight, in_flight_bytes : int
-        Requests with a body that are being answered, and what their bodies take.
     """
 
-    def __init__(self, limits: Limits, *, keys: KeyRing | None = None) -> None:
-        self.keys = keys
+    def __init__(self, limits: Limits, *, room: Room, keys: KeyRing | None = None) -> None:
+        self.keys, self.room = keys, room
         self._limits = limits
         self.rates = RateLimiter()
         self._present: dict[Exchange, None] = {}
-        self.in_flight_bytes = 0
         self._looking: asyncio.TimerHandle | None = None
 
     @property
@@ -49,7 +49,7 @@ class Admission:
         """Requests with a body that are being answered."""
         return len(self._present)
 
-    def identify(self, authorization: bytes | None, x_api_key: bytes | None, *, scope: str) -> Key | None:
+    def identify(self, exchange: Exchange, *, scope: str) -> Key | None:
         """Find out who asks, and whether that key may; None where no key is needed.
 
         Raises
@@ -59,16 +59,19 @@ class Admission:
         """
         if self.keys is None or not scope:
             return None
-        return require_scope(self.keys.identify(authorization, x_api_key), scope)
+        return require_scope(self.keys.find(exchange.key_digest), scope)
 
-    def admit_rows(self, key: Key | None, n_rows: int) -> None:
-        """Take rows off a key's rate.
+    def admit_rows(self, exchange: Exchange, n_rows: int, *, n_bytes: int) -> None:
+        """Keep room for the features of rows, and take the rows off a key's rate.
 
         Raises
         ------
         RequestError
-            429.
+            429, 503.
         """
+        self.room.take(n_bytes, beside=exchange.kept_bytes)
+        exchange.kept_bytes += n_bytes
+        key = exchange.key
         if key is not None and (wait_s := self.rates.take(key, rows=n_rows)):
             raise rate_limited(wait_s)
 
@@ -97,17 +100,18 @@ class Admission:
             raise too_large(
                 f"got a body of {n_bytes} bytes, wanted at most {limits.max_body_bytes}; send fewer rows at a time"
             )
-        if len(self._present) >= limits.max_in_flight or self.in_flight_bytes + n_bytes > limits.max_in_flight_bytes:
+        if len(self._present) >= limits.max_in_flight:
             raise overloaded(f"{len(self._present)} requests are being answered, which is the most at a time")
+        self.room.take(n_bytes)
         # Last, because whoever is refused comes again, and would pay twice.
         key = exchange.key
         if key is not None and (wait_s := self.rates.take(key, bytes=n_bytes)):
+            self.room.give_back(n_bytes)
             raise rate_limited(wait_s)
-        exchange.announced_bytes = n_bytes
+        exchange.announced_bytes = exchange.kept_bytes = n_bytes
         if exchange.task is None:
             exchange.task = asyncio.current_task()
         self._present[exchange] = None
-        self.in_flight_bytes += n_bytes
         if self._looking is None:
             loop = asyncio.get_running_loop()
             self._looking = loop.call_later(_LOOK_FOR_CLIENTS_S, self._look_for_clients)
@@ -121,16 +125,16 @@ class Admission:
             503.
         """
         more = max(0, n_bytes - exchange.announced_bytes)
-        if self.in_flight_bytes + more > self._limits.max_in_flight_bytes:
-            raise overloaded("bodies take all the memory that there is for them")
+        self.room.take(more, beside=exchange.kept_bytes)
         exchange.announced_bytes += more
-        self.in_flight_bytes += more
+        exchange.kept_bytes += more
 
     def leave(self, exchange: Exchange) -> None:
         """Give the room back."""
         if exchange in self._present:
             del self._present[exchange]
-            self.in_flight_bytes -= exchange.announced_bytes
+            self.room.give_back(exchange.kept_bytes)
+            exchange.kept_bytes = 0
             if exchange.key is not None and not exchange.body_is_read:
                 self.rates.give_back(exchange.key, bytes=exchange.announced_bytes - exchange.received_bytes)
             exchange.unwatch()
@@ -140,12 +144,13 @@ class Admission:
 
         A timer or a watcher for each request would cost more than most requests do.
         """
+        # First, or one exchange's failure would end the looking for good.
+        self._looking = None
+        if self._present:
+            self._looking = asyncio.get_running_loop().call_later(_LOOK_FOR_CLIENTS_S, self._look_for_clients)
         now = time.perf_counter()
         for exchange in self._present:
             if exchange.body_is_read:
                 exchange.watch()
             elif now > exchange.due(self._limits) and not exchange.is_late:
                 exchange.give_up()
-        self._looking = None
-        if self._present:
-            self._looking = asyncio.get_running_loop().call_later(_LOOK_FOR_CLIENTS_S, self._look_for_clients)

@@ -6,20 +6,24 @@ the client. On the wire a stream of one message is that message, so every call i
 first is read: with a key where one is needed, and with room for it.
 
 How long a message is, gRPC tells nobody before it is there. So room for the largest that is allowed is kept while one
-is read, and for what it is afterwards, until it is answered. Who finds none waits, which costs nothing but the window.
+is read, and for what it is afterwards, until it is answered; then for the answer, until the client has it. It is the
+room that HTTP's bodies are in. Who finds none waits, which costs nothing but the window; and so few messages are read
+at a time that what is kept for them without being there is half of all room at most.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import contextlib
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from serving.errors import CodecError, RequestError, as_request_error, overloaded
 from serving.guard.keys import require_scope
 from serving.protocols.oip_call import CLIENT_GONE, InferCall, refuse
+from serving.room import Room
 
 if TYPE_CHECKING:
     from serving.guard.keys import Key, KeyRing
@@ -32,6 +36,8 @@ __all__ = ["CallGuard", "MessageRoom", "Reader", "key_of"]
 _TURN_S = 5.0
 #: Calls that no key is asked for have messages of a few bytes: room for two large ones, and little time.
 _PROBE_MESSAGES, _PROBE_S = 2, 2.0
+#: So many of them at a time, those that watch the service's health among them: others need the server's calls, too.
+_MOST_PROBES = 16
 
 
 def key_of(context: Any, keys: KeyRing | None) -> Key | None:
@@ -49,44 +55,39 @@ def key_of(context: Any, keys: KeyRing | None) -> Key | None:
 
 
 class MessageRoom:
-    """Bytes that messages may take; belongs to one event loop.
+    """Where messages are read into, each of which may be the largest until it is there.
 
     Parameters
     ----------
-    most, largest : int
-        Of all together, and of one.
+    room : Room
+    largest : int
+        Bytes of the largest message.
+    at_a_time : int
+        Messages that are read at the same time.
     """
 
-    def __init__(self, most: int, *, largest: int) -> None:
-        self._most, self.largest = max(most, largest), largest
-        self.used = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+    def __init__(self, room: Room, *, largest: int, at_a_time: int) -> None:
+        self.room, self._largest = room, largest
+        self._places = asyncio.Semaphore(at_a_time)
 
-    async def take(self) -> None:
-        """Keep room for a message that nobody knows the length of.
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[None]:
+        """Keep room for a message that nobody knows the length of, while it is read.
 
         Raises
         ------
         RequestError
             503: there was none for some seconds.
         """
-        try:
-            async with asyncio.timeout(_TURN_S):
-                while self.used + self.largest > self._most:
-                    turn = asyncio.get_running_loop().create_future()
-                    self._waiting.append(turn)
-                    await turn
-        except TimeoutError:
-            raise overloaded("messages take all the memory that there is for them") from None
-        self.used += self.largest
-
-    def give_back(self, n_bytes: int) -> None:
-        """Give room back, to those who wait."""
-        self.used -= n_bytes
-        while self._waiting:
-            # All of them: how many find room is for them to see, and few ever wait.
-            if not (turn := self._waiting.popleft()).done():
-                turn.set_result(None)
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(_TURN_S):
+                    await stack.enter_async_context(self._places)
+                    await self.room.wait(self._largest)
+            except TimeoutError:
+                raise overloaded("messages take all the memory that there is for them") from None
+            stack.callback(self.room.give_back, self._largest)
+            yield
 
 
 @dataclass(frozen=True)
@@ -129,18 +130,28 @@ class CallGuard:
         self, service: Service, *, max_message_bytes: int, keys: KeyRing | None, recorder: Recorder | None
     ) -> None:
         self._service, self._keys, self._recorder = service, keys, recorder
-        self._room = MessageRoom(service.limits.max_in_flight_bytes, largest=max_message_bytes)
-        self._probes = MessageRoom(_PROBE_MESSAGES * max_message_bytes, largest=max_message_bytes)
+        room = service.room
+        at_a_time = max(1, room.most // 2 // max_message_bytes)
+        self._messages = MessageRoom(room, largest=max_message_bytes, at_a_time=at_a_time)
+        # Of their own, or whoever has no key could take the room of those who have one.
+        probes = Room(_PROBE_MESSAGES * max_message_bytes)
+        self._probes = MessageRoom(probes, largest=max_message_bytes, at_a_time=_PROBE_MESSAGES)
+        self._n_probes = 0
 
     def unary(self, call: Callable[[Any, Any], Any], reader: Reader) -> Callable[[Any, Any], Any]:
         """Make a handler of a stream from one of a message."""
 
         async def guarded(stream: Any, context: Any) -> Any:
-            message, room, n_bytes = await self._admitted(stream, context, reader)
-            try:
-                return await call(message, context)
-            finally:
-                room.give_back(n_bytes)
+            async with self._place(context, reader):
+                message, room, n_bytes = await self._admitted(stream, context, reader)
+                try:
+                    answer = await call(message, context)
+                finally:
+                    room.give_back(n_bytes)
+            size = answer.ByteSize()
+            room.count(size)
+            context.add_done_callback(lambda _: room.give_back(size))
+            return answer
 
         return guarded
 
@@ -148,33 +159,44 @@ class CallGuard:
         """Make a handler of a stream from one of a message whose answers are a stream."""
 
         async def guarded(stream: Any, context: Any) -> AsyncIterator[Any]:
-            message, room, n_bytes = await self._admitted(stream, context, reader)
-            # It is going to be answered for hours, and is a name.
-            room.give_back(n_bytes)
-            async for answer in call(message, context):
-                yield answer
+            async with self._place(context, reader):
+                message, room, n_bytes = await self._admitted(stream, context, reader)
+                # It is going to be answered for hours, and is a name.
+                room.give_back(n_bytes)
+                async for answer in call(message, context):
+                    yield answer
 
         return guarded
 
-    async def _admitted(self, stream: Any, context: Any, reader: Reader) -> tuple[Any, MessageRoom, int]:
+    @asynccontextmanager
+    async def _place(self, context: Any, reader: Reader) -> AsyncIterator[None]:
+        """Keep a place for a call that no key is asked for; or end it."""
+        if reader.keyed or reader.empty:
+            yield
+            return
+        if self._n_probes >= _MOST_PROBES:
+            await refuse(context, overloaded("as many calls without a key are open as are allowed"))
+        self._n_probes += 1
+        try:
+            yield
+        finally:
+            self._n_probes -= 1
+
+    async def _admitted(self, stream: Any, context: Any, reader: Reader) -> tuple[Any, Room, int]:
         """Give the message, and where how much room is kept for it; or end the call."""
-        room = self._room if reader.keyed else self._probes
+        messages = self._messages if reader.keyed else self._probes
         if reader.empty:
-            return reader.parse(b""), room, 0
+            return reader.parse(b""), messages.room, 0
         try:
             if reader.keyed:
                 key_of(context, self._keys)
             if reader.infers:
                 self._service.require_ready()
-            await room.take()
-            n_bytes = room.largest
-            try:
+            async with messages.reading():
                 content = await self._read(stream, self._service.limits.body_timeout_s if reader.keyed else _PROBE_S)
                 message = _parsed(content, reader.parse)
-                n_bytes = room.largest - len(content)
-            finally:
-                room.give_back(n_bytes)
-            return message, room, room.largest - n_bytes
+            messages.room.count(len(content))
+            return message, messages.room, len(content)
         except asyncio.CancelledError:
             self._note(context, reader, CLIENT_GONE)
             raise
@@ -198,7 +220,7 @@ class CallGuard:
 
     def _note(self, context: Any, reader: Reader, status: int, refusal: RequestError | None = None) -> None:
         if self._recorder is not None and reader.infers:
-            call = InferCall(context, n_bytes=0, rates=None)
+            call = InferCall(context, n_bytes=0, room=None, rates=None)
             self._recorder.begin(call)
             self._recorder.end(call, status, failure=refusal)
 

@@ -33,7 +33,7 @@ from typing import Any
 
 from serving.errors import RequestError, SetupError
 
-__all__ = ["SCOPES", "Key", "KeyRing", "require_scope"]
+__all__ = ["SCOPES", "Key", "KeyRing", "presented", "require_scope"]
 
 #: What a key can be allowed: to embed and list models, to load and unload models, to read ``/metrics``.
 SCOPES = ("embed", "admin", "metrics")
@@ -133,12 +133,20 @@ class KeyRing:
         Returns
         -------
         Key or None
+            As :meth:`find`.
+        """
+        return self.find(presented(authorization, x_api_key))
+
+    def find(self, digest: bytes | None) -> Key | None:
+        """Find a key by its hash, as :func:`presented` gives it.
+
+        Returns
+        -------
+        Key or None
             None where no key is presented, or one that is unknown or has expired.
         """
-        presented = _bearer(authorization) or x_api_key
-        if not presented:
+        if digest is None:
             return None
-        digest = hashlib.sha256(presented).digest()
         found: Key | None = None
         # All of them, whichever fits: the time tells neither whether one did nor which.
         for known, key in self._entries:
@@ -169,6 +177,18 @@ class KeyRing:
             return False
         _log.info("read %d API keys again", len(self._entries))
         return True
+
+
+def presented(authorization: bytes | None, x_api_key: bytes | None) -> bytes | None:
+    """Hash the key that a request presents, which is all that has to be kept of it; None where it presents none.
+
+    Parameters
+    ----------
+    authorization, x_api_key : bytes, optional
+        As :meth:`KeyRing.identify`.
+    """
+    key = _bearer(authorization) or x_api_key
+    return hashlib.sha256(key).digest() if key else None
 
 
 def require_scope(key: Key | None, scope: str) -> Key:

@@ -125,7 +125,7 @@ class Guard:
             )
         if n_bytes and self._keys is not None:
             self._read_keys_again(self._keys)
-            key = self._keys.identify(headers.get(b"authorization"), headers.get(b"x-api-key"))
+            key = self._keys.find(exchange.key_digest)
             require_scope(key, "admin" if exchange.path.startswith("/v2/repository/") else "embed")
         if self._in_flight_bytes + n_bytes > self._max_in_flight_bytes:
             refusal = overloaded("as many bodies are being read as memory is there for")

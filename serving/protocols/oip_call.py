@@ -18,6 +18,7 @@ from serving.guard.rates import rate_limited
 if TYPE_CHECKING:
     from serving.guard.keys import Key
     from serving.guard.rates import RateLimiter
+    from serving.room import Room
     from serving.served_model import ServedModel
     from serving.service import Embedded
     from serving.watching.recorder import Recorder
@@ -49,8 +50,9 @@ class InferCall:
 
     route = INFER_ROUTE
 
-    def __init__(self, context: Any, *, n_bytes: int, rates: RateLimiter | None) -> None:
-        self._rates = rates
+    def __init__(self, context: Any, *, n_bytes: int, room: Room | None, rates: RateLimiter | None) -> None:
+        self._room, self._rates = room, rates
+        self._kept_bytes = 0
         self.began = time.perf_counter()
         self.announced_bytes = n_bytes
         texts = [(name, value) for name, value in context.invocation_metadata() if isinstance(value, str)]
@@ -68,9 +70,17 @@ class InferCall:
         """Take the message off the rate of the key that asks: it has come, whatever becomes of it."""
         self._take(bytes=self.announced_bytes)
 
-    def admit_rows(self, n_rows: int) -> None:
-        """Take rows off the rate of the key that asks."""
+    def admit_rows(self, n_rows: int, *, n_bytes: int) -> None:
+        """Keep room for the features of rows, and take the rows off the rate of the key that asks."""
+        if self._room is not None:
+            self._room.take(n_bytes, beside=self.announced_bytes)
+            self._kept_bytes += n_bytes
         self._take(rows=n_rows)
+
+    def leave(self) -> None:
+        """Give the room for features back."""
+        if self._room is not None:
+            self._room.give_back(self._kept_bytes)
 
     def _take(self, **amounts: int) -> None:
         if self.key is None or self._rates is None:

@@ -245,31 +245,35 @@ class InferenceServicer:
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:
         """Embed rows or images."""
-        call = InferCall(context, n_bytes=request.ByteSize(), rates=self._rates)
+        call = InferCall(context, n_bytes=request.ByteSize(), room=self._service.room, rates=self._rates)
         if self._recorder is not None:
             self._recorder.begin(call)
         async with told_to(context, self._recorder, call):
-            call.key = key_of(context, self._keys)
-            call.admit_bytes()
-            model = self._service.find(request.model_name or None, request.model_version)
-            call.model, call.version = model.name, model.version
-            limits = self._service.limits
-            decode = partial(
-                decode_model_infer, request, spec=model.input, outputs=model.names, max_rows=limits.max_rows
-            )
-            # Typed contents are read number by number; many would hold up everybody else.
-            inline = request.raw_input_contents or call.announced_bytes <= limits.inline_bytes
-            asked = decode() if inline else await self._service.off_loop(decode)
-            call.embedded = await self._service.embed(
-                model,
-                asked.batch,
-                outputs=tuple(name for name, _ in asked.outputs),
-                priority=asked.priority,
-                timeout_s=_sooner(asked.timeout_s, context.time_remaining()),
-                caller=call,
-            )
-            call.served = model
-            return encode_model_infer(model, asked, call.embedded)
+            try:
+                return await self._infer(request, context, call)
+            finally:
+                call.leave()
+
+    async def _infer(self, request: Any, context: Any, call: InferCall) -> Any:
+        call.key = key_of(context, self._keys)
+        call.admit_bytes()
+        model = self._service.find(request.model_name or None, request.model_version)
+        call.model, call.version = model.name, model.version
+        limits = self._service.limits
+        decode = partial(decode_model_infer, request, spec=model.input, outputs=model.names, max_rows=limits.max_rows)
+        # Typed contents are read number by number; many would hold up everybody else.
+        inline = request.raw_input_contents or call.announced_bytes <= limits.inline_bytes
+        asked = decode() if inline else await self._service.off_loop(decode)
+        call.embedded = await self._service.embed(
+            model,
+            asked.batch,
+            outputs=tuple(name for name, _ in asked.outputs),
+            priority=asked.priority,
+            timeout_s=_sooner(asked.timeout_s, context.time_remaining()),
+            caller=call,
+        )
+        call.served = model
+        return encode_model_infer(model, asked, call.embedded)
 
 
 def _sooner(timeout_s: float | None, deadline_s: float | None) -> float | None:

@@ -19,6 +19,7 @@ another.
 ``vaefeat_queue_rows``             rows that wait now
 ``vaefeat_queue_bytes``            bytes that wait now
 ``vaefeat_in_flight``              requests between their first byte and their answer
+``vaefeat_in_flight_bytes``        bytes of bodies, features and answers that are not taken yet
 ``vaefeat_lanes_busy``             device lanes that compute now
 ``vaefeat_drift_*``                :mod:`serving.watching.drift`, by ``model``, ``version``
 ``process_*``                      memory, processor time and files of the process
@@ -205,6 +206,7 @@ class Metrics:
         queue_rows: Callable[[], float],
         queue_bytes: Callable[[], float],
         in_flight: Callable[[], float],
+        in_flight_bytes: Callable[[], float],
         lanes_busy: Callable[[], float],
     ) -> None:
         """Say how to read what is told as it stands at a scrape; costs nothing in between."""
@@ -212,6 +214,7 @@ class Metrics:
             "queue_rows": ("Rows that wait.", queue_rows),
             "queue_bytes": ("Bytes that wait.", queue_bytes),
             "in_flight": ("Requests between their first byte and their answer.", in_flight),
+            "in_flight_bytes": ("Bytes of bodies, features and answers that are not taken yet.", in_flight_bytes),
             "lanes_busy": ("Device lanes that compute.", lanes_busy),
         }
 

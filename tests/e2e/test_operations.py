@@ -12,10 +12,11 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from numpy.typing import NDArray
 
-from tests.e2e.test_servers import CHECKOUT, NPY, RAY, launched, local, npy, wait_until_ready
+from tests.e2e.test_servers import CHECKOUT, NPY, RAY, Service, launched, local, npy, wait_until_ready
 from vaefeat import OnnxEncoder, RemoteEncoder
 from vaefeat.bundle import Bundle, load_bundle
 
@@ -57,6 +58,48 @@ def test_a_new_bundle_takes_over_without_a_failed_request(
 
 
 @pytest.mark.parametrize("engine", ["local", RAY])
+def test_a_chosen_version_and_an_unloaded_model_are_so_in_every_process(
+    engine: str, digits_bundle: Path, variant: Callable[..., Bundle], tmp_path: Path, npy: Path
+) -> None:
+    load_bundle(digits_bundle).save(tmp_path / "all" / "digits")
+    variant(name="other").save(tmp_path / "all" / "other")
+    old, new = load_bundle(digits_bundle).digest, variant()
+    arguments = [tmp_path / "all", "--engine", engine, "--port", 0, *(["--replicas", 2] if engine == "ray" else [])]
+    with launched(*arguments, tmp_path=tmp_path) as started:
+        url = wait_until_ready(started).url
+
+        def served() -> set[tuple[str, ...]]:
+            """Ask over thirty connections: each may lead to another process."""
+            answers = [httpx.get(f"{url}/v1/models").json()["data"] for _ in range(30)]
+            return {tuple(card["digest"] for card in cards) for cards in answers}
+
+        def change(path: str, **parameters: str) -> int:
+            body = {"parameters": parameters} if parameters else None
+            return httpx.post(f"{url}/v2/repository/models/{path}", json=body, timeout=30).status_code
+
+        assert change("other/unload") == 200
+        new.save(tmp_path / "all" / "digits")
+        assert change("digits/load") == 200
+        assert served() == {(new.digest,)}
+        assert change("digits/load", version=old) == 200
+        assert served() == {(old,)}
+        assert change("digits/load") == 200
+        assert served() == {(new.digest,)}
+        if engine == "ray":
+            replicas_of(started)[0].kill()
+            deadline = time.monotonic() + 30
+            while len(replicas_of(started)) < 2 and time.monotonic() < deadline:
+                time.sleep(0.2)
+            time.sleep(5)  # until the new one takes connections
+            assert served() == {(new.digest,)}, "the new one was told"
+        assert started.press_ctrl_c() == 0
+
+
+def replicas_of(started: Service) -> list[psutil.Process]:
+    return [process for process in started.family() if "ServeReplica" in process.name()]
+
+
+@pytest.mark.parametrize("engine", ["local", RAY])
 def test_a_bad_bundle_at_reload_is_logged_and_the_old_one_serves(
     engine: str, digits_bundle: Path, tmp_path: Path, npy: Path
 ) -> None:
@@ -79,7 +122,7 @@ def test_with_two_replicas_one_may_be_killed_and_clients_see_only_closed_connect
     wanted = local.embed(digits_rows[:200])
     with launched(digits_bundle, "--replicas", 2, "--port", 0, tmp_path=tmp_path) as started:
         url = wait_until_ready(started).url
-        replicas = [process for process in started.family() if "ServeReplica" in process.name()]
+        replicas = replicas_of(started)
         assert len(replicas) == 2
         with RemoteEncoder(url, batch_size=20) as remote:
             remote.embed(digits_rows[:200])
@@ -87,7 +130,7 @@ def test_with_two_replicas_one_may_be_killed_and_clients_see_only_closed_connect
             begun = time.monotonic()
             while time.monotonic() - begun < 15:
                 assert remote.embed(digits_rows[:200]).tobytes() == wanted.tobytes()
-        replicas = [process for process in started.family() if "ServeReplica" in process.name()]
+        replicas = replicas_of(started)
         assert len(replicas) == 2
         assert started.press_ctrl_c() == 0
         assert started.family() == []

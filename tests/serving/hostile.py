@@ -38,4 +38,4 @@ def assert_sound(service: Running, wanted: NDArray[np.float32]) -> None:
     assert answer.content == encode_npy(wanted)
     assert service.service.ready
     assert service.service.batcher.queued_rows == service.service.batcher.queued_bytes == 0
-    assert service.application.admission.in_flight_bytes == 0
+    assert service.service.room.used == 0

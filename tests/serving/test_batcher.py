@@ -211,6 +211,27 @@ def test_batcher_past_a_deadline_answers_504_while_the_device_still_works() -> N
     assert model.sizes == [2], "rows whose time was over were computed"
 
 
+def test_batcher_forgets_rows_that_are_late_though_the_device_hangs() -> None:
+    gate = threading.Event()
+    model = Arithmetic(gate=gate)
+
+    async def talk(batcher: RowBatcher) -> tuple[int, int]:
+        stuck = batcher.submit(model, rows_of(0, 4), ("mean",), timeout_s=20)
+        while not batcher.busy:
+            await asyncio.sleep(0)
+        late = batcher.submit(model, rows_of(4, 3), ("mean",), timeout_s=0.05)
+        patient = batcher.submit(model, rows_of(7, 2), ("mean",), timeout_s=20)
+        with pytest.raises(RequestError, match="no place on the device"):
+            await late.future
+        found = batcher.queued_rows, batcher.queued_bytes
+        gate.set()
+        await asyncio.gather(stuck.future, patient.future)
+        assert batcher.queued_rows == batcher.queued_bytes == 0
+        return found
+
+    assert run(talk, lanes=1) == (2, 16)
+
+
 def test_batcher_serves_interactive_rows_first_and_bulk_ones_all_the_same() -> None:
     gate = threading.Event()
     model = Arithmetic(gate=gate)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import http.client
 import itertools
 import random
 import socket
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +22,9 @@ import pytest
 from numpy.typing import NDArray
 
 from serving.codec import encode_npy
-from serving.head import Heads
+from serving.connection import Connection
+from serving.errors import RequestError
+from serving.head import Head, Heads
 from serving.media import NPY, RAW
 from serving.models import Models
 from serving.settings import Limits
@@ -138,6 +143,82 @@ def test_too_many_connections_are_told_so_and_those_that_are_open_go_on(
     assert_sound(service, wanted)
 
 
+def test_connections_that_are_turned_away_linger_in_a_bounded_number(
+    service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.http_server._MOST_TURNED_AWAY", 3)
+    most = LIMITS.max_connections
+    with contextlib.ExitStack() as stack:
+        for _ in range(most):
+            stack.enter_context(service.connect())
+        until(lambda: service.server.n_connections == most)
+        turned_away = [stack.enter_context(service.connect()) for _ in range(30)]
+        for connection in turned_away:
+            assert connection.recv(15) == b"HTTP/1.1 503 Se"
+        assert service.server.n_connections <= most + 3
+    until(lambda: not service.server.n_connections)
+
+
+def test_a_place_that_is_free_again_is_to_be_had_while_those_that_were_turned_away_linger(service: Running) -> None:
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(service.connect()) for _ in range(LIMITS.max_connections)]
+        until(lambda: service.server.n_connections == LIMITS.max_connections)
+        late = [stack.enter_context(service.connect()) for _ in range(5)]
+        assert all(connection.recv(15) == b"HTTP/1.1 503 Se" for connection in late)
+        opened[0].close()
+        until(lambda: service.server.n_connections == LIMITS.max_connections + 4)
+        next_one = stack.enter_context(service.connect())
+        next_one.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert next_one.recv(15) == b"HTTP/1.1 200 OK"
+    until(lambda: not service.server.n_connections)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.01)
+
+
+def test_a_connection_that_cannot_be_looked_after_is_closed_and_the_others_go_on(
+    service: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expire = Connection.expire
+
+    def failing(connection: Connection, now: float) -> None:
+        if connection._state.name == "HEAD":
+            raise ZeroDivisionError
+        expire(connection, now)
+
+    with service.connect() as good, service.connect() as bad:
+        monkeypatch.setattr(Connection, "expire", failing)
+        bad.sendall(b"GET /livez HTTP/1.1\r\n")
+        with contextlib.suppress(ConnectionResetError):
+            assert bad.recv(1) == b""
+        good.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert good.recv(15) == b"HTTP/1.1 200 OK"
+    assert "ZeroDivisionError" in caplog.text
+    until(lambda: not service.server.n_connections)
+
+
+def test_what_comes_before_its_turn_is_bounded_together(service: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    early = service.server.early
+    until(lambda: not early.used)
+    monkeypatch.setattr(early, "most", 100_000)
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(service.connect()) for _ in range(3)]
+        for connection in connections[:2]:
+            connection.sendall(b"GET /" + b"a" * 40_000)
+        until(lambda: early.used == 80_010)
+        connections[2].sendall(b"GET /" + b"a" * 40_000)
+        assert connections[2].recv(15) == b"HTTP/1.1 503 Se"
+        until(lambda: early.used == 80_010)
+        connections[1].sendall(b" HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert connections[1].recv(15) == b"HTTP/1.1 404 No"
+        assert early.used == 40_005
+    until(lambda: not early.used)
+
+
 def test_http_1_0_ends_unless_it_is_asked_to_go_on(service: Running) -> None:
     with service.connect() as connection:
         connection.sendall(b"GET /livez HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
@@ -191,6 +272,47 @@ def test_heads_that_are_remembered_are_told_apart() -> None:
     assert len(heads._remembered) <= 512
 
 
+SECRETS = [b"Authorization: Bearer vf_s3cret", b"X-API-Key: vf_s3cret", b"Cookie: vf_s3cret"]
+SECRETS += [b"Authorization: Basic vf_s3cret", b"Proxy-Authorization: vf_s3cret", b"authorization:vf_s3cret"]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_heads_are_remembered_without_the_keys_in_them(secret: bytes) -> None:
+    heads = Heads()
+    head = b"GET /a HTTP/1.1\r\nHost: a\r\nAccept: b\r\n" + secret + b"\r\n\r\n"
+    found = heads.parse(head)
+    assert heads.parse(head) is found, "it is remembered"
+    assert found.scope["headers"] == [(b"host", b"a"), (b"accept", b"b")]
+    assert heads.parse(head.replace(b"s3cret", b"0ther!")) is not found
+    kept = [*heads._remembered, *(vars_of(one) for one in heads._remembered.values())]
+    assert len(kept) == 4
+    assert b"s3cret" not in repr(kept).encode()
+
+
+def vars_of(head: Head) -> dict[str, object]:
+    return {name: getattr(head, name) for name in head.__slots__}
+
+
+def test_head_with_a_key_tells_the_hash_that_key_files_hold() -> None:
+    def digest(*lines: str) -> bytes | None:
+        head = "\r\n".join(["GET / HTTP/1.1", "Host: a", *lines, "", ""])
+        return Heads().parse(head.encode()).key_digest
+
+    wanted = hashlib.sha256(b"vf_a").digest()
+    assert digest("Authorization: Bearer vf_a") == digest("X-API-KEY: vf_a ") == wanted
+    assert digest("Authorization: Bearer vf_a", "X-API-Key: vf_b") == wanted
+    assert digest("Authorization: Basic vf_b", "X-API-Key: vf_a") == wanted
+    assert digest() is digest("Authorization: Basic vf_a") is None
+
+
+def test_heads_of_more_headers_than_anybody_needs_are_refused_before_they_end(service: Running) -> None:
+    few, many = (b"GET /livez HTTP/1.1\r\n" + b"".join(b"h%d:a\r\n" % n for n in range(k)) for k in (127, 200))
+    assert Heads().parse(few + b"Host: a\r\n\r\n").headers[b"h126"] == b"a"
+    with service.connect() as connection:
+        connection.sendall(many)
+        assert connection.makefile("rb").readline() == b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+
+
 @pytest.mark.parametrize(
     "head",
     [
@@ -212,7 +334,7 @@ def test_heads_that_are_remembered_are_told_apart() -> None:
     ],
 )
 def test_heads_that_servers_read_in_different_ways_are_refused(head: str) -> None:
-    with pytest.raises(ValueError, match=r"."):
+    with pytest.raises(RequestError, match="no HTTP request"):
         Heads().parse(head.encode())
 
 
@@ -229,3 +351,16 @@ def test_head_with_white_space_behind_its_values_says_the_same() -> None:
 
 def test_head_of_http_1_0_expects_nothing() -> None:
     assert not Heads().parse(b"POST / HTTP/1.0\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n").expects
+
+
+def test_service_with_few_files_takes_as_many_connections_as_there_are_files_for() -> None:
+    """In a process of its own, whose limit of open files nobody may raise."""
+    program = """
+import resource
+from serving.http_server import _allow_files
+resource.setrlimit(resource.RLIMIT_NOFILE, (600, 1000))
+print(_allow_files(80), resource.getrlimit(resource.RLIMIT_NOFILE)[0], end=" ")
+print(_allow_files(8192), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "80 600 488 1000\n", done.stderr

@@ -18,7 +18,13 @@ from serving.watching.metrics import Metrics
 def told() -> dict[str, set[str]]:
     """Give the names of all samples that are exported, with their labels."""
     metrics = Metrics(routes=["/v1/embed"])
-    metrics.watch(queue_rows=lambda: 0, queue_bytes=lambda: 0, in_flight=lambda: 0, lanes_busy=lambda: 0)
+    metrics.watch(
+        queue_rows=lambda: 0,
+        queue_bytes=lambda: 0,
+        in_flight=lambda: 0,
+        in_flight_bytes=lambda: 0,
+        lanes_busy=lambda: 0,
+    )
     drift = Drift(mean=np.zeros(2), variance=np.ones(2))
     drift.update(np.array([[0, 2], [2, 0]], dtype=np.float32))
     model = metrics.model("digits", digest="sha256:" + "0" * 64, drift=drift)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import hashlib
 import socket
@@ -18,6 +19,7 @@ import pytest
 from numpy.typing import NDArray
 
 from serving.asgi import AsgiWire
+from serving.changes import Change
 from serving.codec import encode_npy
 from serving.errors import RequestError, overloaded
 from serving.exchange import Exchange
@@ -25,6 +27,7 @@ from serving.guard.admission import Admission
 from serving.guard.keys import Key, KeyRing
 from serving.guard.rates import RateLimiter
 from serving.models import Models
+from serving.room import Room
 from serving.served_model import Place
 from serving.service import Service
 from serving.settings import Limits
@@ -78,7 +81,7 @@ def test_a_device_that_hangs_takes_the_service_out(
     assert "has not computed the reference" in ready.json()["reason"]
 
 
-@pytest.mark.parametrize("path", ["/v1/embed", "/v2/models/digits/infer"])
+@pytest.mark.parametrize("path", ["/v1/embed", "/v1/embeddings", "/v2/models/digits/infer"])
 def test_a_request_that_finds_the_queue_full_is_refused_before_its_body_is_read(
     digits_bundle: Path, digits_rows: NDArray[np.uint8], gate: threading.Event, path: str
 ) -> None:
@@ -88,7 +91,8 @@ def test_a_request_that_finds_the_queue_full_is_refused_before_its_body_is_read(
 
         def ask(head: str, body: bytes) -> socket.socket:
             connection = served.connect()
-            lines = f"POST {head} HTTP/1.1\r\nHost: x\r\nContent-Type: application/octet-stream\r\n"
+            kind = "json" if head.endswith("embeddings") else "octet-stream"
+            lines = f"POST {head} HTTP/1.1\r\nHost: x\r\nContent-Type: application/{kind}\r\n"
             connection.sendall(f"{lines}Content-Length: 640\r\n\r\n".encode() + body)
             return connection
 
@@ -255,10 +259,10 @@ def test_a_load_whose_client_hangs_up_is_told_to_the_other_processes_all_the_sam
 
         service.models.load, service.alone = slow, False
 
-        async def tell() -> None:
+        async def tell(_: Change) -> None:
             told.append("the others")
 
-        service.changed = tell
+        service.changes.turn = lambda: contextlib.nullcontext(tell)
         await client.app(scope, receive, send)
         await until(lambda: bool(told))
 
@@ -275,11 +279,11 @@ def test_a_reload_that_fails_in_any_way_leaves_what_was_served(
             raise error
 
         client.app.service.models.reload = fail
-        assert "digits" in (await client.app.service.reload())[0]
+        assert "digits" in (await client.app.service.changes.reload())[0]
         return int((await client.get("/readyz")).status_code)
 
     assert talk(conversation, digits_bundle) == 200
-    assert "was not loaded" in caplog.text
+    assert "was not changed" in caplog.text
 
 
 def test_sessions_of_versions_that_are_served_no_more_are_let_go(
@@ -360,7 +364,7 @@ def test_bytes_that_are_refused_for_want_of_room_are_not_taken_off_a_key_s_rate(
     key = Key(id="a", scopes=frozenset({"embed"}), bytes_per_s=100.0)
 
     async def conversation() -> list[int]:
-        admission = Admission(Limits(max_in_flight=1))
+        admission = Admission(Limits(max_in_flight=1), room=Room(1000))
         first = arriving(key, 100)
         admission.enter(first)
         refused = []
@@ -383,7 +387,7 @@ def test_rows_that_are_refused_for_want_of_room_are_not_taken_off_a_key_s_rate(
     class Caller:
         span = None
 
-        def admit_rows(self, n_rows: int) -> None:
+        def admit_rows(self, n_rows: int, *, n_bytes: int) -> None:
             admitted.append(n_rows)
 
     async def conversation(client: Any) -> None:

@@ -23,6 +23,7 @@ from serving.guard.keys import KeyRing
 from serving.models import Models
 from serving.protocols import oip_messages as messages
 from serving.protocols.oip_grpc import start_grpc
+from serving.room import Room
 from serving.served_model import Place
 from serving.service import Service
 from serving.settings import Limits
@@ -48,12 +49,13 @@ async def started(models: Models, address: str, *, limits: Limits | None = None,
 
 
 class Relay:
-    """Passes bytes on between a client and a server, counts them, and may stop after some."""
+    """Passes bytes on between a client and a server, counts them, and may stop after some, or pass no answers on."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.to_server = 0
         self.most = 2**40
+        self.passes_answers = True
         self.connections: list[Any] = []
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -69,6 +71,8 @@ class Relay:
 
         async def down() -> None:
             while data := await inner_reader.read(65536):
+                while not self.passes_answers:
+                    await asyncio.sleep(0.02)
                 writer.write(data)
                 await writer.drain()
 
@@ -165,33 +169,40 @@ def test_messages_that_come_slowly_take_the_room_of_the_largest_and_give_it_back
     relayed(digits_models, folder, talk, limits=limits, max_message_bytes=MIB)
 
 
-def test_room_is_for_the_length_of_a_message_once_it_is_read_and_for_nothing_once_it_is_answered(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_messages_wait_for_a_place_and_for_room_and_are_refused_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calls, "_TURN_S", 0.1)
 
     async def main() -> None:
-        room = MessageRoom(25, largest=10)
-        await room.take()
-        await room.take()
+        room = Room(25)
+        messages = MessageRoom(room, largest=10, at_a_time=2)
+
+        async def read(gate: asyncio.Event) -> None:
+            async with messages.reading():
+                await gate.wait()
+
+        gate = asyncio.Event()
+        reading = [asyncio.create_task(read(gate)) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert room.used == 20
         with pytest.raises(RequestError) as refused:
-            await room.take()
+            await read(gate)  # there is no third place
         assert refused.value.status == 503
+        gate.set()
+        await asyncio.gather(*reading)
+        assert room.used == 0
+        room.count(16)  # as bodies over HTTP do
+        monkeypatch.setattr(calls, "_TURN_S", 0.1)
+        with pytest.raises(RequestError):
+            await read(gate)
         monkeypatch.setattr(calls, "_TURN_S", 60.0)
-        waiting = asyncio.create_task(room.take())
-        await asyncio.sleep(0)
-        room.give_back(4)  # it was 6 long
-        await asyncio.sleep(0)
+        waiting = asyncio.create_task(read(gate))
+        await asyncio.sleep(0.01)
         assert not waiting.done()
         room.give_back(1)
         await waiting
-        assert room.used == 25
-        for n_bytes in (6, 9, 10):
-            room.give_back(n_bytes)
-        assert room.used == 0
+        assert room.used == 15
         # One that is larger than everything is taken alone.
-        alone = MessageRoom(5, largest=10)
-        await alone.take()
+        await MessageRoom(Room(5), largest=10, at_a_time=1).reading().__aenter__()
 
     asyncio.run(main())
 
@@ -199,11 +210,11 @@ def test_room_is_for_the_length_of_a_message_once_it_is_read_and_for_nothing_onc
 def test_calls_give_all_their_room_back_however_they_end(
     digits_models: Models, digits_rows: NDArray[np.uint8], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rooms: list[MessageRoom] = []
+    rooms: list[Room] = []
     made = MessageRoom.__init__
 
-    def remember(room: MessageRoom, *arguments: Any, **options: Any) -> None:
-        made(room, *arguments, **options)
+    def remember(messages: MessageRoom, room: Room, **options: Any) -> None:
+        made(messages, room, **options)
         rooms.append(room)
 
     monkeypatch.setattr(MessageRoom, "__init__", remember)
@@ -222,9 +233,66 @@ def test_calls_give_all_their_room_back_however_they_end(
         async with asyncio.timeout(60):
             while any(room.used for room in rooms):
                 await asyncio.sleep(0.01)
+        assert rooms[0] is service.room, "HTTP's bodies are in it, too"
         assert [room.used for room in rooms] == [0, 0]
 
     relayed(digits_models, folder, talk, max_message_bytes=MIB)
+
+
+def test_answers_that_a_client_does_not_take_are_counted_until_it_does(
+    digits_models: Models, digits_rows: NDArray[np.uint8], folder: Path
+) -> None:
+    n_rows = 16_000
+    rows = np.tile(digits_rows[:100], (n_rows // 100, 1, 1, 1))
+    tensor = {"name": "rows", "datatype": "UINT8", "shape": list(rows.shape)}
+    asked = messages.ModelInferRequest(
+        inputs=[tensor], raw_input_contents=[rows.tobytes()], outputs=[{"name": "hidden"}]
+    )
+
+    async def talk(channel: grpc.aio.Channel, relay: Relay, service: Service) -> None:
+        await channel.unary_unary(CHECK)(b"")  # connected
+        relay.passes_answers = False
+        call = channel.unary_unary(INFER)(asked.SerializeToString())
+        n_bytes = n_rows * 4 * service.find(None).outputs["hidden"]
+        assert n_bytes > 2 * MIB, "more than lies in sockets"
+        while service.room.used < n_bytes:  # features, once it is read
+            await asyncio.sleep(0.005)
+        while service.batcher.busy or service.batcher.queued_rows:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.3)
+        assert service.room.used >= n_bytes
+        relay.passes_answers = True
+        answer = messages.ModelInferResponse.FromString(await call)
+        assert len(answer.raw_output_contents[0]) == n_bytes
+        await asyncio.sleep(0.1)
+        assert service.room.used == 0
+
+    async def in_time(*arguments: Any) -> None:
+        async with asyncio.timeout(20):
+            await talk(*arguments)
+
+    relayed(digits_models, folder, in_time)
+
+
+def test_calls_without_a_key_leave_places_to_those_with_one(
+    digits_models: Models, digits_rows: NDArray[np.uint8], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.protocols.oip_grpc._MAX_CALLS", 5)
+    monkeypatch.setattr(calls, "_MOST_PROBES", 3)
+    tensor = {"name": "rows", "datatype": "UINT8", "shape": [1, 1, 8, 8]}
+    good = messages.ModelInferRequest(inputs=[tensor], raw_input_contents=[digits_rows[:1].tobytes()])
+
+    async def talk(channel: grpc.aio.Channel, relay: Relay, service: Service) -> None:
+        watching = [channel.unary_stream("/grpc.health.v1.Health/Watch")(b"") for _ in range(3)]
+        for one in watching:
+            await one.read()
+        assert await code_of(channel.unary_unary(CHECK)(b"")) == "UNAVAILABLE"
+        await channel.unary_unary(INFER)(good.SerializeToString(), metadata=(("x-api-key", "ci"),))
+        watching[0].cancel()
+        await asyncio.sleep(0.1)
+        await channel.unary_unary(CHECK)(b"")
+
+    relayed(digits_models, folder, talk, keys=a_key(folder))
 
 
 def test_calls_that_are_cancelled_are_in_the_figures(

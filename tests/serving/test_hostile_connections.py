@@ -306,8 +306,8 @@ def test_bodies_count_as_what_they_become_when_inflated(
         clients = [stack.enter_context(service.connect()) for _ in range(12)]
         for client in clients:
             client.sendall(request)
-        until(lambda: admission.in_flight == 4 and admission.in_flight_bytes > 4 * 900_000)
-        assert admission.in_flight_bytes <= LIMITS.max_in_flight_bytes
+        until(lambda: admission.in_flight == 4 and service.service.room.used > 4 * 900_000)
+        assert service.service.room.used <= LIMITS.max_in_flight_bytes
         held.go.set()
         statuses = sorted(read_all(client).split()[1] for client in clients)
     assert statuses == [b"200"] * 4 + [b"503"] * 8
@@ -349,7 +349,7 @@ def test_a_body_that_stops_half_way_loses_its_room_long_before_a_whole_one_would
         lazy = [stack.enter_context(service.connect()) for _ in range(2)]
         for connection in lazy:
             connection.sendall(post(f"Content-Length: {2**20}", body=b"a"))
-        until(lambda: service.application.admission.in_flight_bytes == 2 * 2**20)
+        until(lambda: service.service.room.used == 2 * 2**20)
         began = time.monotonic()
         assert all(read_all(connection).startswith(b"HTTP/1.1 408") for connection in lazy)
         assert time.monotonic() - began < limits.body_timeout_s / 4

@@ -22,7 +22,13 @@ MODEL = {"model": "digits", "version": "0123456789ab"}
 @pytest.fixture
 def metrics() -> Metrics:
     metrics = Metrics(routes=["/v1/embed", "/readyz"])
-    metrics.watch(queue_rows=lambda: 7, queue_bytes=lambda: 700, in_flight=lambda: 3, lanes_busy=lambda: 1)
+    metrics.watch(
+        queue_rows=lambda: 7,
+        queue_bytes=lambda: 700,
+        in_flight=lambda: 3,
+        in_flight_bytes=lambda: 900,
+        lanes_busy=lambda: 1,
+    )
     return metrics
 
 
@@ -73,7 +79,7 @@ def test_metrics_count_batches_rows_padding_refusals_and_gauges(metrics: Metrics
     assert found["vaefeat_device_seconds_sum", labelled(**MODEL)] == pytest.approx(0.005)
     assert found["vaefeat_refused_total", labelled(reason="overloaded")] == 2
     assert found["vaefeat_models_info", labelled(digest=DIGEST, **MODEL)] == 1
-    gauges = {"queue_rows": 7, "queue_bytes": 700, "in_flight": 3, "lanes_busy": 1}
+    gauges = {"queue_rows": 7, "queue_bytes": 700, "in_flight": 3, "in_flight_bytes": 900, "lanes_busy": 1}
     assert {name: found[f"vaefeat_{name}", frozenset()] for name in gauges} == gauges
     assert found["process_resident_memory_bytes", frozenset()] > 1e6
 

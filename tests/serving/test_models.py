@@ -170,11 +170,11 @@ def test_reload_of_a_name_that_was_unloaded_meanwhile_leaves_it_unloaded(
 
     async def unload_while_reloading() -> None:
         service = Service(models, Limits(), lanes=1)
-        under_way = asyncio.create_task(service.change(time.sleep, 0.2))
+        under_way = asyncio.create_task(service.changes.run(time.sleep, 0.2))
         await asyncio.sleep(0.05)
-        unloading = asyncio.create_task(service.change(models.unload, "second"))
+        unloading = asyncio.create_task(service.changes.run(models.unload, "second"))
         await asyncio.sleep(0)
-        await asyncio.gather(under_way, unloading, service.reload())
+        await asyncio.gather(under_way, unloading, service.changes.reload())
         await service.stop()
 
     asyncio.run(unload_while_reloading())

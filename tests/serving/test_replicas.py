@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import pytest
 
 from serving.address import base_url
 from serving.asked import Asked
-from serving.desk import Desk, ask_for_reload, fetch, reloads
+from serving.changes import RELOAD, Change
+from serving.desk import Desk, fetch, orders, turn
 from serving.errors import EngineError, ModelError
 from serving.settings import ServiceSettings
 from vaefeat.bundle import Bundle, load_bundle
@@ -41,7 +43,7 @@ def do_nothing() -> None:
 def test_desk_counts_the_replicas_that_are_there(desk: Desk, tmp_path: Path) -> None:
     async def come_and_go() -> list[int]:
         found = [desk.count_replicas()]
-        many = [reloads(tmp_path / "desk", refuse=do_nothing) for _ in range(2)]
+        many = [orders(tmp_path / "desk", refuse=do_nothing) for _ in range(2)]
         for replica in many:
             await anext(replica)
             found.append(desk.count_replicas())
@@ -57,21 +59,29 @@ def test_desk_counts_the_replicas_that_are_there(desk: Desk, tmp_path: Path) -> 
     assert asyncio.run(come_and_go()) == [0, 1, 2, 1, 0]
 
 
+LOAD = Change("load", "digits")
+
+
 def asked_while(path: Path, *replicas: Callable[[Any], Awaitable[None]]) -> float:
-    """Have all replicas load again, each of which answers as it is told to; gives the seconds that it took."""
+    """Have all replicas load, each of which answers as it is told to; gives the seconds that it took."""
 
     async def ask() -> float:
-        listening = [reloads(path, refuse=do_nothing) for _ in replicas]
+        listening = [orders(path, refuse=do_nothing) for _ in replicas]
         for told in listening:
-            (await anext(told))([])
+            changes, answer = await anext(told)
+            assert changes == [RELOAD]
+            answer([])
 
         async def serve(told: Any, answering: Callable[[Any], Awaitable[None]]) -> None:
-            await answering(await anext(told))
+            changes, answer = await anext(told)
+            assert changes == [LOAD]
+            await answering(answer)
 
         serving = [asyncio.create_task(serve(*pair)) for pair in zip(listening, replicas, strict=True)]
         begun = time.monotonic()
         try:
-            await ask_for_reload(path)
+            async with turn(path) as tell:
+                await tell(LOAD)
         finally:
             for task in serving:
                 task.cancel()
@@ -124,9 +134,43 @@ def test_reload_with_a_replica_that_dies_meanwhile_waits_for_the_others_only(des
     dying = socket.socket(socket.AF_UNIX)
     dying.connect(str(tmp_path / "desk"))
     dying.sendall(b"L")
-    assert dying.recv(10) == b"0\n"
+    assert dying.recv(100).startswith(b"0 ")
     threading.Timer(0.3, dying.close).start()
     assert 0.2 <= asked_while(tmp_path / "desk", at_once) < 30, "the clock starts a little after the timer"
+
+
+def test_turn_to_change_what_is_served_is_one_caller_s_until_it_hangs_up(desk: Desk, tmp_path: Path) -> None:
+    async def both() -> list[str]:
+        done: list[str] = []
+
+        async def change(name: str, pause_s: float) -> None:
+            async with turn(tmp_path / "desk") as tell:
+                done.append(f"{name} begins")
+                await tell(Change("load", name))
+                await asyncio.sleep(pause_s)
+                done.append(f"{name} ends")
+
+        first = asyncio.create_task(change("a", 0.3))
+        await asyncio.sleep(0.1)
+        await asyncio.gather(first, change("b", 0.0))
+        return done
+
+    assert asyncio.run(both()) == ["a begins", "a ends", "b begins", "b ends"]
+
+
+def test_replica_that_comes_later_is_told_what_was_decided_before(desk: Desk, tmp_path: Path) -> None:
+    unloaded, chosen, chosen_then = (Change("unload", "a"), Change("choose", "b", "2"), Change("choose", "c", "1"))
+
+    async def told_later() -> list[Change]:
+        async with turn(tmp_path / "desk") as tell:
+            for change in (Change("choose", "b", "1"), unloaded, chosen, chosen_then, Change("load", "c")):
+                await tell(change)
+        late = orders(tmp_path / "desk", refuse=do_nothing)
+        changes, _ = await anext(late)
+        await late.aclose()  # type: ignore[attr-defined]  # it is a generator
+        return changes
+
+    assert asyncio.run(told_later()) == [RELOAD, chosen, unloaded]
 
 
 def test_desk_answers_while_another_caller_says_nothing(desk: Desk, tmp_path: Path) -> None:
@@ -196,6 +240,76 @@ def test_load_answers_when_the_new_version_is_to_be_had_from_every_replica(
         assert loaded.status_code == 200
         version = loaded.json()["version"]
         assert [replica._service.versions("digits")[0] for replica in (one, other)] == [version] * 2
+
+
+def versions(replicas: Sequence[deployment.EmbeddingReplica], name: str) -> list[tuple[str, ...]]:
+    return [replica._service.versions(name) for replica in replicas]
+
+
+def change(url: str, name: str, verb: str, version: str | None = None) -> httpx.Response:
+    body = None if version is None else {"parameters": {"version": version}}
+    return httpx.post(f"{url}/v2/repository/models/{name}/{verb}", json=body, timeout=20)
+
+
+def test_versions_are_chosen_and_models_unloaded_by_every_replica_or_by_none(
+    desk: Desk, digits_bundle: Path, variant: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_bundle(digits_bundle).save(tmp_path / "all" / "digits")
+    variant(name="other").save(tmp_path / "all" / "other")
+    url = base_url(desk._listener)
+    with two_replicas(tmp_path / "all", tmp_path / "desk", monkeypatch) as pair:
+        ((first,), _) = versions(pair, "digits")
+        variant().save(tmp_path / "all" / "digits")
+        second = change(url, "digits", "load").json()["version"]
+        assert versions(pair, "digits") == [(second, first)] * 2
+
+        for wanted in (first, second[:12], first):
+            chosen = change(url, "digits", "load", wanted)
+            assert chosen.status_code == 200, chosen.text
+            assert [held[0] for held in versions(pair, "digits")] == [chosen.json()["version"]] * 2
+            assert chosen.json()["version"].startswith(wanted)
+        assert change(url, "digits", "load").json()["version"] == second, "what the folder holds"
+        assert versions(pair, "digits") == [(second, first)] * 2
+
+        # As in a process that has replaced another, and knows the folder only.
+        models = pair[1]._service.models
+        models._versions = {**models._versions, "digits": models._versions["digits"][:1]}
+        refused = change(url, "digits", "load", first)
+        # The replica itself does not know the version, or has found that the other does not.
+        assert refused.status_code in (404, 409), refused.text
+        assert [held[0] for held in versions(pair, "digits")] == [second] * 2
+
+        assert change(url, "other", "unload").status_code == 200
+        assert [replica._service.models.names for replica in pair] == [["digits"]] * 2
+        assert change(url, "other", "unload").status_code == 404
+        assert change(url, "digits", "unload").status_code == 409
+        assert change(url, "other", "load").status_code == 200
+        assert [replica._service.models.names for replica in pair] == [["digits", "other"]] * 2
+
+
+def test_changes_that_are_asked_for_at_once_leave_all_replicas_with_the_same_models(
+    desk: Desk, digits_bundle: Path, variant: Callable[..., Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two models, one replica is asked to unload the one, and the other the other."""
+    load_bundle(digits_bundle).save(tmp_path / "all" / "digits")
+    variant(name="other").save(tmp_path / "all" / "other")
+    with two_replicas(tmp_path / "all", tmp_path / "desk", monkeypatch) as pair:
+
+        def ask(replica: deployment.EmbeddingReplica, coroutine: Any) -> Future[Any]:
+            return asyncio.run_coroutine_threadsafe(coroutine, replica._service.batcher._loop)
+
+        for _ in range(3):
+            asked = [
+                ask(replica, replica._service.changes.unload(name))
+                for replica, name in zip(pair, ("digits", "other"), strict=True)
+            ]
+            failed = [one.exception(20) for one in asked]
+            assert sorted(type(error).__name__ for error in failed) == ["NoneType", "RequestError"]
+            left = [replica._service.models.names for replica in pair]
+            assert left[0] == left[1]
+            assert len(left[0]) == 1
+            for name in ("digits", "other"):
+                assert ask(pair[0], pair[0]._service.changes.load(name)).exception(20) is None
 
 
 def test_connections_are_refused_by_all_processes_once_the_desk_says_so(

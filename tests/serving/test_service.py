@@ -118,7 +118,7 @@ def test_a_row_s_vector_is_the_same_bits_whatever_request_it_came_in(
 
     async def conversation(client: Any) -> None:
         await asyncio.gather(*(ask(client, number) for number in range(400)))
-        assert client.app.admission.in_flight == client.app.admission.in_flight_bytes == 0
+        assert client.app.admission.in_flight == client.app.service.room.used == 0
 
     talk(conversation, digits_bundle, limits=Limits(max_batch_rows=24))
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 
+import httpx
+import numpy as np
 import pytest
 
 from serving.app import Route
 from serving.connection import Connection
 from serving.exchange import Answer, Exchange
 from serving.models import Models
+from serving.settings import Limits
 from tests.serving.running import Running, running
 
 #: More than both sides' kernels hold.
@@ -115,3 +120,74 @@ def test_stop_waits_for_clients_to_take_their_answers(service: Running) -> None:
         while data := client.recv(2**20):
             received += len(data)
     assert received > LARGE
+
+
+def embed(service: Running, *, n_rows: int = 1) -> httpx.Response:
+    headers = {"content-type": "application/octet-stream"}
+    return httpx.post(f"{service.url}/v1/embed?output=hidden", content=bytes(64 * n_rows), headers=headers)
+
+
+def test_answers_that_stand_take_room_from_new_work_until_they_are_taken(digits_models: Models) -> None:
+    with (
+        running(digits_models, limits=Limits(max_body_bytes=2**20, max_in_flight_bytes=40 * 2**20)) as service,
+        contextlib.ExitStack() as stack,
+    ):
+        answer_with(service, LARGE)
+        clients = [stack.enter_context(slow_client(service)) for _ in range(2)]
+        for client in clients:
+            client.sendall(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        assert wait_until(lambda: service.service.room.used == 2 * LARGE, timeout_s=5)
+        refused = embed(service)
+        assert refused.status_code == 503
+        assert refused.headers["retry-after"] == "1"
+        assert refused.json()["error"]["type"] == "overloaded"
+        assert httpx.get(f"{service.url}/readyz").status_code == 200, "what takes nothing goes on"
+        while clients[0].recv(2**20):
+            pass
+        assert wait_until(lambda: service.service.room.used == LARGE, timeout_s=5)
+        assert embed(service).status_code == 200
+        clients[1].close()
+        assert wait_until(lambda: service.service.room.used == 0, timeout_s=5)
+
+
+def test_clients_that_take_nothing_are_let_go_early_where_memory_is_short(
+    digits_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serving.connection._HURRIED_S", 0.2)
+    with (
+        running(digits_models, limits=Limits(max_body_bytes=2**20, max_in_flight_bytes=40 * 2**20)) as service,
+        slow_client(service) as first,
+        slow_client(service) as second,
+    ):
+        answer_with(service, LARGE)
+        first.sendall(GET)
+        assert wait_until(lambda: service.service.room.used == LARGE, timeout_s=5)
+        time.sleep(0.5)
+        assert service.service.room.used == LARGE, "there is room for others"
+        second.sendall(GET)
+        assert wait_until(lambda: service.server.n_connections == 1, timeout_s=5)
+        assert service.service.room.used == LARGE, "with one of them gone there is room again"
+
+
+def test_features_take_room_from_when_they_are_to_be_computed(
+    digits_models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, model = threading.Event(), digits_models.current[0]
+    compute = model.compute
+    monkeypatch.setattr(model, "compute", lambda *arguments: (gate.wait(20), compute(*arguments))[1])
+    n_rows = 1000
+    n_bytes = n_rows * (64 + 4 * model.outputs["hidden"])
+    limits = Limits(max_body_bytes=2**20, max_in_flight_bytes=2 * n_bytes - 1)
+    with running(digits_models, limits=limits) as service:
+        answers: list[httpx.Response] = []
+        asking = threading.Thread(target=lambda: answers.append(embed(service, n_rows=n_rows)))
+        asking.start()
+        try:
+            assert wait_until(lambda: service.service.room.used == n_bytes, timeout_s=5)
+            assert embed(service, n_rows=n_rows).status_code == 503
+        finally:
+            gate.set()
+            asking.join()
+        assert [len(answer.content) for answer in answers] == [n_bytes - 64 * n_rows]
+        assert np.isfinite(np.frombuffer(answers[0].content, np.float32)).all()
+        assert wait_until(lambda: service.service.room.used == 0, timeout_s=5)
