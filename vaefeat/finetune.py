@@ -25,6 +25,7 @@ from vaefeat.labels import UNLABELLED, class_names, class_shares, given_shares
 from vaefeat.model_card import renamed
 from vaefeat.partly_labelled import PartlyLabelledClassifier
 from vaefeat.settings import plain_value, refuse_other_model
+from vaefeat.table_columns import column_names
 
 __all__ = ["FineTuneClassifier"]
 
@@ -225,6 +226,7 @@ class FineTuneClassifier(PartlyLabelledClassifier):
             classes=names,
             shares=shares,
             config=config,
+            columns=column_names(X),
             progress=self.verbose != 0,
             goes_on=goes_on,
             observer=ClassifierTasks(tasks, fitted),

@@ -42,6 +42,7 @@ def fine_tune(
     classes: tuple[str | int | float | bool, ...],
     shares: NDArray[np.float64],
     config: FineTuneConfig,
+    columns: tuple[str, ...] | None = None,
     progress: bool = False,
     goes_on: bool = False,
     observer: TaskObserver | None = None,
@@ -59,6 +60,8 @@ def fine_tune(
     shares : ndarray of shape (K,)
         What the share of each class among the unlabelled rows is taken to be.
     config : FineTuneConfig
+    columns : tuple of str, optional
+        What the columns of the rows were called, for a bundle of numbers that does not know it.
     progress : bool
         Show a bar on standard error.
     goes_on : bool
@@ -87,7 +90,7 @@ def fine_tune(
         tuner = FineTuner(
             restore_vae(base), rows, targets, shares=shares, objective=objective, config=config, head=head
         )
-        export = partial(classifier_bundle, base, tuner=tuner, classes=classes, name=name)
+        export = partial(classifier_bundle, base, tuner=tuner, classes=classes, name=name, columns=columns)
         found = tuner.run(progress=progress, observer=_Exporting(observer, export) if observer else None)
         with shown_activity("export to ONNX, and compare with torch", shown=progress):
             bundle = export(found)
@@ -101,6 +104,7 @@ def classifier_bundle(
     tuner: FineTuner,
     classes: tuple[str | int | float | bool, ...],
     name: str,
+    columns: tuple[str, ...] | None = None,
 ) -> Bundle:
     """Export a fine-tuned classifier and describe it, in memory.
 
@@ -115,6 +119,7 @@ def classifier_bundle(
     classes : tuple
         In the order of the probabilities.
     name : str
+    columns : tuple of str, optional
 
     Returns
     -------
@@ -154,6 +159,7 @@ def classifier_bundle(
     manifest = replace(
         manifest,
         name=name,
+        input=manifest.input.named(columns),
         outputs={**_without_classes(manifest.outputs), "probability": len(classes)},
         active_units=measured.active,
         classes=classes,
