@@ -58,6 +58,7 @@ from vaefeat import (
 from vaefeat.bundle import Bundle
 from vaefeat.errors import BundleError, ExportError, InputError
 from vaefeat.onnx_pipeline import PIPELINE_TOLERANCE
+from vaefeat.reference import load_reference
 
 pytest.importorskip("skl2onnx")
 
@@ -291,7 +292,7 @@ def test_bundle_holds_the_file_its_parity_and_reference_rows(
     assert loaded.digest == bundle.digest
     assert sorted(loaded.files) == ["README.md", "pipeline.onnx", "reference.safetensors"]
     manifest = loaded.manifest
-    assert (manifest.name, manifest.schema_version, manifest.outputs) == ("numerals", 4, {"probabilities": 10})
+    assert (manifest.name, manifest.schema_version, manifest.outputs) == ("numerals", 5, {"probabilities": 10})
     assert manifest.classes == tuple(range(10))
     assert manifest.pipeline is not None
     told = {prop.key: prop.value for prop in onnx.load_model_from_string(loaded.read("pipeline.onnx")).metadata_props}
@@ -301,10 +302,30 @@ def test_bundle_holds_the_file_its_parity_and_reference_rows(
     np.testing.assert_array_equal(predictor.predict(rows), line.predict(rows))
 
 
-def test_export_without_rows_compares_on_the_reference_of_the_encoder(line: Pipeline, tmp_path: Path) -> None:
-    manifest = export_pipeline(line, tmp_path / "pipeline.onnx").manifest
-    assert manifest.pipeline is not None
-    assert manifest.pipeline["parity"]["n_rows"] == 8
+def test_export_without_rows_compares_on_many_made_of_the_encoders_reference(line: Pipeline, tmp_path: Path) -> None:
+    bundle = export_pipeline(line, tmp_path / "pipeline")
+    assert bundle.manifest.pipeline is not None
+    parity = bundle.manifest.pipeline["parity"]
+    assert parity["n_rows"] == parity["n_made"] == 256
+    assert "made of the encoder's reference" in bundle.read("README.md").decode()
+
+
+def test_export_without_rows_finds_a_difference_that_the_reference_rows_alone_do_not_show(
+    digits_bundle: Path, rows: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    pipe = fitted(make_pipeline(VAEFeatures(digits_bundle), LogisticRegression(max_iter=2000)), rows)
+    reference = load_reference(load_bundle(digits_bundle))
+    assert reference is not None
+    known = {row.tobytes() for row in pipe[0].transform(reference.rows)}
+    right = pipe[-1].predict_proba
+
+    def wrong_elsewhere(X: NDArray[np.float32]) -> NDArray[np.float64]:
+        there = np.array([row.tobytes() in known for row in X])
+        return np.where(there[:, None], right(X), right(X)[:, ::-1])
+
+    pipe[-1].predict_proba = wrong_elsewhere
+    with pytest.raises(ExportError, match="on 256 rows"):
+        export_pipeline(pipe, tmp_path / "pipeline.onnx")
 
 
 def test_export_of_one_pipeline_twice_gives_one_digest(line: Pipeline, rows: NDArray[np.uint8], tmp_path: Path) -> None:
