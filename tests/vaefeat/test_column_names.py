@@ -18,8 +18,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from pipelines.embedding.storage import Place
 from pipelines.embedding.sources import Request, open_source
+from pipelines.embedding.storage import Place
 from tests.vaefeat.remote_servers import served
 from vaefeat import (
     FineTuneClassifier,
