@@ -12,7 +12,7 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize("page", ["pipelines.md", pytest.param("semi_supervised.md", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("page", ["pipelines.md", "semi_supervised.md"])
 def test_python_blocks_of_a_page_run_in_order(page: str, tmp_path: Path) -> None:
     program = "\n".join(
         re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), flags=re.DOTALL | re.MULTILINE)

@@ -50,8 +50,11 @@ class Blocks(ABC):
         Rows in each block, at least one.
     source : str
         What the rows are read from, for people.
+    names : tuple of str or None
+        Of the features, where they are columns of numbers that have names.
     """
 
+    names: tuple[str, ...] | None = None
     row_shape: tuple[int, ...]
     dtype: np.dtype[Any]
     sizes: NDArray[np.int64]

@@ -125,6 +125,7 @@ class ParquetBlocks(Blocks):
             self.columns = numeric_columns(parts, columns, label_column)
             self.dtype = numeric_dtype(parts, self.columns)
             self.row_shape = (len(self.columns),)
+            self.names = self.columns
         self._block_bytes = block_bytes or (_IMAGES_BLOCK_BYTES if self._images else _NUMBERS_BLOCK_BYTES)
         self._places = self._cut()
         self.sizes = np.array([place.stop - place.start for place in self._places], np.int64)

@@ -39,10 +39,10 @@ from vaefeat.input_spec import InputSpec
 
 __all__ = ["MAX_NAME_LENGTH", "SCHEMA_VERSION", "Bundle", "Manifest", "load_bundle"]
 
-SCHEMA_VERSION = 4
-#: What bundles of less still are: readers from before there were pipelines, tables, or classes, understand them, and
-#: their digests stay.
-_WITHOUT_PIPELINE, _WITHOUT_TABLE, _WITHOUT_CLASSES = 3, 2, 1
+SCHEMA_VERSION = 5
+#: What bundles of less still are: readers from before there were names of columns and means of pipelines, pipelines,
+#: tables, or classes, understand them, and their digests stay.
+_WITHOUT_NAMES, _WITHOUT_PIPELINE, _WITHOUT_TABLE, _WITHOUT_CLASSES = 4, 3, 2, 1
 MANIFEST_FILE = "bundle.json"
 MAX_NAME_LENGTH = 64
 _NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME_LENGTH - 1}}}")
@@ -100,7 +100,8 @@ class Manifest:
     pipeline : dict, optional
         Of a whole pipeline: ``encoder`` (name, digest and output of what it begins with, which all but `name`,
         `outputs` and `classes` describe), ``steps`` (name and class of what follows) and ``parity`` with scikit-learn.
-        Its one output is ``probabilities``, besides labels.
+        Its one output is ``probabilities``, besides labels; with ``means``, the width of the encoder's, the graph has
+        these, too, for a service to watch.
     """
 
     name: str
@@ -156,6 +157,11 @@ class Manifest:
         return "encoder.onnx" if self.pipeline is None else "pipeline.onnx"
 
     @property
+    def gives_means(self) -> bool:
+        """Whether its graph gives posterior means: of pipelines only those exported with their reference."""
+        return self.pipeline is None or "means" in self.pipeline
+
+    @property
     def decodes(self) -> bool:
         """Whether the decoder belongs to the encoder: not after fine-tuning that left it behind (``elbo_weight=0``)."""
         run = self.data.get("finetuning")
@@ -169,8 +175,10 @@ class Manifest:
     @property
     def schema_version(self) -> int:
         """Of the form that it is written in: the oldest that has all it says."""
-        if self.pipeline is not None:
+        if self.input.names is not None or (self.pipeline is not None and self.gives_means):
             return SCHEMA_VERSION
+        if self.pipeline is not None:
+            return _WITHOUT_NAMES
         if self.input.table is not None:
             return _WITHOUT_PIPELINE
         return _WITHOUT_TABLE if self.classes else _WITHOUT_CLASSES

@@ -43,6 +43,7 @@ def make_bundle(
     name: str,
     data: dict[str, Any],
     table: TableSchema | None = None,
+    columns: tuple[str, ...] | None = None,
 ) -> Bundle:
     """Export a trained model and describe it, in memory.
 
@@ -58,6 +59,8 @@ def make_bundle(
         What the manifest says of the training rows: their fingerprint and number.
     table : TableSchema, optional
         What their columns are.
+    columns : tuple of str, optional
+        What they are called, where all are numbers.
 
     The graphs are compared with torch on held-out rows first; see :func:`vaefeat.export.measure_parity`.
     """
@@ -77,7 +80,7 @@ def make_bundle(
     found = diagnose(vae, np.array(looked_at[:_DIAGNOSED_ROWS]), n_samples=n_samples, seed=train.seed)
     manifest = Manifest(
         name=name,
-        input=InputSpec.of(rows, table=_scaled(table, vae)),
+        input=InputSpec.of(rows, table=_scaled(table, vae), names=columns),
         outputs={"mean": model.latent_dim, "logvar": model.latent_dim, "hidden": vae.encoder.hidden_dim},
         latent_dim=model.latent_dim,
         active_units=evaluation.active,

@@ -67,9 +67,16 @@ def rows_for(
     """
     from vaefeat.arrays import read_npy
     from vaefeat.data import load_rows
+    from vaefeat.parquet import SUFFIXES as PARQUET_SUFFIXES
+    from vaefeat.table_columns import compare_names
 
     if spec.table is None:
-        return load_rows(data, split=split, image_size=image_size, max_rows=max_rows).array
+        # By their names, in whatever order the file has them.
+        columns = spec.names if data.suffix.lower() in PARQUET_SUFFIXES else None
+        loaded = load_rows(data, split=split, image_size=image_size, max_rows=max_rows, columns=columns)
+        if spec.names is not None and loaded.columns is not None:
+            compare_names(loaded.columns, spec.names)
+        return loaded.array
     if data.suffix.lower() == ".npy" and data.is_file():
         return spec.prepare(read_npy(data)[:max_rows], holes=holes)
     return spec.prepare(frame_for(spec.table, data, max_rows=max_rows), holes=holes)

@@ -24,6 +24,7 @@ from vaefeat.images import SUFFIXES as IMAGE_SUFFIXES
 from vaefeat.images import OnError, class_folders, decode_images, find_images
 from vaefeat.parquet import DEFAULT_IMAGE_COLUMN, DEFAULT_LABEL_COLUMN, find_parquet, read_parquet
 from vaefeat.parquet import SUFFIXES as PARQUET_SUFFIXES
+from vaefeat.table_columns import column_names
 from vaefeat.table_files import SUFFIXES as TABLE_SUFFIXES
 from vaefeat.table_files import read_frame
 from vaefeat.table_fitting import fit_table, is_table
@@ -66,6 +67,8 @@ class Rows:
         Unreadable inputs that were left out, with ``on_error="skip"``.
     table : TableSchema or None
         What the columns are, where they are not all numbers without a gap; the array then holds codes and NaN.
+    columns : tuple of str or None
+        Names of the features, of a data frame or Parquet whose columns are all numbers.
     """
 
     array: NDArray[Any]
@@ -74,6 +77,7 @@ class Rows:
     source: str = "array"
     skipped: tuple[str, ...] = ()
     table: TableSchema | None = None
+    columns: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.array)
@@ -217,6 +221,7 @@ def load_rows(
         names=found.names,
         source=found.source,
         skipped=found.skipped,
+        columns=found.columns,
     )
 
 
@@ -295,8 +300,7 @@ def _find(source: Any, request: Request) -> _Found:
     if not isinstance(source, str | os.PathLike):
         request.refuse("an array", image_size=True, columns=True, split=True)
         # A DataFrame's column names make an error message easier to act on.
-        columns = tuple(map(str, source.columns)) if hasattr(source, "columns") else None
-        return _Found(source, "array", columns=columns)
+        return _Found(source, "array", columns=column_names(source))
     path = Path(source)
     if path.is_dir():
         return _read_folder(path, request)

@@ -19,6 +19,7 @@ from vaefeat.data import Rows
 from vaefeat.errors import ConfigError, InputError
 from vaefeat.input_spec import InputSpec
 from vaefeat.settings import plain_value
+from vaefeat.table_columns import column_names
 from vaefeat.table_fitting import fit_table, is_table
 from vaefeat.table_schema import HandleUnknown
 
@@ -43,7 +44,7 @@ def training_data(
     categorical: Any,
     handle_unknown: HandleUnknown,
     like: InputSpec | None = None,
-) -> Rows | NDArray[Any]:
+) -> Rows:
     """Check the rows that an estimator is fitted to, and fit the columns of a table.
 
     Parameters
@@ -68,7 +69,7 @@ def training_data(
     if like is not None and like.table is not None:
         return Rows(array=like.prepare(checked_rows(estimator, X, like, reset=False)), table=like.table)
     if image_shape is not None or not (categorical is not None or is_table(X)):
-        return training_rows(estimator, X, image_shape, reset=like is None)
+        return Rows(array=training_rows(estimator, X, image_shape, reset=like is None), columns=column_names(X))
     told = None if categorical is None else list(categorical)
     schema, rows = fit_table(X, categorical=told, handle_unknown=handle_unknown)
     validate_data(estimator, X, skip_check_array=True)
@@ -78,12 +79,15 @@ def training_data(
 def checked_rows(estimator: BaseEstimator, X: Any, spec: InputSpec, *, reset: bool, finite: bool = True) -> Any:
     """Check rows in scikit-learn's way, as far as it knows them, for :meth:`InputSpec.prepare` to take.
 
-    Of tables it is given the columns' names and number: what stands in them is the schema's to judge. With ``finite``
+    Names of columns are compared with those in the bundle, too: the estimator may never have seen its training rows. Of
+    tables it is given the columns' names and number: what stands in them is the schema's to judge. With ``finite``
     false NaN and infinity are left to :meth:`InputSpec.prepare`, too.
     """
     if spec.table is None:
         flat = flat_images(X, spec.shape)
-        return validate_data(estimator, flat, dtype="numeric", ensure_all_finite=finite, reset=reset)
+        rows = validate_data(estimator, flat, dtype="numeric", ensure_all_finite=finite, reset=reset)
+        spec.compare_names(X)
+        return rows
     validate_data(estimator, X, skip_check_array=True, reset=reset)
     return X
 

@@ -25,6 +25,7 @@ from vaefeat.labels import UNLABELLED, class_names, class_shares, given_shares
 from vaefeat.model_card import renamed
 from vaefeat.partly_labelled import PartlyLabelledClassifier
 from vaefeat.settings import plain_value, refuse_other_model
+from vaefeat.table_columns import column_names
 
 __all__ = ["FineTuneClassifier"]
 
@@ -73,6 +74,10 @@ class FineTuneClassifier(PartlyLabelledClassifier):
     unlabelled : int or None
         The number that stands in `y` for a missing label, beside None and NaN. None where each number is a class: with
         labels -1 and 1, say.
+    calibration : int, optional
+        Into how many folds the labelled rows are cut, at least 2, to find a temperature that probabilities are
+        calibrated by: a copy is fitted without each fold, and asked for it, so that fitting takes as many times longer.
+        None takes probabilities as they come. Labels stay what they are. ``docs/sklearn.md`` says when it helps.
     patience : int or None
         Checks, every 50 steps, at which the answers must have stayed the same before training ends early; None never
         ends it early.
@@ -97,6 +102,8 @@ class FineTuneClassifier(PartlyLabelledClassifier):
     bundle_ : Bundle
         The classifier as a bundle, in memory; :meth:`save_bundle` writes it.
     encoder_ : OnnxEncoder
+    temperature_ : float
+        What logits were divided by; 1 without `calibration`.
     n_iter_ : int
         Steps taken.
     n_features_in_ : int
@@ -141,6 +148,7 @@ class FineTuneClassifier(PartlyLabelledClassifier):
         class_shares: ArrayLike | None = None,
         class_weight: Mapping[Any, float] | str | None = None,
         unlabelled: int | None = UNLABELLED,
+        calibration: int | None = None,
         patience: int | None = 3,
         random_state: int | np.random.RandomState | None = None,
         device: str = "auto",
@@ -165,6 +173,7 @@ class FineTuneClassifier(PartlyLabelledClassifier):
         self.class_shares = class_shares
         self.class_weight = class_weight
         self.unlabelled = unlabelled
+        self.calibration = calibration
         self.patience = patience
         self.random_state = random_state
         self.device = device
@@ -210,12 +219,19 @@ class FineTuneClassifier(PartlyLabelledClassifier):
         with requiring("train", what="FineTuneClassifier"):
             from vaefeat.finetuned import fine_tune
         n_before = self.n_iter_ if goes_on else 0
+        temperature = self._temperature(rows, classes, targets)
 
         def fitted(bundle: Bundle, n_steps: int) -> dict[str, Any]:
             # Not the device of training, which another machine may lack; but who asks for the CPU means all of it.
             device = "cpu" if self.device == "cpu" else "auto"
             encoder = OnnxEncoder(bundle, device=device, threads=config.threads)
-            return {"bundle_": bundle, "encoder_": encoder, "classes_": classes, "n_iter_": n_before + n_steps}
+            return {
+                "bundle_": bundle,
+                "encoder_": encoder,
+                "classes_": classes,
+                "temperature_": temperature,
+                "n_iter_": n_before + n_steps,
+            }
 
         tasks = FitTasks(self, "steps", X=X, y=y, sample_weight=sample_weight)
         bundle, n_steps = fine_tune(
@@ -225,6 +241,8 @@ class FineTuneClassifier(PartlyLabelledClassifier):
             classes=names,
             shares=shares,
             config=config,
+            columns=column_names(X),
+            temperature=temperature,
             progress=self.verbose != 0,
             goes_on=goes_on,
             observer=ClassifierTasks(tasks, fitted),

@@ -42,6 +42,8 @@ def fine_tune(
     classes: tuple[str | int | float | bool, ...],
     shares: NDArray[np.float64],
     config: FineTuneConfig,
+    columns: tuple[str, ...] | None = None,
+    temperature: float = 1.0,
     progress: bool = False,
     goes_on: bool = False,
     observer: TaskObserver | None = None,
@@ -59,6 +61,10 @@ def fine_tune(
     shares : ndarray of shape (K,)
         What the share of each class among the unlabelled rows is taken to be.
     config : FineTuneConfig
+    columns : tuple of str, optional
+        What the columns of the rows were called, for a bundle of numbers that does not know it.
+    temperature : float
+        What the logits are divided by in the bundle, where its head is as much smaller.
     progress : bool
         Show a bar on standard error.
     goes_on : bool
@@ -87,7 +93,15 @@ def fine_tune(
         tuner = FineTuner(
             restore_vae(base), rows, targets, shares=shares, objective=objective, config=config, head=head
         )
-        export = partial(classifier_bundle, base, tuner=tuner, classes=classes, name=name)
+        export = partial(
+            classifier_bundle,
+            base,
+            tuner=tuner,
+            classes=classes,
+            name=name,
+            columns=columns,
+            temperature=temperature,
+        )
         found = tuner.run(progress=progress, observer=_Exporting(observer, export) if observer else None)
         with shown_activity("export to ONNX, and compare with torch", shown=progress):
             bundle = export(found)
@@ -101,6 +115,8 @@ def classifier_bundle(
     tuner: FineTuner,
     classes: tuple[str | int | float | bool, ...],
     name: str,
+    columns: tuple[str, ...] | None = None,
+    temperature: float = 1.0,
 ) -> Bundle:
     """Export a fine-tuned classifier and describe it, in memory.
 
@@ -115,6 +131,8 @@ def classifier_bundle(
     classes : tuple
         In the order of the probabilities.
     name : str
+    columns : tuple of str, optional
+    temperature : float
 
     Returns
     -------
@@ -126,6 +144,8 @@ def classifier_bundle(
         The ONNX graph does not compute what the model computes.
     """
     classifier, manifest = found.classifier, base.manifest
+    if temperature != 1:
+        classifier = classifier.tempered(temperature)
     shown = _sample(tuner)
     kl_weight = tuner.objective.config.kl_weight
     measured = evaluate(
@@ -149,11 +169,13 @@ def classifier_bundle(
         "settled": found.settled,
         "precision": str(tuner.student.vae.network_dtype).removeprefix("torch."),
         "config": tuner.config.to_dict(),
+        **({} if temperature == 1 else {"temperature": temperature}),
     }
     figures = {"elbo": measured.elbo, "log_likelihood": measured.log_likelihood, "kl": measured.kl}
     manifest = replace(
         manifest,
         name=name,
+        input=manifest.input.named(columns),
         outputs={**_without_classes(manifest.outputs), "probability": len(classes)},
         active_units=measured.active,
         classes=classes,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, Self
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vaefeat.errors import BundleError, InputError
+from vaefeat.table_columns import column_names, compare_names
 from vaefeat.table_schema import TableSchema, holds_labels
 
 __all__ = ["InputSpec"]
@@ -42,6 +43,9 @@ class InputSpec:
         Smallest and largest value among the training rows, in the units of the rows.
     table : TableSchema or None
         What the columns are, of a table that has others than numbers, or missing values.
+    names : tuple of str or None
+        Names of the columns, where the training rows were a data frame of numbers, or columns of Parquet. Data frames
+        have to have the same, in this order; arrays have none, and are taken as they come.
 
     Raises
     ------
@@ -55,17 +59,21 @@ class InputSpec:
     low: float
     high: float
     table: TableSchema | None = None
+    names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         known = self.kind in ("image", "vector") and self.dtype in ("uint8", "float32")
         n_axes = 3 if self.kind == "image" else 1
         sizes = len(self.shape) == n_axes and all(isinstance(size, int) and size > 0 for size in self.shape)
         fits = self.table is None or (self.dtype == "float32" and self.shape == (len(self.table.columns),))
+        if self.names is not None:
+            texts = all(isinstance(name, str) for name in self.names)
+            fits = fits and texts and self.table is None and sizes and len(self.names) == math.prod(self.shape)
         if not (known and sizes and fits and isinstance(self.low, int | float) and isinstance(self.high, int | float)):
             raise BundleError(f"got an input described by {self.to_dict()}, wanted one of our kinds of rows")
 
     @classmethod
-    def of(cls, rows: NDArray[Any], *, table: TableSchema | None = None) -> Self:
+    def of(cls, rows: NDArray[Any], *, table: TableSchema | None = None, names: tuple[str, ...] | None = None) -> Self:
         """Describe training rows of shape (n, F) or (n, C, H, W), dtype uint8 or float32; NaN only in a table's."""
         return cls(
             kind="image" if rows.ndim == 4 else "vector",
@@ -74,20 +82,23 @@ class InputSpec:
             low=float(np.nanmin(rows)),
             high=float(np.nanmax(rows)),
             table=table,
+            names=names,
         )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Rebuild from :meth:`to_dict`'s JSON form."""
         table = {"table": TableSchema.from_dict(values["table"])} if "table" in values else {}
-        return cls(**{**values, "shape": tuple(values["shape"]), **table})
+        names = {"names": tuple(values["names"])} if "names" in values else {}
+        return cls(**{**values, "shape": tuple(values["shape"]), **table, **names})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values that JSON can hold; the table's columns only where there are some."""
+        """Plain values that JSON can hold; the table's columns, and names, only where there are some."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         table = {} if self.table is None else {"table": self.table.to_dict()}
-        del values["table"]
-        return {**values, "shape": list(self.shape), **table}
+        names = {} if self.names is None else {"names": list(self.names)}
+        del values["table"], values["names"]
+        return {**values, "shape": list(self.shape), **table, **names}
 
     @cached_property  # asked for with every request
     def n_features(self) -> int:
@@ -144,6 +155,7 @@ class InputSpec:
         Raises
         ------
         InputError
+            Other columns than in training, or in another order, where both have names.
             Wrong shape or dtype, no rows, NaN or infinite values, or values that the conversion would change.
         """
         if (
@@ -157,6 +169,7 @@ class InputSpec:
             return np.ascontiguousarray(X)
         if self.table is not None and holds_labels(X):
             return self.table.encode(X, holes=holes)
+        self.compare_names(X)
         if hasattr(X, "toarray"):
             raise InputError(f"got a sparse {type(X).__name__}, wanted {self}; pass X.toarray()")
         if np.ma.is_masked(X):
@@ -176,6 +189,16 @@ class InputSpec:
         if self.dtype == "uint8":
             return np.ascontiguousarray(self._as_uint8(rows))
         return np.ascontiguousarray(self._as_float32(rows))
+
+    def named(self, names: tuple[str, ...] | None) -> InputSpec:
+        """Say what the columns are called, where they are numbers and nobody knew."""
+        known = self.table is not None or self.names is not None
+        return self if known or names is None or len(names) != self.n_features else replace(self, names=names)
+
+    def compare_names(self, X: Any) -> None:
+        """Raise InputError where `X` is a data frame whose columns have other names, or another order."""
+        if self.names is not None and (got := column_names(X)) is not None:
+            compare_names(got, self.names)
 
     def _shaped(self, rows: NDArray[Any]) -> NDArray[Any]:
         if rows.ndim < 2 or rows.shape[1:] not in {self.shape, (self.n_features,)}:

@@ -83,6 +83,7 @@ def pipeline_card(manifest: Manifest) -> str:
     steps = " -> ".join(step["class"] for step in manifest.pipeline["steps"])
     difference, tied = parity["outputs"]["probabilities"]["max_abs_difference"], parity["labels"]["tied"]
     labels = f"{tied} labels, each of two as probable" if tied else "no label"
+    made = " (made of the encoder's reference)" if "n_made" in parity else ""
     versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     return f"""# {manifest.name}
 
@@ -93,7 +94,7 @@ A classifier: it turns {manifest.input} into labels and probabilities. Scaling i
 | encoder | {encoder["name"]} (`{encoder["digest"][:19]}...`), its {encoder["output"]} |
 | steps behind it | {steps or "none"} |
 {_class_names(manifest)}\
-| ONNX Runtime differs from scikit-learn in | on {parity["n_rows"]:,} rows {labels} and \
+| ONNX Runtime differs from scikit-learn in | on {parity["n_rows"]:,} rows{made} {labels} and \
 probabilities by at most {difference:.2g} |
 | made with | {versions} |
 
@@ -103,7 +104,7 @@ probabilities by at most {difference:.2g} |
 import onnxruntime
 
 session = onnxruntime.InferenceSession("pipeline.onnx")
-label, probabilities = session.run(None, {{"rows": rows}})
+label, probabilities = session.run(["label", "probabilities"], {{"rows": rows}})
 ```
 """
 

@@ -45,6 +45,8 @@ __all__ = ["PIPELINE_TOLERANCE", "export_pipeline"]
 
 #: Largest difference of a probability between ONNX Runtime and scikit-learn.
 PIPELINE_TOLERANCE = 1e-4
+#: How many rows to compare on where none are given, as far as so many bytes allow.
+_MADE_ROWS, _MADE_BYTES = 256, 64 * 2**20
 _SUFFIX = "-pipeline"
 _LIBRARIES = ("scikit-learn", "skl2onnx", "onnx")
 #: Between the name of a step and the tensors in it.
@@ -73,7 +75,8 @@ def export_pipeline(
         ``python -m serving`` serves, and :class:`OnnxPredictor` opens. None writes nothing: save the bundle later.
     X : array-like of shape (n, ...), optional
         Rows to compare on, the more the better: best those that the classifier learned from and some that it did not.
-        The few reference rows of the encoder's bundle when None.
+        When None, 256 rows made of the few reference rows of the encoder's bundle: pictures blended two by two, values
+        of columns combined anew. They are rows like none of yours, and less of a proof.
     name : str, optional
         The model's name in a service; that of the encoder with ``-pipeline`` behind it when None.
 
@@ -109,26 +112,39 @@ def export_pipeline(
     base = encoder.bundle.manifest
     name = name or base.name[: MAX_NAME_LENGTH - len(_SUFFIX)] + _SUFFIX
     check_name(name)
-    rows = base.input.prepare(_rows_to_compare(encoder.bundle) if X is None else X)
+    names = getattr(whole, "feature_names_in_", None)
+    spec = base.input.named(None if names is None else tuple(map(str, names)))
+    known = load_reference(encoder.bundle)
+    rows = _rows_to_compare(encoder.bundle, known) if X is None else spec.prepare(X)
+    # The file alone has what people expect of a classifier; the bundle also what the service watches.
+    alone = path is not None and Path(path).suffix == ".onnx"
+    watched = known if isinstance(known, Reference) and not alone else None
     classes = _plain_classes(np.asarray(pipe.classes_))
     named = [*steps, *([] if temperature is None else [("temperature", pipe)])]
     described = {
         "encoder": {"name": base.name, "digest": encoder.digest, "output": output},
         "steps": [{"name": step, "class": type(part).__name__} for step, part in named],
+        **({} if watched is None else {"means": base.latent_dim}),
     }
     manifest = replace(
         base,
         name=name,
+        input=spec,
         outputs={PROBABILITIES: len(classes)},
         classes=classes,
         pipeline=described,
         versions={**base.versions, **{library: version(library) for library in _LIBRARIES}},
     )
-    joined = _joined(encoder.bundle, output, steps, np.asarray(pipe.classes_), temperature=temperature)
+    joined = _joined(
+        encoder.bundle, output, steps, np.asarray(pipe.classes_), temperature=temperature, means=watched is not None
+    )
     predictor = _opened(manifest, joined)
     parity = _measure_parity(pipe, predictor, rows, rows if X is None else X)
+    if X is None:
+        parity["n_made"] = len(rows)
     manifest = replace(manifest, pipeline={**described, "parity": parity})
-    return _write(manifest, joined, PredictionReference.of(predictor, rows), None if path is None else Path(path))
+    reference = PredictionReference.of(predictor, rows, encoder=watched)
+    return _write(manifest, joined, reference, None if path is None else Path(path))
 
 
 def _untempered(pipe: Any) -> tuple[Any, float | None]:
@@ -187,13 +203,23 @@ def _plain_classes(classes: NDArray[Any]) -> tuple[str | int, ...]:
     )
 
 
-def _rows_to_compare(bundle: Bundle) -> NDArray[Any]:
-    reference = load_reference(bundle)
+def _rows_to_compare(bundle: Bundle, reference: Reference | PredictionReference | None) -> NDArray[Any]:
     if not isinstance(reference, Reference):
         raise InputError(
             f"got no rows to compare on, and bundle {bundle.name!r} has no {REFERENCE_FILE}; pass some as X="
         )
-    return reference.rows
+    spec = bundle.manifest.input
+    few, random = reference.rows, np.random.default_rng(0)
+    n_made = max(0, min(_MADE_ROWS, _MADE_BYTES // spec.row_bytes) - len(few))
+    if spec.kind == "vector":
+        # Values of a column stay in it: they are codes, or missing, in no other.
+        made = few[random.integers(len(few), size=(n_made, spec.n_features)), np.arange(spec.n_features)]
+    else:
+        one, other = few[random.integers(len(few), size=(2, n_made))]
+        share = random.random((n_made, 1, 1, 1), dtype=np.float32)
+        blended = share * one + (1 - share) * other
+        made = (np.rint(blended) if spec.dtype == "uint8" else blended).astype(spec.dtype)
+    return np.concatenate([few, made])
 
 
 def _joined(
@@ -203,8 +229,9 @@ def _joined(
     classes: NDArray[Any],
     *,
     temperature: float | None,
+    means: bool,
 ) -> onnx.ModelProto:
-    """Put the steps behind one output of the encoder; what else it gives is left out."""
+    """Put the steps behind one output of the encoder; what else it gives is left out, but for `means` behind them."""
     encoder = onnx.load_model_from_string(bundle.read("encoder.onnx"))
     graph = GraphBuilder(opset=next(entry.version for entry in encoder.opset_import if entry.domain == ""))
     x = "features"
@@ -224,8 +251,15 @@ def _joined(
     )
     prefixed = onnx.compose.add_prefix(head, _STEPS, rename_outputs=False)
     joined = onnx.compose.merge_models(
-        encoder, prefixed, io_map=[(output, f"{_STEPS}features")], outputs=[LABEL, PROBABILITIES]
+        encoder,
+        prefixed,
+        io_map=[(output, f"{_STEPS}features")],
+        outputs=[LABEL, PROBABILITIES, *(["mean"] if means else [])],
     )
+    # merge_models puts the encoder's before them.
+    ordered = sorted(joined.graph.output, key=lambda value: value.name == "mean")
+    del joined.graph.output[:]
+    joined.graph.output.extend(ordered)
     onnx.checker.check_model(joined)
     return joined
 

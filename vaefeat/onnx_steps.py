@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.decomposition import PCA, KernelPCA, TruncatedSVD
 from sklearn.ensemble import ExtraTreesClassifier, HistGradientBoostingClassifier, RandomForestClassifier
@@ -134,11 +135,8 @@ def _refuse_settings(step: Any, *, calibrated: bool) -> None:
         raise InputError(
             "got an SVC with break_ties=True, wanted it without, or calibrated; ONNX's classifier decides by votes"
         )
-    if type(step) is KNeighborsClassifier and (step.weights != "uniform" or step.effective_metric_ != "euclidean"):
-        raise InputError(
-            f"got KNeighborsClassifier with weights={step.weights!r} and the metric {step.effective_metric_!r}, wanted "
-            "weights='uniform' and Euclidean distances; others are not translated exactly"
-        )
+    if type(step) is KNeighborsClassifier:
+        _refuse_neighbours(step)
     if type(step) is HistGradientBoostingClassifier and step.is_categorical_ is not None:
         raise InputError(
             "got HistGradientBoostingClassifier with categorical features, wanted numbers only, as features of an "
@@ -147,3 +145,25 @@ def _refuse_settings(step: Any, *, calibrated: bool) -> None:
     if type(step) is CalibratedClassifierCV:
         for part in step.calibrated_classifiers_:
             fitted_steps([("estimator", part.estimator)], calibrated=True)
+
+
+def _refuse_neighbours(step: KNeighborsClassifier) -> None:
+    """Refuse what is not written exactly, and fitted rows of which scikit-learn counts either, by their order."""
+    if step.weights not in ("uniform", "distance") or step.effective_metric_ != "euclidean":
+        raise InputError(
+            f"got KNeighborsClassifier with weights={step.weights!r} and the metric {step.effective_metric_!r}, wanted "
+            "weights='uniform' or 'distance' and Euclidean distances; others are not translated exactly"
+        )
+    rows = np.asarray(step._fit_X)
+    _, place = np.unique(rows, axis=0, return_inverse=True)
+    pairs = np.unique(np.stack([place.ravel(), step._y]), axis=1)
+    if n_mixed := pairs.shape[1] - len(np.unique(pairs[0])):
+        raise InputError(
+            f"got KNeighborsClassifier with {n_mixed} fitted rows whose features are those of a row of another class: "
+            "they are equally far from every row, and which are counted is left to chance; leave such rows out"
+        )
+    if (rows == np.rint(rows)).all():
+        raise InputError(
+            "got KNeighborsClassifier fitted to whole numbers, wanted features without steps: many rows are equally "
+            "far, and which are counted is left to chance; leave out Binarizer, or take another classifier"
+        )

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.callback import CallbackSupportMixin
 
+from vaefeat.calibration import cross_validated_temperature
 from vaefeat.errors import InputError
 from vaefeat.labels import labelled_accuracy
 from vaefeat.settings import plain_value
@@ -28,6 +29,8 @@ class PartlyLabelledClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstima
     classes_: NDArray[Any]
     class_weight: Mapping[Any, float] | str | None
     unlabelled: int | None
+    calibration: int | None
+    temperature_: float
 
     @abstractmethod
     def predict_proba(self, X: ArrayLike) -> NDArray[np.floating[Any]]:
@@ -64,6 +67,11 @@ class PartlyLabelledClassifier(CallbackSupportMixin, ClassifierMixin, BaseEstima
             unlabelled=self._mark(),
             estimator=type(self).__name__,
         )
+
+    def _temperature(self, rows: NDArray[Any], classes: NDArray[Any], targets: Targets) -> float:
+        if self.calibration is None:
+            return 1.0
+        return cross_validated_temperature(self, rows, classes, targets, n_folds=plain_value(self.calibration))
 
     def _mark(self) -> int | None:
         mark = plain_value(self.unlabelled)

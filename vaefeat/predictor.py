@@ -139,7 +139,8 @@ class OnnxPredictor:
         rows : ndarray of shape (n, ...)
             As :meth:`InputSpec.prepare` gives them.
         outputs : sequence of str
-            Names among ``outputs``, ``probabilities``, and ``label``.
+            Names among ``outputs``, ``probabilities``, and ``label``; ``mean``, too, where the graph gives it
+            (:attr:`vaefeat.bundle.Manifest.gives_means`).
         interruption : Interruption, optional
             With which another thread may end this.
 
@@ -193,6 +194,8 @@ class _PipelineGraph:
         check_rows_input(graph.session, manifest.input, what)
         kind = "tensor(string)" if isinstance(manifest.classes[0], str) else "tensor(int64)"
         wanted = [(LABEL, kind, 1), (PROBABILITIES, "tensor(float)", 2)]
+        if manifest.gives_means:
+            wanted.append(("mean", "tensor(float)", 2))
         got = [(output.name, output.type, len(output.shape)) for output in graph.session.get_outputs()]
         if got != wanted or graph.session.get_outputs()[1].shape[1] != len(manifest.classes):
             raise BundleError(f"got {what} with the outputs {got}, wanted {wanted} for {len(manifest.classes)} classes")
@@ -211,5 +214,5 @@ class _PipelineGraph:
     def compute(
         self, rows: NDArray[Any], outputs: Sequence[str], *, interruption: Interruption | None = None
     ) -> list[NDArray[Any]]:
-        """Compute some of both outputs."""
+        """Compute some of its outputs."""
         return list(self._graph.run(outputs, {"rows": rows}, interruption=interruption))

@@ -310,6 +310,7 @@ class _Planned:
             "name": self.name,
             "data": {"fingerprint": self.source.identity["fingerprint"], "n_rows": self.source.n_rows},
             "table": self.source.table,
+            "columns": self.source.columns,
         }
 
 
@@ -374,16 +375,17 @@ class _Source:
     name: str
     identity: dict[str, Any]
     table: TableSchema | None = None
+    columns: tuple[str, ...] | None = None
 
     @classmethod
     def opened(cls, data: Any, train: TrainConfig) -> _Source:
         if isinstance(data, Blocks):
             stream = RowStream(data, heldout=train.heldout, seed=train.seed)
             identity = {"fingerprint": stream.fingerprint(), "order": stream.layout()}
-            return cls(stream, stream.sample, stream.n_rows, stream.source, identity)
+            return cls(stream, stream.sample, stream.n_rows, stream.source, identity, columns=data.names)
         loaded = data if isinstance(data, Rows) else load_rows(data)
         identity = {"fingerprint": fingerprint(loaded.array)}
-        return cls(loaded.array, loaded.array, len(loaded), loaded.source, identity, loaded.table)
+        return cls(loaded.array, loaded.array, len(loaded), loaded.source, identity, loaded.table, loaded.columns)
 
 
 def make_folder(folder: Path) -> None:

@@ -7,7 +7,7 @@ for others. Of a whole pipeline there are rows with their labels and probabiliti
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -121,7 +121,11 @@ def with_reference(bundle: Bundle, rows: NDArray[Any], *, seed: int = 0) -> Bund
         raise InputError(f"got {len(prepared)} rows to make a reference of, wanted {_LEAST_ROWS} or more")
     made: Reference | PredictionReference
     if bundle.manifest.pipeline is not None:
-        made = PredictionReference.of(OnnxPredictor(bundle, device="cpu"), prepared)
+        known = load_reference(bundle) if bundle.manifest.gives_means else None
+        predictor = OnnxPredictor(bundle, device="cpu")
+        made = PredictionReference.of(predictor, prepared, encoder=None)
+        if isinstance(known, PredictionReference):
+            made = replace(made, mean=known.mean, variance=known.variance)
     else:
         made = Reference.of(bundle, prepared, seed=seed)
     contents = {file: bundle.read(file) for file in bundle.files} | {REFERENCE_FILE: made.to_bytes()}
@@ -140,19 +144,24 @@ class PredictionReference:
         Place of each one's label among the classes.
     probabilities : ndarray of shape (k, n_classes), float32
         Both computed by ONNX Runtime on a CPU.
+    mean, variance : ndarray of shape (latent_dim,), float32, or None
+        Those of its encoder's :class:`Reference`; None where the graph does not give means.
     """
 
     rows: NDArray[Any]
     labels: NDArray[np.int64]
     probabilities: NDArray[np.float32]
+    mean: NDArray[np.float32] | None = None
+    variance: NDArray[np.float32] | None = None
 
     @classmethod
-    def of(cls, predictor: OnnxPredictor, rows: NDArray[Any]) -> Self:
-        """Compute from rows (n, ...), a few of which are taken."""
+    def of(cls, predictor: OnnxPredictor, rows: NDArray[Any], *, encoder: Reference | None) -> Self:
+        """Compute from rows (n, ...), a few of which are taken; of the encoder's reference, the distribution."""
         step = max(1, len(rows) // _CANARIES)  # rows may be sorted by class
         some = _nobodys(rows[::step], predictor.input, seed=0)
         labels, probabilities = predictor.compute(some, [LABEL, PROBABILITIES])
-        return cls(rows=some, labels=labels, probabilities=probabilities)
+        known = {} if encoder is None else {"mean": encoder.mean, "variance": encoder.variance}
+        return cls(rows=some, labels=labels, probabilities=probabilities, **known)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -162,6 +171,8 @@ class PredictionReference:
     def to_bytes(self) -> bytes:
         """Serialise as ``reference.safetensors``."""
         tensors = {"rows": self.rows, "labels": self.labels, "probabilities": self.probabilities}
+        if self.mean is not None and self.variance is not None:
+            tensors |= {"mean": self.mean, "variance": self.variance}
         return safetensors.numpy.save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
 
     def difference(self, labels: NDArray[np.int64], probabilities: NDArray[np.float32]) -> float:
@@ -217,7 +228,9 @@ def load_reference(bundle: Bundle) -> Reference | PredictionReference | None:
     if whole:
         wanted |= {"labels": (k,), "probabilities": (k, len(bundle.manifest.classes))}
     else:
-        wanted |= {"features": (k, width), "mean": (width,), "variance": (width,)}
+        wanted |= {"features": (k, width)}
+    if bundle.manifest.gives_means:
+        wanted |= {"mean": (width,), "variance": (width,)}
     if shapes != wanted or k == 0 or tensors["rows"].dtype != np.dtype(spec.dtype):
         raise BundleError(f"got a {REFERENCE_FILE} in bundle {bundle.name!r} with {shapes}, wanted {wanted}")
     if k > _MOST_ROWS:

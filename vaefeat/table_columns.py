@@ -18,6 +18,10 @@ __all__ = [
     "Library",
     "as_labels",
     "as_numbers",
+    "column_names",
+    "compare_names",
+    "differences",
+    "few",
     "is_frame",
     "is_missing",
     "library_of",
@@ -31,6 +35,7 @@ Library = Literal["pandas", "polars", "pyarrow", "numpy"]
 Label = str | int | float | bool
 #: The missing values of pandas, which is not imported here.
 _MISSING_TYPES = {"NAType", "NaTType", "MaskedConstant"}
+_NAMED_AT_MOST = 8
 _READABLE = "numbers, booleans, text or categories"
 
 
@@ -62,6 +67,42 @@ def is_frame(X: Any) -> bool:
     import narwhals.stable.v2 as nw
 
     return isinstance(nw.from_native(X, eager_only=True, pass_through=True), nw.DataFrame)
+
+
+def column_names(X: Any) -> tuple[str, ...] | None:
+    """Name the columns of a data frame; None of anything else, and where not every name is a text."""
+    if not is_frame(X):
+        return None
+    # What pyarrow calls columns are the values.
+    names = tuple(getattr(X, "column_names", X.columns))
+    return names if all(isinstance(name, str) for name in names) else None
+
+
+def compare_names(got: Sequence[str], wanted: Sequence[str]) -> None:
+    """Refuse columns of other names, or in another order.
+
+    Raises
+    ------
+    InputError
+        With the names that are missing and that are too much, as scikit-learn says them.
+    """
+    if list(got) != list(wanted):
+        difference = differences(got, wanted) or ", which are in another order"
+        raise InputError(f"got the columns {few(got)}{difference}, wanted {few(wanted)}; pass them as in training")
+
+
+def differences(got: Sequence[str], wanted: Sequence[str]) -> str:
+    """Name what is missing and what is too much, in brackets; nothing where it is only the order."""
+    missing = [name for name in wanted if name not in got]
+    unexpected = [name for name in got if name not in wanted]
+    texts = [f"{what} {few(names)}" for what, names in (("without", missing), ("with", unexpected)) if names]
+    return f" ({', '.join(texts)})" if texts else ""
+
+
+def few(texts: Sequence[str]) -> str:
+    """Join the first texts, and count the others."""
+    more = f" and {len(texts) - _NAMED_AT_MOST} more" if len(texts) > _NAMED_AT_MOST else ""
+    return ", ".join(texts[:_NAMED_AT_MOST]) + more
 
 
 def library_of(X: Any) -> Library | None:

@@ -91,10 +91,25 @@ def write_frame(path: Path, frame: Any) -> bytes:
 
     sink = pa.BufferOutputStream()
     if path.suffix.lower() == ".csv":
-        csv.write_csv(frame, sink)
+        style = "needed" if _wants_quotes(frame) else "none"
+        csv.write_csv(frame, sink, csv.WriteOptions(quoting_style=style, quoting_header=style))
     else:
         parquet.write_table(frame, sink)
     return bytes(sink.getvalue())
+
+
+def _wants_quotes(frame: Any) -> bool:
+    """Whether any text could be read in another way without them: pyarrow quotes all of them, or none."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    texts = [pa.array(frame.column_names)]
+    for column in frame.columns:
+        labels = column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+        if pa.types.is_string(labels.type) or pa.types.is_large_string(labels.type):
+            texts.append(labels)
+    found = (compute.any(compute.match_substring_regex(text, '[",\r\n]|^$')).as_py() for text in texts)
+    return any(bool(one) for one in found)
 
 
 def completed(given: Any, filled: Any, holes: NDArray[np.bool_]) -> Any:

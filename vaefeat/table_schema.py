@@ -17,14 +17,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vaefeat.errors import InputError
-from vaefeat.table_columns import Cells, Kind, Label, Library, as_labels, as_numbers, is_frame, read_columns
+from vaefeat.table_columns import (
+    Cells,
+    Kind,
+    Label,
+    Library,
+    as_labels,
+    as_numbers,
+    compare_names,
+    differences,
+    few,
+    is_frame,
+    read_columns,
+)
 
 __all__ = ["Column", "HandleUnknown", "TableSchema", "holds_labels"]
 
 HandleUnknown = Literal["error", "ignore"]
 #: As the decoder gives a probability for each. What has more is an identifier, or wants grouping.
 MOST_CATEGORIES = 1000
-_NAMED_AT_MOST = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,12 +256,9 @@ class TableSchema:
     def _refuse_names(self, got: list[str], *, compared: bool) -> None:
         wanted = [column.name for column in self.columns]
         if len(got) != len(wanted):
-            raise InputError(f"got {len(got)} columns{_differences(got, wanted) if compared else ''}, wanted {self}")
-        if compared and got != wanted:
-            difference = _differences(got, wanted) or ", which are in another order"
-            raise InputError(
-                f"got the columns {_few(got)}{difference}, wanted {_few(wanted)}; pass them as in training"
-            )
+            raise InputError(f"got {len(got)} columns{differences(got, wanted) if compared else ''}, wanted {self}")
+        if compared:
+            compare_names(got, wanted)
 
     def _encoded(self, cells: Cells, column: Column) -> NDArray[np.float64]:
         if column.kind != "category":
@@ -305,17 +313,4 @@ def _polars(polars: Any, column: Column, values: NDArray[Any]) -> Any:
 
 
 def _listed(column: Column) -> str:
-    return _few([repr(label) for label in column.categories or (False, True)])
-
-
-def _few(texts: Sequence[str]) -> str:
-    more = f" and {len(texts) - _NAMED_AT_MOST} more" if len(texts) > _NAMED_AT_MOST else ""
-    return ", ".join(texts[:_NAMED_AT_MOST]) + more
-
-
-def _differences(got: Sequence[str], wanted: Sequence[str]) -> str:
-    """Name what is missing and what is too much, as scikit-learn does."""
-    missing = [name for name in wanted if name not in got]
-    unexpected = [name for name in got if name not in wanted]
-    texts = [f"{what} {_few(names)}" for what, names in (("without", missing), ("with", unexpected)) if names]
-    return f" ({', '.join(texts)})" if texts else ""
+    return few([repr(label) for label in column.categories or (False, True)])

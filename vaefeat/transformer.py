@@ -251,8 +251,8 @@ class VAETransformer(CallbackSupportMixin, Features):  # type: ignore[misc]  # s
         Returns
         -------
         ndarray of shape (n, n_features_in_), float32
-            In the units of the training rows; of categories and booleans the likeliest. A data frame where the model
-            was fitted to one.
+            In the units of the training rows. Of a table that has others than numbers, or missing values, what the
+            model was fitted to: a data frame, with the likeliest of categories and booleans.
 
         Raises
         ------

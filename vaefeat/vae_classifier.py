@@ -23,6 +23,7 @@ from vaefeat.input_spec import InputSpec
 from vaefeat.labels import UNLABELLED
 from vaefeat.partly_labelled import PartlyLabelledClassifier
 from vaefeat.settings import check_int, check_number, refuse_other_model, unknown_name
+from vaefeat.temperature import tempered
 
 if TYPE_CHECKING:
     from vaefeat.model.labelled import LabelledVAE
@@ -88,6 +89,10 @@ class VAEClassifier(PartlyLabelledClassifier):
     unlabelled : int or None
         The number that stands in `y` for a missing label, beside None and NaN. None where each number is a class: with
         labels -1 and 1, say.
+    calibration : int, optional
+        Into how many folds the labelled rows are cut, at least 2, to find a temperature that probabilities are
+        calibrated by: a copy is fitted without each fold, and asked for it, so that fitting takes as many times longer.
+        None takes probabilities as they come. Labels stay what they are. ``docs/sklearn.md`` says when it helps.
     augmentations : "auto" or tuple of str
         How rows are changed at each look, labelled ones and others: names of
         :mod:`vaefeat.model.augmentation`. ``auto`` is ``("affine", "erasing")`` for images (small rotations, shears,
@@ -125,6 +130,8 @@ class VAEClassifier(PartlyLabelledClassifier):
     n_features_in_ : int
     feature_names_in_ : ndarray of str
         Where `X` had column names.
+    temperature_ : float
+        What logits were divided by; 1 without `calibration`.
     n_iter_ : int
         Epochs trained.
 
@@ -175,6 +182,7 @@ class VAEClassifier(PartlyLabelledClassifier):
         consistency: float = 1.0,
         class_weight: Mapping[Any, float] | str | None = None,
         unlabelled: int | None = UNLABELLED,
+        calibration: int | None = None,
         augmentations: str | tuple[str, ...] = "auto",
         max_epochs: int = 20,
         batch_size: int = 100,
@@ -201,6 +209,7 @@ class VAEClassifier(PartlyLabelledClassifier):
         self.consistency = consistency
         self.class_weight = class_weight
         self.unlabelled = unlabelled
+        self.calibration = calibration
         self.augmentations = augmentations
         self.max_epochs = max_epochs
         self.batch_size = batch_size
@@ -251,8 +260,16 @@ class VAEClassifier(PartlyLabelledClassifier):
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         n_before, spec = self.n_iter_ if goes_on else 0, encoder.manifest.input if encoder else InputSpec.of(rows)
 
+        temperature = self._temperature(rows, classes, targets)
+
         def fitted(model: LabelledVAE, n_epochs: int) -> dict[str, Any]:
-            return {"model_": model, "input_": spec, "classes_": classes, "n_iter_": n_before + n_epochs}
+            return {
+                "model_": model,
+                "input_": spec,
+                "classes_": classes,
+                "temperature_": temperature,
+                "n_iter_": n_before + n_epochs,
+            }
 
         tasks = FitTasks(self, "epoch", X=X, y=y, sample_weight=sample_weight)
         model, n_epochs = train_classifier(
@@ -276,7 +293,7 @@ class VAEClassifier(PartlyLabelledClassifier):
         return self
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
-        """Give each class's probability, q(y|x).
+        """Give each class's probability, q(y|x), calibrated where that was asked for.
 
         Returns
         -------
@@ -286,7 +303,8 @@ class VAEClassifier(PartlyLabelledClassifier):
         rows = self._rows(X)
         from vaefeat.classification import class_probabilities
 
-        return class_probabilities(self.model_, rows)
+        probabilities = class_probabilities(self.model_, rows)
+        return probabilities if self.temperature_ == 1 else tempered(probabilities, self.temperature_)
 
     def sample(self, y: Any = None, n_samples: int | None = None) -> NDArray[np.float32]:
         """Generate rows: draw a style from p(z), and decode it with a class.

@@ -20,6 +20,7 @@ from vaefeat.input_spec import InputSpec
 from vaefeat.parquet import DEFAULT_IMAGE_COLUMN, DEFAULT_LABEL_COLUMN
 from vaefeat.parquet import SUFFIXES as PARQUET_SUFFIXES
 from vaefeat.settings import unknown_name
+from vaefeat.table_columns import compare_names
 
 __all__ = ["Columns", "Request", "Source", "open_source"]
 
@@ -274,7 +275,12 @@ def _guess(schema: Any, spec: InputSpec, request: Request) -> tuple[str, ...]:
     if len(lists) == 1:
         return (lists[0],)
     others = {DEFAULT_LABEL_COLUMN, "id", request.id_column, *request.keep}
-    return tuple(one.name for one in schema if one.name not in others and _is_number(one.type))
+    numbers = tuple(one.name for one in schema if one.name not in others and _is_number(one.type))
+    if spec.names is None:
+        return numbers
+    if not set(spec.names) <= set(schema.names):
+        compare_names(numbers, spec.names)
+    return spec.names
 
 
 def _form(schema: Any, names: Sequence[str], where: str) -> Form:

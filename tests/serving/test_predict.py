@@ -326,3 +326,42 @@ def test_card_tells_classes_and_outputs_of_a_pipeline(models: Models, pipe: Pipe
     card = within(models, talk)
     assert card["classes"] == pipe.classes_.tolist()
     assert card["outputs"] == {"probabilities": 10}
+
+
+def test_drift_of_predicted_rows_is_that_of_the_encoder_on_the_same_rows(
+    folder: Path, fine_tuned: FineTuneClassifier, digits_bundle: Path, digits_rows: NDArray[np.uint8]
+) -> None:
+    dark, odd = digits_rows[:500], 16 - digits_rows[:500]
+    encoders = (load_bundle(digits_bundle), fine_tuned.bundle_)
+    for encoder, classifier in zip(encoders, (load_bundle(folder), fine_tuned.bundle_), strict=True):
+        for rows, moved in ((dark, False), (odd, True)):
+            watching, predicting = ServedModel(encoder, place=CPU), ServedModel(classifier, place=CPU)
+            predicting.warm_up()
+            assert watching.drift is not None
+            assert predicting.drift is not None
+            assert predicting.drift.read() is None, "proving itself was taken for what is served"
+            watching.observe(["mean"], watching.compute(rows, ["mean"]))
+            found = predicting.compute(rows, ["label", "probabilities"])
+            assert [len(part.shape) for part in found] == [1, 2]
+            theirs, ours = watching.drift.read(), predicting.drift.read()
+            assert theirs is not None
+            assert ours is not None
+            assert vars(ours) == pytest.approx(vars(theirs), rel=1e-4)
+            assert (ours.mean_shift > 0.5) == moved
+
+
+def test_pipeline_without_means_in_its_graph_is_served_without_drift(
+    digits_bundle: Path, pipe: Pipeline, digits_rows: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    encoder = load_bundle(digits_bundle)
+    contents = {file: encoder.read(file) for file in encoder.files if file != "reference.safetensors"}
+    bare = Pipeline([("features", VAEFeatures(Bundle.of(encoder.manifest, contents))), *pipe.steps[1:]])
+    bare[0].fit(digits_rows)
+    bundle = export_pipeline(bare, tmp_path / "bare", X=digits_rows)
+    assert bundle.manifest.schema_version == 4
+    model = ServedModel(bundle, place=CPU)
+    model.warm_up()
+    assert model.drift is None
+    np.testing.assert_array_equal(
+        np.array(model.classes)[model.compute(digits_rows, ["label"])[0]], pipe.predict(digits_rows)
+    )

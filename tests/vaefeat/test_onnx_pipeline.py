@@ -58,6 +58,7 @@ from vaefeat import (
 from vaefeat.bundle import Bundle
 from vaefeat.errors import BundleError, ExportError, InputError
 from vaefeat.onnx_pipeline import PIPELINE_TOLERANCE
+from vaefeat.reference import load_reference
 
 pytest.importorskip("skl2onnx")
 
@@ -74,6 +75,9 @@ CLASSIFIERS: dict[str, Any] = {
     "one tree": DecisionTreeClassifier(random_state=0),
     "gradient boosting": HistGradientBoostingClassifier(max_iter=10),
     "neighbours": KNeighborsClassifier(),
+    "four neighbours": KNeighborsClassifier(4),
+    "neighbours by distance": KNeighborsClassifier(weights="distance"),
+    "calibrated neighbours": CalibratedClassifierCV(KNeighborsClassifier(weights="distance"), cv=2),
     "self-training": SelfTrainingClassifier(LINE),
     "few labels": few_label_head("spread", random_state=0),
     "search": GridSearchCV(LINE, {"C": [0.1, 1.0]}, cv=2),
@@ -291,7 +295,7 @@ def test_bundle_holds_the_file_its_parity_and_reference_rows(
     assert loaded.digest == bundle.digest
     assert sorted(loaded.files) == ["README.md", "pipeline.onnx", "reference.safetensors"]
     manifest = loaded.manifest
-    assert (manifest.name, manifest.schema_version, manifest.outputs) == ("numerals", 4, {"probabilities": 10})
+    assert (manifest.name, manifest.schema_version, manifest.outputs) == ("numerals", 5, {"probabilities": 10})
     assert manifest.classes == tuple(range(10))
     assert manifest.pipeline is not None
     told = {prop.key: prop.value for prop in onnx.load_model_from_string(loaded.read("pipeline.onnx")).metadata_props}
@@ -301,10 +305,30 @@ def test_bundle_holds_the_file_its_parity_and_reference_rows(
     np.testing.assert_array_equal(predictor.predict(rows), line.predict(rows))
 
 
-def test_export_without_rows_compares_on_the_reference_of_the_encoder(line: Pipeline, tmp_path: Path) -> None:
-    manifest = export_pipeline(line, tmp_path / "pipeline.onnx").manifest
-    assert manifest.pipeline is not None
-    assert manifest.pipeline["parity"]["n_rows"] == 8
+def test_export_without_rows_compares_on_many_made_of_the_encoders_reference(line: Pipeline, tmp_path: Path) -> None:
+    bundle = export_pipeline(line, tmp_path / "pipeline")
+    assert bundle.manifest.pipeline is not None
+    parity = bundle.manifest.pipeline["parity"]
+    assert parity["n_rows"] == parity["n_made"] == 256
+    assert "made of the encoder's reference" in bundle.read("README.md").decode()
+
+
+def test_export_without_rows_finds_a_difference_that_the_reference_rows_alone_do_not_show(
+    digits_bundle: Path, rows: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    pipe = fitted(make_pipeline(VAEFeatures(digits_bundle), LogisticRegression(max_iter=2000)), rows)
+    reference = load_reference(load_bundle(digits_bundle))
+    assert reference is not None
+    known = {row.tobytes() for row in pipe[0].transform(reference.rows)}
+    right = pipe[-1].predict_proba
+
+    def wrong_elsewhere(X: NDArray[np.float32]) -> NDArray[np.float64]:
+        there = np.array([row.tobytes() in known for row in X])
+        return np.asarray(np.where(there[:, None], right(X), right(X)[:, ::-1]))
+
+    pipe[-1].predict_proba = wrong_elsewhere
+    with pytest.raises(ExportError, match="on 256 rows"):
+        export_pipeline(pipe, tmp_path / "pipeline.onnx")
 
 
 def test_export_of_one_pipeline_twice_gives_one_digest(line: Pipeline, rows: NDArray[np.uint8], tmp_path: Path) -> None:
@@ -350,11 +374,12 @@ def test_features_of_a_service_are_refused_with_what_to_do(
         ([FunctionTransformer(), LINE], "got FunctionTransformer as step 'functiontransformer'"),
         ([SVC()], "CalibratedClassifierCV"),
         ([SVC(probability=True, break_ties=True)], "break_ties=True"),
-        ([KNeighborsClassifier(weights="distance")], "weights='distance'"),
+        ([KNeighborsClassifier(metric="manhattan")], "the metric 'manhattan'"),
+        ([Binarizer(), KNeighborsClassifier(1)], "left to chance"),
         ([few_label_head("prototype")], r"got FewLabelHead\('prototype'\)"),
         ([CalibratedClassifierCV(GradientBoostingClassifier(n_estimators=2), cv=2)], "got GradientBoostingClassifier"),
     ],
-    ids=["boosting", "function", "svc", "ties", "distance", "prototype", "calibrated"],
+    ids=["boosting", "function", "svc", "ties", "metric", "steps", "prototype", "calibrated"],
 )
 @pytest.mark.filterwarnings("ignore:The `probability` parameter was deprecated:FutureWarning")
 def test_step_that_cannot_be_written_is_refused_by_name(
@@ -364,6 +389,19 @@ def test_step_that_cannot_be_written_is_refused_by_name(
     with pytest.raises(InputError, match=told):
         export_pipeline(pipe, tmp_path / "pipeline.onnx", X=rows)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("weights", ["uniform", "distance"])
+def test_neighbours_of_which_some_are_equal_are_counted_as_by_scikit_learn_or_refused(
+    weights: str, digits_bundle: Path, rows: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    twice, theirs = np.concatenate([rows[:200], rows[:200]]), np.concatenate([TARGET[:200], TARGET[:200]])
+    pipe = make_pipeline(VAEFeatures(digits_bundle), KNeighborsClassifier(3, weights=weights)).fit(twice, theirs)
+    export_pipeline(pipe, tmp_path / "pipeline.onnx", X=rows)
+    assert_same((tmp_path / "pipeline.onnx").read_bytes(), pipe, rows)
+    pipe.fit(twice, np.concatenate([TARGET[:200], (TARGET[:200] + 1) % 10]))
+    with pytest.raises(InputError, match="200 fitted rows whose features are those of a row of another class"):
+        export_pipeline(pipe, tmp_path / "other.onnx", X=rows)
 
 
 def test_steps_before_the_features_are_refused(digits_bundle: Path, rows: NDArray[np.uint8], tmp_path: Path) -> None:

@@ -98,4 +98,4 @@ def test_table_of_float32_with_column_names_is_exported_and_nobodys_row_is_kept(
     assert not any(row.tobytes() in known for row in reference.rows)
     without_names = export_pipeline(pipe, tmp_path / "again", name="again")
     assert without_names.manifest.pipeline is not None
-    assert without_names.manifest.pipeline["parity"]["n_rows"] == 8
+    assert without_names.manifest.pipeline["parity"]["n_made"] == 256

@@ -5,6 +5,7 @@ B batch, F width of the hidden layer, K classes, L latents, N labelled rows.
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import numpy as np
@@ -53,6 +54,14 @@ class Classifier(nn.Module):
         """Give what is exported for rows as they come: :meth:`VAE.features`, and probabilities (B, K)."""
         mu_BL, logvar_BL, h_BF = self.vae.features(rows)
         return mu_BL, logvar_BL, h_BF, torch.softmax(self.head(h_BF), dim=1)
+
+    def tempered(self, temperature: float) -> Classifier:
+        """Give a copy whose logits are divided by a temperature: its head is as much smaller."""
+        calibrated = copy.deepcopy(self)
+        with torch.no_grad():
+            calibrated.head.weight.div_(temperature)
+            calibrated.head.bias.div_(temperature)
+        return calibrated
 
     def start_head(
         self, h_NF: NDArray[np.float32], labels_N: NDArray[np.int64], weights_N: NDArray[np.float32] | None = None
