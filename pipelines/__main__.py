@@ -181,7 +181,8 @@ def suggest(
     budget: Annotated[int, typer.Option(help="Rows to suggest.")],
     out: Annotated[Path, typer.Option(help="Folder that gets the pictures and the CSV file to fill in.")],
     labels: Annotated[
-        list[Path] | None, typer.Option(help="A CSV file of labels that there are (id, label); may be repeated.")
+        list[Path] | None,
+        typer.Option(help="A .csv or .parquet file of labels that there are (id, label); may be repeated."),
     ] = None,
     id_column: Annotated[
         str | None, typer.Option(help="Of Parquet; the row's number or the image's path otherwise.")
@@ -239,7 +240,9 @@ def sweep(
 def finetune(
     bundle: Annotated[Path, typer.Option(help="Folder of a pretrained bundle.")],
     data: Annotated[Path, typer.Option(help="All rows: Parquet, .npy, .npz, IDX, images, or CSV of a table.")],
-    labels: Annotated[Path, typer.Option(help="A .csv or .parquet file with the labels there are.")],
+    labels: Annotated[
+        list[Path], typer.Option(help="A .csv or .parquet file with the labels there are; may be repeated.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the classifier, which python -m serving serves.")],
     features: Annotated[
         Path | None, typer.Option(help="Of all rows, as embed writes them; encoded here when not given.")
@@ -271,7 +274,7 @@ def finetune(
     options = FinetuneOptions(
         bundle=bundle,
         data=data,
-        labels=labels,
+        labels=tuple(labels),
         out=out,
         features=features,
         test_labels=test_labels,
