@@ -14,9 +14,11 @@ from vaefeat.errors import ConfigError, InputError, requiring
 from vaefeat.parquet import DEFAULT_LABEL_COLUMN
 from vaefeat.settings import unknown_name
 
-__all__ = ["SUFFIXES", "completed", "read_frame", "write_frame"]
+__all__ = ["NULL_VALUES", "SUFFIXES", "completed", "read_frame", "write_frame"]
 
 SUFFIXES = (".csv", ".parquet", ".pq")
+#: Of CSV: in columns of text as of numbers, as pandas has it; pyarrow cannot tell them apart before it knows the types.
+NULL_VALUES = ("", "NA", "NaN", "nan", "null")
 
 
 def read_frame(
@@ -26,6 +28,7 @@ def read_frame(
     label_column: str | None = DEFAULT_LABEL_COLUMN,
     max_rows: int | None = None,
     wanted: str = "was asked for",
+    texts: Sequence[str] = (),
 ) -> tuple[Any, NDArray[Any] | None]:
     """Read a file whole.
 
@@ -41,6 +44,8 @@ def read_frame(
     max_rows : int, optional
     wanted : str
         Of a column that is missing: why it has to be there, for the error.
+    texts : sequence of str
+        Columns of CSV that stay text whatever they hold: 007 is another id than 7.
 
     Returns
     -------
@@ -59,8 +64,8 @@ def read_frame(
         from pyarrow import csv, parquet
     try:
         if path.suffix.lower() == ".csv":
-            # Of text as of numbers, as pandas has it; pyarrow cannot tell them apart before it knows the types.
-            options = csv.ConvertOptions(strings_can_be_null=True, null_values=["", "NA", "NaN", "nan", "null"])
+            types = dict.fromkeys(texts, pa.string())
+            options = csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=NULL_VALUES)
             whole = csv.read_csv(path, convert_options=options)
         else:
             whole = parquet.read_table(path)
