@@ -6,6 +6,7 @@ number within the split), ``label`` (the name of its class), ``mean`` and ``hidd
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from pipelines.datasets import Dataset
 from pipelines.job import Job
 from pipelines.server import running_server
 from pipelines.stages import Outcome, Stage
-from vaefeat.atomic import replace_file, sync_folder
+from vaefeat.atomic import replace_file
 from vaefeat.bundle import MANIFEST_FILE
 from vaefeat.data import batches
 from vaefeat.encoder import OnnxEncoder
@@ -151,13 +152,9 @@ def _write_features(path: Path, data: Dataset, columns: Mapping[str, NDArray[np.
             },
         }
     ).replace_schema_metadata({"vaefeat.bundle": digest})
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        pq.write_table(table, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    replace_file(path, file.getvalue())
 
 
 def _check(job: Job, attempt: str) -> Outcome:

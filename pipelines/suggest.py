@@ -177,6 +177,8 @@ def _write(
     )
     try:
         options.out.mkdir(parents=True, exist_ok=True)
+        # Of an earlier call, without any label: it must not stand beside another page.
+        (options.out / LABELS_FILE).unlink(missing_ok=True)
         replace_file(options.out / PAGE_FILE, page.encode())
         if encoder.input.kind == "image":
             replace_file(options.out / SHEET_FILE, draw_sheet(shown, ids, **scale))

@@ -196,7 +196,7 @@ def test_tables_that_do_not_fit_are_refused_before_anything_is_written(
     )
     refused(houses.assign(key=[*houses["key"][:-1], None]), "no id in row 249", id_column="key")
     refused(houses[:0], "0 rows")
-    with pytest.raises(InputError, match="got images in .* for an encoder of a table"):
+    with pytest.raises(InputError, match=r"got images in .* for an encoder of a table"):
         Here(bundle, Path(__file__).parents[2] / "docs" / "images", tmp_path / "out")
 
 
