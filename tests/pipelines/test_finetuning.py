@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_wine
 
 from pipelines.finetuning.job import FinetuneOptions, Shipped, finetune
 from pipelines.server import running_server
+from tests.pipelines.embedding_rows import Here
 from vaefeat import OnnxEncoder, OnnxPredictor, RemoteEncoder, load_bundle
 from vaefeat.errors import ConfigError, InputError
 from vaefeat.temperature import TemperedClassifier
@@ -237,6 +239,30 @@ def test_data_with_ids_among_their_columns_do_not_learn_from_them(tmp_path: Path
         data_id_column="number",
     )
     assert finetune(made, console=QUIET).bundle.manifest.input.shape == (13,)
+
+
+def test_table_is_joined_by_ids_that_stay_text_and_its_features_are_those_of_the_embedding_job(
+    table_bundle: Path, wine_table: pd.DataFrame, tmp_path: Path
+) -> None:
+    ids = [f"{i:04}" for i in range(len(wine_table))]
+    wine_table.assign(key=ids).to_csv(tmp_path / "wine.csv", index=False)
+    labels = load_wine().target
+    write_labels(tmp_path / "labels.csv", ids[::4], labels[::4])
+    write_labels(tmp_path / "more.csv", [*ids[1::4], ids[2]], [*labels[1::4], ""])
+    made = FinetuneOptions(
+        bundle=table_bundle,
+        data=tmp_path / "wine.csv",
+        labels=(tmp_path / "labels.csv", tmp_path / "more.csv"),
+        out=tmp_path / "out",
+        only=("logistic",),
+        data_id_column="key",
+    )
+    encoded_here = finetune(made, console=QUIET)
+    Here(table_bundle, tmp_path / "wine.csv", tmp_path / "features.parquet", id_column="key").run()
+    with_features = replace(made, features=tmp_path / "features.parquet", out=tmp_path / "with")
+    assert finetune(with_features, console=QUIET).bundle.digest == encoded_here.bundle.digest
+    said = OnnxPredictor(tmp_path / "out", device="cpu").predict(wine_table)
+    assert np.mean(said[2::4] == labels[2::4]) > 0.7
 
 
 Change = Callable[[FinetuneOptions, Path, NDArray[np.uint8]], FinetuneOptions]
