@@ -212,14 +212,12 @@ def suggest(
 
 @app.command()
 def sweep(
-    config: Annotated[Path, typer.Argument(help="A TOML file, such as pipelines/configs/digits.toml.")],
+    config: Config,
     over: Annotated[
         list[str],
         typer.Option("--over", help="A setting and its values, such as model.latent_dim=8,16; may be repeated."),
     ],
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="table.key=value, over the file's; may be repeated.")
-    ] = None,
+    override: Overrides = None,
     trials: Annotated[int | None, typer.Option(help="So many combinations at random; all when not given.")] = None,
     side_by_side: Annotated[int, typer.Option(min=1, help="Trials at a time, which share the processors.")] = 2,
     resume: Annotated[
@@ -227,8 +225,6 @@ def sweep(
     ] = False,
 ) -> None:
     """Train a model for each combination of settings with Ray Tune, and rank them by their error with few labels."""
-    from pipelines.config import load_config
-
     loaded = load_config(config, override or ())
     with shown_activity("load torch and the rest"), requiring("jobs", what="This job"):
         from pipelines.sweep import sweep as sweep_job

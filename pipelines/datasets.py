@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -71,6 +72,7 @@ def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
         return _split(train.array, train.labels, train.names, config, seed, train.source, table=train.table)
     _require_labels(test)
     labels, names = _indices(np.concatenate([train.labels, test.labels]), train.names)
+    _refuse_one_class(labels, names, train.source)
     if len(unseen := np.setdiff1d(labels[len(train) :], labels[: len(train)])):
         raise InputError(
             f"got test rows of the classes {[names[index] for index in unseen][:10]} in {test.source}, wanted classes "
@@ -182,13 +184,21 @@ def _split(
     table: TableSchema | None = None,
 ) -> Dataset:
     labels, found = _indices(raw_labels, names)
+    _refuse_one_class(labels, found, source)
+    if (counts := np.bincount(labels)).min() < 2:
+        rare = int(counts.argmin())
+        row = int(np.flatnonzero(labels == rare)[0])
+        raise InputError(
+            f"got one row of the class {found[rare]!r} in {source} (row {row}), wanted at least 2 of "
+            "each, one to learn from and one to test on; leave it out, or add another"
+        )
     try:
         train, test = train_test_split(
             np.arange(len(rows)), test_size=config.test_share, stratify=labels, random_state=seed
         )
     except ValueError as error:
         raise InputError(
-            f"could not put aside {config.test_share:.0%} of {len(rows)} rows as test rows: {error}"
+            f"could not put aside {config.test_share:.0%} of {len(rows)} rows of {source} as test rows: {error}"
         ) from None
     train, test = np.sort(train), np.sort(test)
     return Dataset(
@@ -206,6 +216,14 @@ def _indices(labels: NDArray[Any], names: tuple[str, ...] | None) -> tuple[NDArr
     if names is not None and np.issubdtype(classes.dtype, np.integer):
         return indices.astype(np.int64), tuple(names[int(c)] for c in classes)
     return indices.astype(np.int64), tuple(str(c) for c in classes)
+
+
+def _refuse_one_class(labels: NDArray[np.int64], names: Sequence[str], source: str) -> None:
+    if len(np.unique(labels)) < 2:
+        raise InputError(
+            f"got labels of one class only in {source} ({names[int(labels[0])]!r}), wanted at least 2 to judge by; "
+            "to pretrain without labels use: vaefeat pretrain DATA --out FOLDER"
+        )
 
 
 def _require_labels(rows: Rows) -> None:

@@ -18,9 +18,10 @@ from threadpoolctl import threadpool_limits
 
 from pipelines.calibration import class_errors, measure_calibration
 from pipelines.datasets import Dataset
-from pipelines.features import FEATURES_FILE, Features, read_features, shown_progress
+from pipelines.features import FEATURES_FILE, Features, read_features
 from pipelines.job import Job
 from pipelines.probes import HEADS, predict, probe
+from pipelines.progress import shown_progress
 from pipelines.stages import Outcome, Stage
 from vaefeat.atomic import replace_file
 from vaefeat.bundle import MANIFEST_FILE, load_bundle

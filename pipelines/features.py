@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from pipelines.datasets import Dataset
 from pipelines.job import Job
+from pipelines.progress import shown_progress
 from pipelines.server import running_server
 from pipelines.stages import Outcome, Stage
 from vaefeat.atomic import replace_file
@@ -39,7 +39,6 @@ __all__ = [
     "Features",
     "compare_features",
     "read_features",
-    "shown_progress",
 ]
 
 FEATURES_FILE = "features.parquet"
@@ -89,19 +88,6 @@ def read_features(folder: Path) -> Features:
     return Features(
         {output: column[~tests] for output, column in columns.items()},
         {output: column[tests] for output, column in columns.items()},
-    )
-
-
-def shown_progress() -> Progress:
-    """Make a bar on standard error that is gone when it is done."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
     )
 
 

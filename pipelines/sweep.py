@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pipelines.config import RunConfig
 from pipelines.datasets import Dataset, load_validation
 from pipelines.folder_lock import working_in
 from pipelines.probes import draw_labels
+from pipelines.progress import shown_progress
 from pipelines.ray_environment import prepare_environment
 from pipelines.sweep_space import TRIALS_FOLDER, choose_settings, read_space, with_settings
 from vaefeat.atomic import replace_file
@@ -118,7 +118,11 @@ def _ranked(
     from pipelines.sweep_trials import run_trials
 
     n_bytes = data.pretraining.array.nbytes + data.train.nbytes + data.test.nbytes
-    with ray_errors_told_plainly(), running_ray(config.workers.address, store_bytes=n_bytes), _progress() as progress:
+    with (
+        ray_errors_told_plainly(),
+        running_ray(config.workers.address, store_bytes=n_bytes),
+        shown_progress() as progress,
+    ):
         task = progress.add_task("trials", total=len(settings))
         found = run_trials(
             config,
@@ -189,14 +193,3 @@ def _table(config: RunConfig, ranked: Sequence[Trial], *, n_validation: int) -> 
 
 def _told(settings: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in settings.items())
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )

@@ -74,7 +74,7 @@ def read_frame(
     whole = whole.slice(0, max_rows)
     labels = None
     if label_column is not None and label_column in whole.column_names:
-        labels = _labels(whole.column(label_column))
+        labels = _labels(whole.column(label_column), f"column {label_column!r} of {path}")
     elif label_column not in (None, DEFAULT_LABEL_COLUMN):
         raise unknown_name(f"the label column in {path}", label_column, whole.column_names)
     left_out = {label_column, DEFAULT_LABEL_COLUMN if label_column is None else label_column}
@@ -138,11 +138,11 @@ def completed(given: Any, filled: Any, holes: NDArray[np.bool_]) -> Any:
     return pa.table(columns, names=given.column_names)
 
 
-def _labels(column: Any) -> NDArray[Any]:
+def _labels(column: Any, where: str) -> NDArray[Any]:
     values = column.to_pylist()
-    if any(value is None for value in values):
+    if missing := [row for row, value in enumerate(values) if value is None]:
         raise InputError(
-            "got labels that are missing, wanted one for each row; fill them with -1 (unlabelled), or read no labels "
-            "with label_column=None"
+            f"got no label in row {missing[0]} of {where} ({len(missing)} are missing), wanted one for each row; fill "
+            "them with -1 (unlabelled), or read no labels with label_column=None"
         )
     return np.array(values)

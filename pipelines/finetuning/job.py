@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from sklearn.frozen import FrozenEstimator
 
 from pipelines.finetuning.contenders import CONTENDERS, FINETUNE, Contender, Ground, labelled, train
@@ -23,6 +22,7 @@ from pipelines.finetuning.labels import refuse_mixing, require_two_each
 from pipelines.finetuning.results import Tested, as_markdown, as_table, as_values, draw_comparison
 from pipelines.finetuning.rows import NamedRows, embed_rows, read_features, read_rows
 from pipelines.label_files import GivenLabels, read_labels
+from pipelines.progress import shown_progress
 from vaefeat.atomic import replace_file
 from vaefeat.bundle import Bundle, check_name, load_bundle
 from vaefeat.encoder import OnnxEncoder
@@ -221,9 +221,8 @@ def _features(options: FinetuneOptions, encoder: OnnxEncoder, rows: NamedRows) -
 def _judge_all(
     contenders: Sequence[Contender], ground: Ground, labels: NDArray[Any], draws: Sequence[Draw], *, seed: int
 ) -> list[Judged]:
-    columns = (SpinnerColumn(), TextColumn("[bold]{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     judged = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with shown_progress() as progress:
         for contender in contenders:
             task = progress.add_task(contender.title, total=len(draws))
             advance = partial(progress.advance, task)

@@ -125,3 +125,19 @@ def test_baselines_of_a_table_are_finite_and_know_its_gaps(wine_table: pd.DataFr
 def test_categorical_that_is_no_list_of_names_is_refused(given: object) -> None:
     with pytest.raises(InputError, match="wanted a list of columns"):
         DataConfig(categorical=given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a"] * 10, r"one class only in .*rows.csv \('a'\)"),
+        (["a"] * 4 + ["b"] + ["a"] * 5, r"one row of the class 'b' in .*rows.csv \(row 4\)"),
+        (["a"] * 3 + [None] + ["b"] * 6, r"no label in row 3 of column 'label' of .*rows.csv \(1 are missing\)"),
+    ],
+)
+def test_labels_that_nothing_can_be_judged_by_name_file_and_row(
+    labels: list[str | None], message: str, tmp_path: Path
+) -> None:
+    pd.DataFrame({"x": np.arange(10.0), "label": labels}).to_csv(tmp_path / "rows.csv", index=False)
+    with pytest.raises(InputError, match=message):
+        load_dataset(DataConfig(path=str(tmp_path / "rows.csv")), seed=0)
