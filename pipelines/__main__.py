@@ -181,7 +181,8 @@ def suggest(
     budget: Annotated[int, typer.Option(help="Rows to suggest.")],
     out: Annotated[Path, typer.Option(help="Folder that gets the pictures and the CSV file to fill in.")],
     labels: Annotated[
-        list[Path] | None, typer.Option(help="A CSV file of labels that there are (id, label); may be repeated.")
+        list[Path] | None,
+        typer.Option(help="A .csv or .parquet file of labels that there are (id, label); may be repeated."),
     ] = None,
     id_column: Annotated[
         str | None, typer.Option(help="Of Parquet; the row's number or the image's path otherwise.")
@@ -211,14 +212,12 @@ def suggest(
 
 @app.command()
 def sweep(
-    config: Annotated[Path, typer.Argument(help="A TOML file, such as pipelines/configs/digits.toml.")],
+    config: Config,
     over: Annotated[
         list[str],
         typer.Option("--over", help="A setting and its values, such as model.latent_dim=8,16; may be repeated."),
     ],
-    override: Annotated[
-        list[str] | None, typer.Option("--set", help="table.key=value, over the file's; may be repeated.")
-    ] = None,
+    override: Overrides = None,
     trials: Annotated[int | None, typer.Option(help="So many combinations at random; all when not given.")] = None,
     side_by_side: Annotated[int, typer.Option(min=1, help="Trials at a time, which share the processors.")] = 2,
     resume: Annotated[
@@ -226,8 +225,6 @@ def sweep(
     ] = False,
 ) -> None:
     """Train a model for each combination of settings with Ray Tune, and rank them by their error with few labels."""
-    from pipelines.config import load_config
-
     loaded = load_config(config, override or ())
     with shown_activity("load torch and the rest"), requiring("jobs", what="This job"):
         from pipelines.sweep import sweep as sweep_job
@@ -239,7 +236,9 @@ def sweep(
 def finetune(
     bundle: Annotated[Path, typer.Option(help="Folder of a pretrained bundle.")],
     data: Annotated[Path, typer.Option(help="All rows: Parquet, .npy, .npz, IDX, images, or CSV of a table.")],
-    labels: Annotated[Path, typer.Option(help="A .csv or .parquet file with the labels there are.")],
+    labels: Annotated[
+        list[Path], typer.Option(help="A .csv or .parquet file with the labels there are; may be repeated.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the classifier, which python -m serving serves.")],
     features: Annotated[
         Path | None, typer.Option(help="Of all rows, as embed writes them; encoded here when not given.")
@@ -271,7 +270,7 @@ def finetune(
     options = FinetuneOptions(
         bundle=bundle,
         data=data,
-        labels=labels,
+        labels=tuple(labels),
         out=out,
         features=features,
         test_labels=test_labels,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -46,13 +46,22 @@ class DataConfig(Settings):
         The rows that the encoder is trained on, without their labels. ``all`` includes the test rows' pixels.
     test_share : float
         Share of the rows that become test rows, where the data come without a test split.
+    table : bool
+        Read a Parquet file with text, categories, booleans or gaps as a table; CSV always is one.
+    categorical : list of str
+        Columns of a table that are categories although they hold numbers.
     """
 
     path: str = "digits"
     pretrain_on: str = "train"
     test_share: float = 0.28
+    table: bool = False
+    categorical: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        check_bool("data.table", self.table)
+        if isinstance(self.categorical, str) or not all(isinstance(name, str) for name in self.categorical):
+            raise ConfigError(f"got data.categorical={self.categorical!r}, wanted a list of columns")
         if self.pretrain_on not in {"train", "all"}:
             raise unknown_name("data.pretrain_on", str(self.pretrain_on), ("train", "all"))
         if not isinstance(self.path, str) or not self.path:

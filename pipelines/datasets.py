@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +13,9 @@ from sklearn.model_selection import train_test_split
 
 from pipelines.config import DataConfig, RunConfig
 from vaefeat.blocks import Blocks, open_blocks
-from vaefeat.data import Rows, load_rows
+from vaefeat.data import Rows, Split, load_rows
 from vaefeat.errors import ConfigError, InputError, MissingSplitError
+from vaefeat.table_schema import TableSchema
 
 __all__ = ["Dataset", "load_dataset", "load_validation", "open_rows"]
 
@@ -62,14 +64,15 @@ def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
         digits = load_digits()
         # The values are whole numbers from 0 to 16.
         return _split(digits.images.astype(np.uint8)[:, None], digits.target, None, config, seed, "digits")
-    train = load_rows(config.path, split="train")
+    train = _load(config)
     _require_labels(train)
     try:
-        test = load_rows(config.path, split="test")
+        test = _load(config, split="test")
     except MissingSplitError:
-        return _split(train.array, train.labels, train.names, config, seed, train.source)
+        return _split(train.array, train.labels, train.names, config, seed, train.source, table=train.table)
     _require_labels(test)
     labels, names = _indices(np.concatenate([train.labels, test.labels]), train.names)
+    _refuse_one_class(labels, names, train.source)
     if len(unseen := np.setdiff1d(labels[len(train) :], labels[: len(train)])):
         raise InputError(
             f"got test rows of the classes {[names[index] for index in unseen][:10]} in {test.source}, wanted classes "
@@ -105,7 +108,7 @@ def open_rows(config: RunConfig) -> Rows | Blocks:
         if streamed:
             raise ConfigError("got workers.rows='stream' for the embedded digits, wanted 'load' or 'share'")
         return load_dataset(data, seed=config.probe.seed).pretraining
-    has_test_rows = _has_test_rows(data.path)
+    has_test_rows = _has_test_rows(data)
     if streamed:
         if has_test_rows and data.pretrain_on == "all":
             raise ConfigError(
@@ -113,19 +116,29 @@ def open_rows(config: RunConfig) -> Rows | Blocks:
                 "sources, and one can be streamed"
             )
         return open_blocks(data.path)
-    train = load_rows(data.path)
-    _refuse_table(train)
+    train = _load(data)
     if not has_test_rows:
         whole = data.pretrain_on == "all" or train.labels is None
         return train if whole else load_dataset(data, seed=config.probe.seed).pretraining
     if data.pretrain_on == "train":
         return train
-    return Rows(array=np.concatenate([train.array, load_rows(data.path, split="test").array]), source=train.source)
+    return Rows(array=np.concatenate([train.array, _load(data, split="test").array]), source=train.source)
 
 
-def _has_test_rows(path: str) -> bool:
+def _load(config: DataConfig, *, split: Split = "train", max_rows: int | None = None) -> Rows:
+    return load_rows(
+        config.path,
+        split=split,
+        max_rows=max_rows,
+        table=config.table or None,
+        categorical=list(config.categorical) or None,
+    )
+
+
+def _has_test_rows(config: DataConfig) -> bool:
+    """Whether the data come with a split; tables, which are one file, never do."""
     try:
-        load_rows(path, split="test", max_rows=1)
+        _load(config, split="test", max_rows=1)
     except MissingSplitError:
         return False
     return True
@@ -148,41 +161,48 @@ def load_validation(config: DataConfig, *, seed: int) -> Dataset:
     InputError
         Nothing readable, or no labels to judge by.
     """
-    rows, labels, names = _training_rows(config, seed=seed)
+    if config.path != "digits" and _has_test_rows(config):
+        given = _load(config)
+        _require_labels(given)
+        rows, labels, names, table = given.array, given.labels, given.names, None
+    else:
+        # The run splits its rows itself.
+        data = load_dataset(config, seed=seed)
+        rows, labels, names, table = data.train, data.train_labels, data.names, data.pretraining.table
     share = min(_N_VALIDATION, int(_VALIDATION_SHARE * len(rows))) / len(rows)
-    return _split(rows, labels, names, replace(config, test_share=share), seed, config.path)
-
-
-def _training_rows(config: DataConfig, *, seed: int) -> tuple[NDArray[Any], Any, tuple[str, ...] | None]:
-    if config.path != "digits":
-        try:
-            load_rows(config.path, split="test", max_rows=1)
-        except MissingSplitError:
-            pass  # the run splits its rows itself
-        else:
-            train = load_rows(config.path, split="train")
-            _refuse_table(train)
-            _require_labels(train)
-            return train.array, train.labels, train.names
-    data = load_dataset(config, seed=seed)
-    return data.train, data.train_labels, data.names
+    return _split(rows, labels, names, replace(config, test_share=share), seed, config.path, table=table)
 
 
 def _split(
-    rows: NDArray[Any], raw_labels: Any, names: tuple[str, ...] | None, config: DataConfig, seed: int, source: str
+    rows: NDArray[Any],
+    raw_labels: Any,
+    names: tuple[str, ...] | None,
+    config: DataConfig,
+    seed: int,
+    source: str,
+    *,
+    table: TableSchema | None = None,
 ) -> Dataset:
     labels, found = _indices(raw_labels, names)
+    _refuse_one_class(labels, found, source)
+    if (counts := np.bincount(labels)).min() < 2:
+        rare = int(counts.argmin())
+        row = int(np.flatnonzero(labels == rare)[0])
+        raise InputError(
+            f"got one row of the class {found[rare]!r} in {source} (row {row}), wanted at least 2 of "
+            "each, one to learn from and one to test on; leave it out, or add another"
+        )
     try:
         train, test = train_test_split(
             np.arange(len(rows)), test_size=config.test_share, stratify=labels, random_state=seed
         )
     except ValueError as error:
         raise InputError(
-            f"could not put aside {config.test_share:.0%} of {len(rows)} rows as test rows: {error}"
+            f"could not put aside {config.test_share:.0%} of {len(rows)} rows of {source} as test rows: {error}"
         ) from None
     train, test = np.sort(train), np.sort(test)
     return Dataset(
-        pretraining=Rows(array=rows if config.pretrain_on == "all" else rows[train], source=source),
+        pretraining=Rows(array=rows if config.pretrain_on == "all" else rows[train], source=source, table=table),
         train=rows[train],
         train_labels=labels[train],
         test=rows[test],
@@ -198,19 +218,17 @@ def _indices(labels: NDArray[Any], names: tuple[str, ...] | None) -> tuple[NDArr
     return indices.astype(np.int64), tuple(str(c) for c in classes)
 
 
-def _require_labels(rows: Rows) -> None:
-    _refuse_table(rows)
-    if rows.labels is None:
+def _refuse_one_class(labels: NDArray[np.int64], names: Sequence[str], source: str) -> None:
+    if len(np.unique(labels)) < 2:
         raise InputError(
-            f"got rows without labels from {rows.source}, wanted labels to judge the features by; "
+            f"got labels of one class only in {source} ({names[int(labels[0])]!r}), wanted at least 2 to judge by; "
             "to pretrain without labels use: vaefeat pretrain DATA --out FOLDER"
         )
 
 
-def _refuse_table(rows: Rows) -> None:
-    """Refuse a table with categories or gaps, whose columns the jobs' baselines and chunks know nothing of."""
-    if rows.table is not None:
+def _require_labels(rows: Rows) -> None:
+    if rows.labels is None:
         raise InputError(
-            f"got {rows.table} in {rows.source}, wanted rows of numbers without a gap, or images; train on tables with "
-            "vaefeat pretrain, and embed them with vaefeat embed"
+            f"got rows without labels from {rows.source}, wanted labels to judge the features by; "
+            "to pretrain without labels use: vaefeat pretrain DATA --out FOLDER"
         )

@@ -8,20 +8,26 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.compose import ColumnTransformer
 from sklearn.decomposition import PCA
+from sklearn.impute import SimpleImputer
 from sklearn.neighbors import NearestNeighbors
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from threadpoolctl import threadpool_limits
 
 from pipelines.calibration import class_errors, measure_calibration
 from pipelines.datasets import Dataset
-from pipelines.features import FEATURES_FILE, Features, read_features, shown_progress
+from pipelines.features import FEATURES_FILE, Features, read_features
 from pipelines.job import Job
 from pipelines.probes import HEADS, predict, probe
+from pipelines.progress import shown_progress
 from pipelines.stages import Outcome, Stage
 from vaefeat.atomic import replace_file
 from vaefeat.bundle import MANIFEST_FILE, load_bundle
+from vaefeat.table_schema import TableSchema
 
-__all__ = ["EVALUATE", "METRICS_FILE", "OURS", "nearest"]
+__all__ = ["EVALUATE", "METRICS_FILE", "OURS", "baselines", "nearest"]
 
 METRICS_FILE = "metrics.json"
 #: What is judged, by the encoder's output; the first one in more detail.
@@ -59,7 +65,7 @@ def _evaluate(job: Job, attempt: str) -> Outcome:
     del attempt
     data, features, bundle = job.dataset, read_features(job.folder), load_bundle(job.folder)
     judged = {name: (features.train[output], features.test[output]) for output, name in OURS.items()}
-    judged |= _baselines(data, seed=job.config.probe.seed)
+    judged |= baselines(data, seed=job.config.probe.seed)
     with shown_progress() as progress:
         task = progress.add_task("classify", total=len(judged) * len(HEADS) * len(job.draws))
         probes = probe(
@@ -106,17 +112,46 @@ def _in_detail(data: Dataset, features: Features, draws: list[NDArray[np.int64]]
     }
 
 
-def _baselines(data: Dataset, *, seed: int) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Give what the features must beat, from the rows that the encoder was trained on."""
-    scale = max(1.0, float(np.abs(data.pretraining.array[:1000]).max()))
-    raw = [(part.reshape(len(part), -1) / scale).astype(np.float32) for part in (data.train, data.test)]
-    fitted_on = (data.pretraining.array.reshape(len(data.pretraining), -1) / scale).astype(np.float32)
+def baselines(data: Dataset, *, seed: int) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    """Give what the features must beat, from the rows that the encoder was trained on.
+
+    Parameters
+    ----------
+    data : Dataset
+    seed : int
+        Of PCA.
+
+    Returns
+    -------
+    dict of str to (train, test)
+        Each of shape (n, d).
+    """
+    pretraining, table = data.pretraining.array, data.pretraining.table
+    if table is None:
+        scale = max(1.0, float(np.abs(pretraining[:1000]).max()))
+        name = "raw pixels" if data.train.ndim == 4 else "raw columns"
+        made = [
+            (part.reshape(len(part), -1) / scale).astype(np.float32) for part in (data.train, data.test, pretraining)
+        ]
+    else:
+        name, plain = "one-hot, imputed", _as_numbers(table).fit(pretraining)
+        made = [plain.transform(part).astype(np.float32) for part in (data.train, data.test, pretraining)]
+    train, test, fitted_on = made
     pca = PCA(min(_PCA_COMPONENTS, *fitted_on.shape), random_state=seed).fit(fitted_on)
-    name = "pixels" if data.train.ndim == 4 else "columns"
     return {
-        f"raw {name}": (raw[0], raw[1]),
-        f"PCA, {pca.n_components_} components": (pca.transform(raw[0]), pca.transform(raw[1])),
+        name: (train, test),
+        f"PCA, {pca.n_components_} components": (pca.transform(train), pca.transform(test)),
     }
+
+
+def _as_numbers(table: TableSchema) -> ColumnTransformer:
+    """Give scikit-learn's own way with the codes and gaps of a table."""
+    coded = [place for place, column in enumerate(table.columns) if column.n_codes]
+    others = [place for place, column in enumerate(table.columns) if not column.n_codes]
+    # A gap is one category more.
+    words = OneHotEncoder(handle_unknown="ignore", sparse_output=False)
+    numbers = make_pipeline(SimpleImputer(add_indicator=True, keep_empty_features=True), StandardScaler())
+    return ColumnTransformer([("words", words, coded), ("numbers", numbers, others)])
 
 
 EVALUATE = Stage(

@@ -6,6 +6,7 @@ number within the split), ``label`` (the name of its class), ``mean`` and ``hidd
 
 from __future__ import annotations
 
+import io
 import json
 import time
 from collections.abc import Mapping
@@ -15,14 +16,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from pipelines.datasets import Dataset
 from pipelines.job import Job
+from pipelines.progress import shown_progress
 from pipelines.server import running_server
 from pipelines.stages import Outcome, Stage
-from vaefeat.atomic import replace_file, sync_folder
+from vaefeat.atomic import replace_file
 from vaefeat.bundle import MANIFEST_FILE
 from vaefeat.data import batches
 from vaefeat.encoder import OnnxEncoder
@@ -38,7 +39,6 @@ __all__ = [
     "Features",
     "compare_features",
     "read_features",
-    "shown_progress",
 ]
 
 FEATURES_FILE = "features.parquet"
@@ -91,19 +91,6 @@ def read_features(folder: Path) -> Features:
     )
 
 
-def shown_progress() -> Progress:
-    """Make a bar on standard error that is gone when it is done."""
-    return Progress(
-        SpinnerColumn(),
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
-
-
 def _embed(job: Job, attempt: str) -> Outcome:
     del attempt  # begun anew each time: it takes seconds
     data, encoder = job.dataset, OnnxEncoder(job.folder)
@@ -151,13 +138,9 @@ def _write_features(path: Path, data: Dataset, columns: Mapping[str, NDArray[np.
             },
         }
     ).replace_schema_metadata({"vaefeat.bundle": digest})
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        pq.write_table(table, temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    replace_file(path, file.getvalue())
 
 
 def _check(job: Job, attempt: str) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from pipelines.datasets import Dataset, load_dataset, open_rows
 from pipelines.probes import draw_labels
 from vaefeat.blocks import Blocks
 from vaefeat.data import Rows
+from vaefeat.table_schema import TableSchema
 
 __all__ = ["Job"]
 
@@ -66,17 +68,21 @@ class Job:
     def _digest_of_pretraining(self) -> str:
         if isinstance(self.rows, Blocks):
             return self.rows.fingerprint()
-        return _digest(self.rows.array)
+        return _digest(self.rows.array, table=self.rows.table)
 
     @cached_property
     def _digest_of_labelled(self) -> str:
         data = self.dataset
         names = np.array(data.names)
-        return _digest(data.train, data.test, names[data.train_labels], names[data.test_labels])
+        return _digest(
+            data.train, data.test, names[data.train_labels], names[data.test_labels], table=data.pretraining.table
+        )
 
 
-def _digest(*arrays: NDArray[Any]) -> str:
+def _digest(*arrays: NDArray[Any], table: TableSchema | None) -> str:
     digest = hashlib.sha256()
+    if table is not None:
+        digest.update(json.dumps(table.to_dict(), sort_keys=True).encode())  # what the codes in the rows stand for
     for array in arrays:
         digest.update(f"{array.shape} {array.dtype.str}".encode())
         step = max(1, _CHUNK_BYTES // max(1, array[:1].nbytes))

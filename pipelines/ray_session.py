@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import ray
 from ray.exceptions import RayError
 
 from pipelines.ray_environment import CHECKOUT
-from vaefeat.errors import TrainingError, VaefeatError
+from vaefeat.errors import JobError, TrainingError, VaefeatError
 from vaefeat.observers import shown_activity
 from vaefeat.processors import available_cpus
 
@@ -29,6 +30,7 @@ __all__ = ["aside", "last_line", "ray_errors_told_plainly", "running_ray"]
 _LEAST_STORE_BYTES = 128 * 2**20
 # A Unix socket's path holds 107 bytes, and our folder's and Ray's own names take 82 of them.
 _MAX_PARENT_BYTES = 25
+_ANSWER_S = 10.0
 
 
 @contextlib.contextmanager
@@ -41,11 +43,16 @@ def running_ray(address: str, *, store_bytes: int = 0) -> Iterator[None]:
         ``local`` for a Ray of the job's own, else a cluster's.
     store_bytes : int
         What the job puts into the object store of a Ray of its own.
+
+    Raises
+    ------
+    JobError
+        It did not start, or there is none at the address.
     """
     quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False}
     with _scratch_folder() as folder:
         try:
-            with shown_activity("start Ray"):
+            with shown_activity("start Ray"), _told_if_it_fails(address):
                 if address == "local":
                     ray.init(
                         address="local",  # never one that happens to run on this machine
@@ -55,11 +62,40 @@ def running_ray(address: str, *, store_bytes: int = 0) -> Iterator[None]:
                         **quiet,
                     )
                 else:
+                    _refuse_where_nobody_answers(address)
                     found = {"env_vars": {"PYTHONPATH": str(CHECKOUT)}}
                     ray.init(address=address, runtime_env=found, logging_level=logging.ERROR, log_to_driver=False)
             yield
         finally:
             ray.shutdown(wait_for_processes=True)
+
+
+@contextlib.contextmanager
+def _told_if_it_fails(address: str) -> Iterator[None]:
+    try:
+        yield
+    except VaefeatError:
+        raise
+    except Exception as error:  # of no class of its own, where processes are not there in time
+        where = "on this machine" if address == "local" else f"at {address}"
+        raise JobError(
+            f"Ray did not start {where}: {last_line(str(error))}; is there memory and a processor for it? The same "
+            "command tries again"
+        ) from error
+
+
+def _refuse_where_nobody_answers(address: str) -> None:
+    """Look whether there is anything at an address before Ray does, which tries for minutes and without a word."""
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise JobError(
+            f"got the address {address}, where no Ray answers ({error}); wanted that of a cluster's head, such as "
+            "HEAD:6379, or local"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ __all__ = ["REPORT", "REPORT_FILE"]
 REPORT_FILE = "report.html"
 _OVERVIEW_FILE = "overview.png"
 #: What came before, in its order: the cost of each is shown.
-_STAGES = ("pretrain", "export", "embed", "check", "finetune", "evaluate")
+_STAGES = ("pretrain", "export", "embed", "check", "evaluate")
 
 
 def _write(job: Job, attempt: str) -> Outcome:

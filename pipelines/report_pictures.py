@@ -26,6 +26,7 @@ from vaefeat.bundle import Bundle
 from vaefeat.drawing import sheet
 from vaefeat.generation import sample
 from vaefeat.inference import denoise
+from vaefeat.table_schema import Column
 
 __all__ = ["CHART_SCALE", "Neighbour", "draw_pictures", "neighbourhoods"]
 
@@ -98,8 +99,11 @@ def draw_pictures(
         pictures["samples"] = _picture(samples[: 2 * _PAIRS], columns=_PAIRS, low=spec.low, high=spec.high)
     else:
         some = data.test[:_EXPLAINED_ROWS]
-        figures["explained"] = judging_plots.columns_explained(_explained(some, denoise(bundle, some)))
-        figures["marginals"] = judging_plots.marginals(some, sample(bundle, _TABLE_SAMPLES, seed=seed))
+        known = None if spec.table is None else spec.table.columns
+        # The likeliest category of every row would say nothing of how common each is.
+        drawn = sample(bundle, _TABLE_SAMPLES, kind="mean" if known is None else "draw", seed=seed)
+        figures["explained"] = judging_plots.columns_explained(_explained(some, denoise(bundle, some), known), known)
+        figures["marginals"] = judging_plots.marginals(some, drawn, known)
     figures["overview"] = plots.overview(
         history=history, pairs=pairs, samples=samples, points=points, labels=labels, low=spec.low, high=spec.high
     )
@@ -154,14 +158,22 @@ def _picture(images: NDArray[Any], *, columns: int, low: float, high: float) -> 
     return file.getvalue()
 
 
-def _explained(rows: NDArray[Any], reconstructions: NDArray[np.float32]) -> NDArray[np.float64]:
-    flat = rows.reshape(len(rows), -1).astype(np.float64)
-    errors = ((flat - reconstructions.reshape(len(rows), -1)) ** 2).mean(axis=0)
-    variance = flat.var(axis=0)
-    # A constant column is kept if it comes back.
-    kept: NDArray[np.float64] = np.where(
-        variance > 0, 1 - errors / np.where(variance > 0, variance, 1), (errors < 1e-6).astype(np.float64)
-    )
+def _explained(
+    rows: NDArray[Any], reconstructions: NDArray[np.float32], known: Sequence[Column] | None
+) -> NDArray[np.float64]:
+    """Give for each column the share of its variance, or of the errors of its commonest code, that is gone."""
+    flat, again = rows.reshape(len(rows), -1).astype(np.float64), reconstructions.reshape(len(rows), -1)
+    kept = np.empty(flat.shape[1])
+    for place in range(flat.shape[1]):
+        there = ~np.isnan(flat[:, place])
+        values, ours = flat[there, place], again[there, place]
+        if known is not None and known[place].n_codes:
+            before = 1 - np.unique(values, return_counts=True)[1].max(initial=0) / max(1, len(values))
+            errors = float((values != ours).mean()) if len(values) else 0.0
+        else:
+            before, errors = (float(values.var()), float(((values - ours) ** 2).mean())) if len(values) else (0.0, 0.0)
+        # A constant column is kept if it comes back.
+        kept[place] = 1 - errors / before if before > 0 else float(errors < 1e-6)
     return kept
 
 

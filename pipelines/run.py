@@ -13,12 +13,13 @@ from pipelines.config import RunConfig
 from pipelines.environment import write_description
 from pipelines.evaluate import EVALUATE, METRICS_FILE
 from pipelines.features import CHECK, CHECK_FILE, EMBED
+from pipelines.folder_lock import working_in
 from pipelines.group import in_group, leads_group
 from pipelines.job import Job
 from pipelines.pretrain import EXPORT, PRETRAIN
 from pipelines.probes import HEADS
 from pipelines.report import REPORT, REPORT_FILE
-from pipelines.stages import Record, Stage, named, plan, run_one, run_stages, working_in
+from pipelines.stages import RECORDS_FOLDER, Record, Stage, named, plan, run_one, run_stages
 from pipelines.tracking import TRACK, refuse_untrackable
 from vaefeat.errors import InputError
 
@@ -26,6 +27,7 @@ __all__ = ["STAGES", "run", "run_stage", "show_plan", "stages_of"]
 
 #: In the order that they run in. A stage is declared where its work is.
 STAGES = (PRETRAIN, EXPORT, EMBED, CHECK, EVALUATE, REPORT, TRACK)
+_LOCK_FILE = f"{RECORDS_FOLDER}/lock"
 
 
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:
@@ -56,7 +58,7 @@ def run(config: RunConfig, *, console: Console, force: Collection[str] = ()) -> 
         named(stages, name)
     refuse_untrackable(config)
     job.draws  # noqa: B018  # an impossible number of labels is found out before anything takes long
-    with working_in(job.folder):
+    with working_in(job.folder, lock=_LOCK_FILE):
         if any(verdict.due for verdict in plan(stages, job, force=force)):
             write_description(config, job.folder)
         run_stages(stages, job, force=force, tell=_tell)
@@ -83,7 +85,7 @@ def run_stage(name: str, config: RunConfig, *, console: Console, force: bool = F
         if plan([stage := named(stages, name)], job)[0].due:
             stage.work(job, "")
         return
-    with working_in(job.folder):
+    with working_in(job.folder, lock=_LOCK_FILE):
         if plan([named(stages, name)], job, force=[name] if force else ())[0].due:
             write_description(config, job.folder)
         run_one(stages, name, job, force=force, tell=_tell)

@@ -47,12 +47,17 @@ def running_server(bundle: Path, *, engine: str, start_timeout_s: float) -> Iter
     ProcessError
         It ended before it was ready, or was not ready in time; what it wrote to its log is in the message.
     """
-    command = [sys.executable, "-m", "serving", str(bundle), "--engine", engine, "--port", "0"]
+    command = [sys.executable, "-m", "pipelines.leash", "serving", str(bundle), "--engine", engine, "--port", "0"]
     log: list[str] = []
     lines: queue.Queue[str] = queue.Queue()
     # A session of its own: Ctrl-C in the terminal reaches this process alone, which then stops the server in order.
     with subprocess.Popen(  # noqa: S603 - our own module, with arguments that are no shell text
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None  # a pipe
         assert process.stderr is not None

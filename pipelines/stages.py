@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -305,33 +304,6 @@ def run_one(
                 "python -m pipelines run"
             )
     return run_stages([stage], job, force=[name] if force else (), tell=tell)
-
-
-@contextlib.contextmanager
-def working_in(folder: Path) -> Iterator[None]:
-    """Keep a folder to one job at a time, for the time of a ``with`` block; on Windows nothing is kept.
-
-    Raises
-    ------
-    InputError
-        Another process works in it.
-    """
-    (folder / RECORDS_FOLDER).mkdir(parents=True, exist_ok=True)
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    # Of the process, so that one which was killed leaves no lock behind.
-    with (folder / RECORDS_FOLDER / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"got {folder}, in which another job is at work; wait for it, or give this one a folder of its own "
-                "with --set out=FOLDER"
-            ) from None
-        yield
 
 
 def perform(stage: Stage, job: Job, *, anew: bool = False) -> Record:

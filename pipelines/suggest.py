@@ -15,11 +15,12 @@ from threadpoolctl import threadpool_limits
 
 from pipelines.candidates import Candidates, open_candidates
 from pipelines.contact_sheet import draw_sheet, write_page
-from pipelines.label_files import GivenLabels, positions_of, read_labels, written_labels
+from pipelines.label_files import GivenLabels, read_labels, written_labels
 from vaefeat.atomic import replace_file
 from vaefeat.data import Split
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import InputError
+from vaefeat.labels import labelled_rows
 from vaefeat.observers import shown_activity
 from vaefeat.settings import check_int
 from vaefeat.suggestions import suggest_rows
@@ -43,7 +44,7 @@ class SuggestOptions:
     budget : int
         Rows to suggest.
     labels : sequence of Path
-        CSV files of labels that there are.
+        CSV or Parquet files of labels that there are.
     id_column : str, optional
         Of Parquet.
     split : {"train", "test"}
@@ -90,17 +91,16 @@ def suggest(options: SuggestOptions, *, console: Console) -> list[str]:
         options.data, split=options.split, image_size=options.image_size, id_column=options.id_column
     )
     _refuse_misfit(encoder, rows, options)
-    known = positions_of(list(given.labels), rows.ids, source=str(options.data))
-    passed_over = positions_of(given.passed_over, rows.ids, source=str(options.data))
-    positions = _sample(len(rows.ids), options, known=known, passed_over=passed_over)
+    labels = given.join(rows.ids, source=str(options.data))
+    known = labelled_rows(labels)
+    passed_over = given.places_passed_over(rows.ids, source=str(options.data))
+    positions = _sample(known, options, passed_over=passed_over)
     features = _embed(encoder, rows, positions)
-    labels = np.full(len(positions), None, dtype=object)
-    labels[np.searchsorted(positions, known)] = list(given.labels.values())
     with shown_activity("choose rows"), threadpool_limits(1):
-        chosen = positions[suggest_rows(features, budget=options.budget, labels=labels, seed=options.seed)]
+        chosen = positions[suggest_rows(features, budget=options.budget, labels=labels[positions], seed=options.seed)]
     ids = [rows.ids[position] for position in chosen]
     _write(options, encoder, rows, chosen, ids, given)
-    how = f"{len(known)} labels" if known else "no labels yet"
+    how = f"{len(given.labels)} labels" if given.labels else "no labels yet"
     seen = "" if len(positions) + len(passed_over) == len(rows.ids) else f", {len(positions):,} of them looked at"
     console.print(
         f"{options.out / LABELS_FILE}: {len(ids)} of {len(rows.ids):,} rows to label ({how}{seen}); "
@@ -128,12 +128,10 @@ def _refuse_misfit(encoder: OnnxEncoder, rows: Candidates, options: SuggestOptio
         )
 
 
-def _sample(
-    n_rows: int, options: SuggestOptions, *, known: Sequence[int], passed_over: Sequence[int]
-) -> NDArray[np.int64]:
+def _sample(known: NDArray[np.bool_], options: SuggestOptions, *, passed_over: Sequence[int]) -> NDArray[np.int64]:
     """Give rows to look at, ascending: all with a label, and a random sample of those that may get one."""
-    free = np.ones(n_rows, dtype=bool)
-    free[[*known, *passed_over]] = False
+    free = ~known
+    free[passed_over] = False
     if (n_free := int(free.sum())) < options.budget:
         raise InputError(
             f"got a budget of {options.budget} rows, and {options.data} has {n_free} without a label"
@@ -143,7 +141,7 @@ def _sample(
     most = max(_CANDIDATES, _CANDIDATES_PER_ROW * options.budget)
     if len(some) > most:
         some = np.random.default_rng(options.seed).choice(some, most, replace=False)
-    return np.sort(np.concatenate([some, np.asarray(known, dtype=np.int64)]))
+    return np.sort(np.concatenate([some, np.flatnonzero(known)]))
 
 
 def _embed(encoder: OnnxEncoder, rows: Candidates, positions: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -172,13 +170,15 @@ def _write(
         shown,
         ids,
         columns=rows.columns,
-        classes=sorted(set(given.labels.values())),
+        classes=list(map(str, given.classes)),
         title=f"{len(ids)} rows of {options.data.name} to label",
         file_name=LABELS_FILE,
         **scale,
     )
     try:
         options.out.mkdir(parents=True, exist_ok=True)
+        # Of an earlier call, without any label: it must not stand beside another page.
+        (options.out / LABELS_FILE).unlink(missing_ok=True)
         replace_file(options.out / PAGE_FILE, page.encode())
         if encoder.input.kind == "image":
             replace_file(options.out / SHEET_FILE, draw_sheet(shown, ids, **scale))

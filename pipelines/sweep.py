@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from pipelines.config import RunConfig
-from pipelines.datasets import load_validation
+from pipelines.datasets import Dataset, load_validation
+from pipelines.folder_lock import working_in
 from pipelines.probes import draw_labels
+from pipelines.progress import shown_progress
 from pipelines.ray_environment import prepare_environment
-from pipelines.sweep_space import choose_settings, read_space, with_settings
+from pipelines.sweep_space import TRIALS_FOLDER, choose_settings, read_space, with_settings
 from vaefeat.atomic import replace_file
 from vaefeat.errors import ConfigError, TrainingError
 from vaefeat.plots import png, trade_off
@@ -85,24 +86,12 @@ def sweep(
     data = load_validation(config.data, seed=config.probe.seed)
     # An impossible number of labels would fail in every trial.
     draw_labels(data.train_labels, n_labels=config.probe.n_labels, seed=config.probe.seed)
-    out.mkdir(parents=True, exist_ok=True)
-    prepare_environment(config.workers.address)
-    from pipelines.ray_session import ray_errors_told_plainly, running_ray
-    from pipelines.sweep_trials import run_trials
-
-    n_bytes = data.pretraining.array.nbytes + data.train.nbytes + data.test.nbytes
-    with ray_errors_told_plainly(), running_ray(config.workers.address, store_bytes=n_bytes), _progress() as progress:
-        task = progress.add_task("trials", total=len(settings))
-        found = run_trials(
-            here,
-            settings,
-            data,
-            side_by_side=side_by_side,
-            resume=resume,
-            on_end=lambda: progress.advance(task),
-        )
-    ranked = sorted(found, key=lambda trial: (trial.failed is not None, trial.figures.get("few_label_error", 0)))
-    _write(config, out, ranked)
+    with working_in(out, lock=f"{TRIALS_FOLDER}/lock"):
+        # What an earlier sweep found is not taken for what this one will; the manifest of its choice goes first.
+        for name in (BEST_FILE, PICTURE_FILE, TABLE_FILE):
+            (out / name).unlink(missing_ok=True)
+        ranked = _ranked(here, settings, data, side_by_side=side_by_side, resume=resume)
+        _write(config, out, ranked)
     console.print(_table(config, ranked, n_validation=len(data.test)))
     for trial in ranked:
         if trial.failed is not None:
@@ -118,6 +107,32 @@ def sweep(
         soft_wrap=True,
     )
     return ranked
+
+
+def _ranked(
+    config: RunConfig, settings: Sequence[dict[str, Any]], data: Dataset, *, side_by_side: int, resume: bool
+) -> list[Trial]:
+    """Train all trials on Ray; the best first, failed ones last."""
+    prepare_environment(config.workers.address)
+    from pipelines.ray_session import ray_errors_told_plainly, running_ray
+    from pipelines.sweep_trials import run_trials
+
+    n_bytes = data.pretraining.array.nbytes + data.train.nbytes + data.test.nbytes
+    with (
+        ray_errors_told_plainly(),
+        running_ray(config.workers.address, store_bytes=n_bytes),
+        shown_progress() as progress,
+    ):
+        task = progress.add_task("trials", total=len(settings))
+        found = run_trials(
+            config,
+            settings,
+            data,
+            side_by_side=side_by_side,
+            resume=resume,
+            on_end=lambda: progress.advance(task),
+        )
+    return sorted(found, key=lambda trial: (trial.failed is not None, trial.figures.get("few_label_error", 0)))
 
 
 def _write(config: RunConfig, out: Path, ranked: Sequence[Trial]) -> None:
@@ -178,14 +193,3 @@ def _table(config: RunConfig, ranked: Sequence[Trial], *, n_validation: int) -> 
 
 def _told(settings: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in settings.items())
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )

@@ -12,7 +12,10 @@ from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.errors import ConfigError
 from vaefeat.settings import unknown_name, with_overrides
 
-__all__ = ["choose_settings", "read_space", "with_settings"]
+__all__ = ["TRIALS_FOLDER", "choose_settings", "read_space", "with_settings"]
+
+#: Inside the sweep's folder, a folder for each trial.
+TRIALS_FOLDER = "trials"
 
 
 def read_space(over: Sequence[str]) -> dict[str, list[Any]]:

@@ -27,7 +27,7 @@ from pipelines.config import RunConfig
 from pipelines.datasets import Dataset
 from pipelines.probes import draw_labels, probe
 from pipelines.ray_session import last_line
-from pipelines.sweep_space import with_settings
+from pipelines.sweep_space import TRIALS_FOLDER, with_settings
 from vaefeat.atomic import replace_file
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import TrainingInterrupted
@@ -35,7 +35,7 @@ from vaefeat.pretraining import pretrain
 
 __all__ = ["Trial", "name_of", "run_trials"]
 
-_TRIALS_FOLDER, _RAY_FOLDER, _RESULT_FILE = "trials", "ray", "result.json"
+_RAY_FOLDER, _RESULT_FILE = "ray", "result.json"
 #: What Ray Tune prints of its own; standard output is for the result.
 _LOG_FILE = "ray.log"
 _FEATURES = "vaefeat, posterior mean"
@@ -110,7 +110,7 @@ def run_trials(
     for chosen in settings:
         values = with_settings(config.to_dict(), chosen)
         name = name_of(values, fingerprint)
-        folder = out / _TRIALS_FOLDER / name
+        folder = out / TRIALS_FOLDER / name
         values |= {"out": str(folder)}
         if not resume:
             shutil.rmtree(folder, ignore_errors=True)
@@ -122,6 +122,7 @@ def run_trials(
     # Tracebacks of trials that failed; the result says why they did.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     storage = out / _RAY_FOLDER
+    shutil.rmtree(storage, ignore_errors=True)  # of a sweep that was killed
     try:
         tuner = tune.Tuner(
             trainable,

@@ -12,6 +12,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ def train_on_workers(config: RunConfig, *, launch: str) -> None:
     if workers.rows == "share":
         opened = open_rows(everywhere)
         assert isinstance(opened, Rows)
-        rows = opened.array
-    store_bytes = 0 if rows is None else rows.nbytes
+        rows = replace(opened, labels=None)
+    store_bytes = 0 if rows is None else rows.array.nbytes
     with ray_errors_told_plainly(), _log(out), running_ray(workers.address, store_bytes=store_bytes):
         resources = ray.cluster_resources()
         use_gpu = _uses_gpu(config, resources)
@@ -105,7 +106,7 @@ def train_in_worker(job: dict[str, Any]) -> None:
         train_worker(
             config,
             launch=job["launch"],
-            rows=None if job["rows"] is None else Rows(array=ray.get(job["rows"]), source=config.data.path),
+            rows=None if job["rows"] is None else ray.get(job["rows"]),
             observers=(Teller(desk.tell.remote, n_workers=world.size),),
             progress=False,
         )

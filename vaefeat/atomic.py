@@ -27,7 +27,8 @@ def replace_file(path: Path, content: bytes, *, private: bool = False) -> None:
     Raises
     ------
     OSError
-        The disk is full or the folder cannot be written; `path` is as it was and no temporary file is left.
+        The disk is full or the folder cannot be written; it names the file. `path` is as it was and no temporary file
+        is left.
     """
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
@@ -39,9 +40,11 @@ def replace_file(path: Path, content: bytes, *, private: bool = False) -> None:
             # mkstemp makes files private; what a person's own umask allows is what they expect of a result.
             Path(temporary).chmod(0o666 & ~_umask())
         Path(temporary).replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             Path(temporary).unlink()
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk is told of the bytes alone
         raise
     sync_folder(path.parent)
 

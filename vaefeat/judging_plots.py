@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 
 from vaefeat.drawing import BLUE, GREY, INK, ORANGE, PALE, draw_title, style
 from vaefeat.latent_plots import draw_map
+from vaefeat.table_schema import Column
 
 __all__ = ["class_errors", "columns_explained", "few_label_maps", "marginals", "reliability", "training_curves"]
 
 _MOST_CLASSES = 30
 _MOST_COLUMNS = 24
 _MOST_PANELS = 8
+#: Of a column's categories, beneath its bars.
+_MOST_NAMES = 5
 
 
 def training_curves(history: Sequence[dict[str, Any]]) -> Figure:
@@ -151,13 +154,16 @@ def reliability(
     return made
 
 
-def columns_explained(explained: NDArray[np.floating[Any]]) -> Figure:
+def columns_explained(explained: NDArray[np.floating[Any]], columns: Sequence[Column] | None = None) -> Figure:
     """Show for each column of a table which share of its variance the reconstruction has, the least first.
 
     Parameters
     ----------
     explained : ndarray of shape (n_columns,)
-        One minus the squared error over the variance; below 0 is shown as 0.
+        One minus the squared error over the variance, or, of categories, the errors over those of always saying the
+        commonest; below 0 is shown as 0.
+    columns : sequence of Column, optional
+        What they are, where they are not all numbers.
     """
     order = np.argsort(explained, kind="stable")[:_MOST_COLUMNS]
     values = np.clip(explained[order], 0, 1)
@@ -165,52 +171,72 @@ def columns_explained(explained: NDArray[np.floating[Any]]) -> Figure:
         made = Figure(figsize=(max(4.6, 0.32 * len(order) + 1.4), 3.0), layout="constrained")
         axes = made.add_subplot()
     axes.bar(np.arange(len(order)), values, color=[ORANGE if value < 0.1 else BLUE for value in values], width=0.75)
-    axes.set_xticks(np.arange(len(order)), [str(index) for index in order], size=9)
-    axes.set(xlabel="column", ylabel="share of variance", ylim=(0, 1))
+    if columns is None:
+        axes.set_xticks(np.arange(len(order)), [str(index) for index in order], size=9)
+        axes.set(xlabel="column", ylabel="share of variance", ylim=(0, 1))
+    else:
+        names = [_shortened(columns[index].name) for index in order]
+        axes.set_xticks(np.arange(len(order)), names, size=9, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set(ylabel="share of variance,\nor of wrong guesses", ylim=(0, 1))
     axes.tick_params(axis="x", length=0)
     shown = f", the least {len(order)} of {len(explained)}" if len(order) < len(explained) else ""
     draw_title(axes, f"What reconstructions keep of each column{shown}")
     return made
 
 
-def marginals(rows: NDArray[Any], samples: NDArray[Any]) -> Figure:
+def marginals(rows: NDArray[Any], samples: NDArray[Any], columns: Sequence[Column] | None = None) -> Figure:
     """Show the columns of a table, of rows and of samples: at most eight, those that differ most.
 
     Parameters
     ----------
     rows : ndarray of shape (n, n_columns)
+        NaN where a value is missing.
     samples : ndarray of shape (m, n_columns)
+    columns : sequence of Column, optional
+        What they are, where they are not all numbers.
     """
-    quantiles = np.linspace(0.05, 0.95, 19)
-    gaps = np.abs(np.quantile(rows, quantiles, axis=0) - np.quantile(samples, quantiles, axis=0)).mean(axis=0)
-    order = np.argsort(-gaps / (rows.std(axis=0) + 1e-12), kind="stable")[:_MOST_PANELS]
-    columns = min(4, len(order))
-    n_lines = -(-len(order) // columns)
+    there = [rows[~np.isnan(rows[:, index]), index] for index in range(rows.shape[1])]
+    gaps = [_gap(values, samples[:, index]) if len(values) else 0.0 for index, values in enumerate(there)]
+    order = np.argsort(-np.array(gaps), kind="stable")[:_MOST_PANELS]
+    n_wide = min(4, len(order))
+    n_lines = -(-len(order) // n_wide)
     with style():
-        made = Figure(figsize=(10.4 * columns / 4, 1.9 * n_lines + 0.4), layout="constrained")
-        panels = made.subplots(n_lines, columns, squeeze=False).ravel()
+        made = Figure(figsize=(10.4 * n_wide / 4, 1.9 * n_lines + 0.4), layout="constrained")
+        panels = made.subplots(n_lines, n_wide, squeeze=False).ravel()
     for axes, index in zip(panels, order, strict=False):
-        low, high = np.quantile(rows[:, index], [0.005, 0.995])
-        bins = list(np.linspace(low, high if high > low else low + 1, 31))
-        axes.hist(np.clip(rows[:, index], bins[0], bins[-1]), bins=bins, density=True, color=PALE, label="rows")
-        axes.hist(
-            np.clip(samples[:, index], bins[0], bins[-1]),
-            bins=bins,
-            density=True,
-            histtype="step",
-            color=BLUE,
-            lw=1.4,
-            label="samples",
-        )
-        axes.set_title(f"column {index}", size=10)
+        column = None if columns is None else columns[index]
+        bins = _bins(there[index], column)
+        for values, look in (
+            (there[index], {"color": PALE, "label": "rows"}),
+            (samples[:, index], {"histtype": "step", "color": BLUE, "lw": 1.4, "label": "samples"}),
+        ):
+            axes.hist(np.clip(values, bins[0], bins[-1]), bins=bins, density=len(values) > 0, **look)
+        axes.set_title(f"column {index}" if column is None else _shortened(column.name), size=10)
         axes.set(yticks=[])
         axes.xaxis.set_major_locator(MaxNLocator(4))
+        if column is not None and 0 < column.n_codes <= _MOST_NAMES:
+            names = [_shortened(str(name), most=9) for name in column.categories or (False, True)]
+            axes.set_xticks(np.arange(column.n_codes), names, size=8)
         axes.spines["left"].set_visible(False)
     for axes in panels[len(order) :]:
         axes.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
     made.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
     return made
+
+
+def _gap(values: NDArray[Any], samples: NDArray[Any]) -> float:
+    """Say how far two distributions are apart, in standard deviations of the first."""
+    quantiles = np.linspace(0.05, 0.95, 19)
+    apart = np.abs(np.quantile(values, quantiles) - np.quantile(samples, quantiles)).mean()
+    return float(apart / (values.std() + 1e-12))
+
+
+def _bins(values: NDArray[Any], column: Column | None) -> list[float]:
+    if column is not None and column.n_codes:
+        return list(np.arange(column.n_codes + 1) - 0.5)
+    low, high = np.quantile(values, [0.005, 0.995]) if len(values) else (0.0, 1.0)
+    return list(np.linspace(low, high if high > low else low + 1, 31))
 
 
 def _leave_out_the_beginning(axes: Axes, values: NDArray[Any]) -> None:

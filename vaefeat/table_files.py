@@ -14,9 +14,11 @@ from vaefeat.errors import ConfigError, InputError, requiring
 from vaefeat.parquet import DEFAULT_LABEL_COLUMN
 from vaefeat.settings import unknown_name
 
-__all__ = ["SUFFIXES", "completed", "read_frame", "write_frame"]
+__all__ = ["NULL_VALUES", "SUFFIXES", "completed", "read_frame", "write_frame"]
 
 SUFFIXES = (".csv", ".parquet", ".pq")
+#: Of CSV: in columns of text as of numbers, as pandas has it; pyarrow cannot tell them apart before it knows the types.
+NULL_VALUES = ("", "NA", "NaN", "nan", "null")
 
 
 def read_frame(
@@ -26,6 +28,7 @@ def read_frame(
     label_column: str | None = DEFAULT_LABEL_COLUMN,
     max_rows: int | None = None,
     wanted: str = "was asked for",
+    texts: Sequence[str] = (),
 ) -> tuple[Any, NDArray[Any] | None]:
     """Read a file whole.
 
@@ -41,6 +44,8 @@ def read_frame(
     max_rows : int, optional
     wanted : str
         Of a column that is missing: why it has to be there, for the error.
+    texts : sequence of str
+        Columns of CSV that stay text whatever they hold: 007 is another id than 7.
 
     Returns
     -------
@@ -59,8 +64,8 @@ def read_frame(
         from pyarrow import csv, parquet
     try:
         if path.suffix.lower() == ".csv":
-            # Of text as of numbers, as pandas has it; pyarrow cannot tell them apart before it knows the types.
-            options = csv.ConvertOptions(strings_can_be_null=True, null_values=["", "NA", "NaN", "nan", "null"])
+            types = dict.fromkeys(texts, pa.string())
+            options = csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=NULL_VALUES)
             whole = csv.read_csv(path, convert_options=options)
         else:
             whole = parquet.read_table(path)
@@ -69,7 +74,7 @@ def read_frame(
     whole = whole.slice(0, max_rows)
     labels = None
     if label_column is not None and label_column in whole.column_names:
-        labels = _labels(whole.column(label_column))
+        labels = _labels(whole.column(label_column), f"column {label_column!r} of {path}")
     elif label_column not in (None, DEFAULT_LABEL_COLUMN):
         raise unknown_name(f"the label column in {path}", label_column, whole.column_names)
     left_out = {label_column, DEFAULT_LABEL_COLUMN if label_column is None else label_column}
@@ -148,11 +153,11 @@ def completed(given: Any, filled: Any, holes: NDArray[np.bool_]) -> Any:
     return pa.table(columns, names=given.column_names)
 
 
-def _labels(column: Any) -> NDArray[Any]:
+def _labels(column: Any, where: str) -> NDArray[Any]:
     values = column.to_pylist()
-    if any(value is None for value in values):
+    if missing := [row for row, value in enumerate(values) if value is None]:
         raise InputError(
-            "got labels that are missing, wanted one for each row; fill them with -1 (unlabelled), or read no labels "
-            "with label_column=None"
+            f"got no label in row {missing[0]} of {where} ({len(missing)} are missing), wanted one for each row; fill "
+            "them with -1 (unlabelled), or read no labels with label_column=None"
         )
     return np.array(values)

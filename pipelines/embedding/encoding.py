@@ -121,6 +121,8 @@ class PartEncoder:
         spec = self._encoder.input
         if isinstance(batch.content, list):
             return self._decoded(batch.content, dict(batch.bad))
+        if isinstance(batch.content, pa.Table):
+            return _encoded_cells(spec, batch.content, dict(batch.bad))
         shape = (len(batch.content), *spec.shape)
         return _prepared(spec, batch.content.reshape(shape), dict(batch.bad))
 
@@ -192,7 +194,7 @@ def _prepared(
             return spec.prepare(rows), np.arange(len(rows)), bad
         except InputError:
             pass
-    if rows.dtype.kind == "f":
+    if spec.table is None and rows.dtype.kind == "f":
         finite = np.isfinite(rows.reshape(len(rows), -1)).all(axis=1)
         bad = dict.fromkeys(np.flatnonzero(~finite).tolist(), "NaN or infinite values") | bad
     kept = _others(len(rows), bad)
@@ -208,6 +210,28 @@ def _prepared(
             bad[position] = str(error)
     kept = _others(len(rows), bad)
     return (spec.prepare(rows[kept]) if len(kept) else rows[kept]), kept, bad
+
+
+def _encoded_cells(
+    spec: InputSpec, cells: Any, bad: dict[int, str]
+) -> tuple[NDArray[Any], NDArray[np.intp], dict[int, str]]:
+    """Turn a table into rows; where some are refused, look for them by halves: a call costs as much as many rows."""
+    waiting = [_others(len(cells), bad)]
+    rows: list[NDArray[Any]] = []
+    while waiting:
+        positions = waiting.pop()
+        if not len(positions):
+            continue
+        try:
+            rows.append(spec.prepare(cells.take(pa.array(positions))))
+        except InputError as error:
+            if len(positions) > 1:
+                middle = len(positions) // 2
+                waiting += [positions[middle:], positions[:middle]]
+            else:
+                bad[int(positions[0])] = str(error).replace(" (row 0)", "")  # its number is told beside
+    kept = _others(len(cells), bad)
+    return (np.concatenate(rows) if rows else np.empty((0, *spec.shape), spec.dtype)), kept, bad
 
 
 def _others(n_rows: int, bad: dict[int, str]) -> NDArray[np.intp]:

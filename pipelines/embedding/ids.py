@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipelines.embedding.csv_files import read_texts
 from pipelines.embedding.sources import Source
 from vaefeat.errors import InputError
 
@@ -66,17 +67,27 @@ def _refuse_same(source: Source, hashes: NDArray[np.uint64]) -> None:
 def _ids(source: Source) -> Iterator[tuple[str, int, Any]]:
     """Yield (file, row of the first, ids)."""
     assert source.columns is not None
-    column = source.columns.id
-    for found in source.files:
+    assert source.columns.id is not None
+    for found, sizes in zip(source.files, source.groups, strict=True):
         start = 0
-        with source.place.reading(found.name), source.place.open(found.name) as opened, pq.ParquetFile(opened) as file:
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[column], use_threads=False):
-                ids = batch.column(0)
-                if ids.null_count:
-                    row = start + int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
-                    raise InputError(f"got no id in row {row} of {found.name}, column {column!r}; every row needs one")
-                yield found.name, start, ids
-                start += batch.num_rows
+        for ids in _columns_of(source, found.name, source.columns.id, n_rows=sum(sizes)):
+            if ids.null_count:
+                row = start + int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
+                raise InputError(
+                    f"got no id in row {row} of {found.name}, column {source.columns.id!r}; every row needs one"
+                )
+            yield found.name, start, ids
+            start += len(ids)
+
+
+def _columns_of(source: Source, name: str, column: str, *, n_rows: int) -> Iterator[Any]:
+    if source.kind == "csv":
+        for batch in read_texts(source.place, name, [column], start=0, stop=n_rows, batch_rows=_BATCH_ROWS):
+            yield batch.column(0)
+        return
+    with source.place.reading(name), source.place.open(name) as opened, pq.ParquetFile(opened) as file:
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[column], use_threads=False):
+            yield batch.column(0)
 
 
 def _hashed(ids: Any) -> NDArray[np.uint64]:

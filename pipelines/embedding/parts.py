@@ -20,7 +20,7 @@ __all__ = ["Part", "Plan", "plan_parts"]
 #: Rows of a part, and bytes of their features: what is lost when an encoder dies, and the size of an output file.
 PART_ROWS = 65_536
 PART_BYTES = 32 << 20
-#: Packed files and row groups are read from their beginning, so cutting them very small costs more than it gives.
+#: Packed files, CSV and row groups are read from their beginning, so cutting them very small costs more than it gives.
 _MAX_CUTS = 16
 _MAX_PACKED_BYTES = 4 << 30
 
@@ -107,6 +107,8 @@ def plan_parts(source: Source, spec: InputSpec, *, width: int, part_rows: int | 
         ranges = list(_of_images(source, rows))
     elif source.kind == "parquet":
         ranges = list(_of_parquet(source, rows))
+    elif source.kind == "csv":
+        ranges = list(_of_csv(source, rows))
     else:
         headers = {
             file.name: read_header(source.place, file.name, kind=source.kind, spec=spec) for file in source.files
@@ -117,7 +119,8 @@ def plan_parts(source: Source, spec: InputSpec, *, width: int, part_rows: int | 
         parts.append(Part(index, first, *one))
         first += one.n_rows
     if not first:
-        raise InputError(f"got 0 rows in {source.place}, wanted at least one")
+        more = f" and {len(source.files) - 1} more files" if len(source.files) > 1 else ""
+        raise InputError(f"got 0 rows in {source.place}/{source.files[0].name}{more}, wanted at least one")
     return Plan(parts=tuple(parts), headers=headers)
 
 
@@ -159,6 +162,12 @@ def _of_parquet(source: Source, rows: int) -> Iterator[_Range]:
             offset += size
         if waiting:
             yield _Range(n_waiting, (file.name,), offset - n_waiting, tuple(waiting))
+
+
+def _of_csv(source: Source, rows: int) -> Iterator[_Range]:
+    for file, (size,) in zip(source.files, source.groups, strict=True):
+        for start, n_rows in _cuts(size, rows):
+            yield _Range(n_rows, (file.name,), start)
 
 
 def _cuts(size: int, rows: int) -> Iterator[tuple[int, int]]:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipelines.embedding.arrays import ArrayHeader, read_array
+from pipelines.embedding.csv_files import cell_type, read_texts, typed
 from pipelines.embedding.parts import Part
 from pipelines.embedding.sources import Source
 from pipelines.embedding.storage import Place
@@ -24,6 +25,8 @@ __all__ = ["Batch", "ahead", "read_part"]
 #: Small enough to stay in a processor's cache on their way through the encoder.
 _BATCH_BYTES = 4 << 20
 _MAX_BATCH_ROWS = 4096
+#: Of a table: among more, a row that is refused takes long to find.
+_TABLE_ROWS = 1024
 _IMAGES = 256
 _BUFFER_BYTES = 1 << 20
 #: What is gone or forbidden is a matter of one image; any other failure of a file system is one of the job.
@@ -39,8 +42,9 @@ class Batch(NamedTuple):
     offset: int
     """Of the first one, in the part."""
 
-    content: NDArray[Any] | list[bytes | None]
-    """Numbers of shape (n, ...), as they were read; or encoded images."""
+    content: Any
+    """Numbers, an array of shape (n, ...) as they were read; encoded images, a list of bytes or None; or a table of
+    pyarrow."""
 
     bad: dict[int, str]
     """Position in the batch and reason, of rows that are already known to be unreadable."""
@@ -72,9 +76,11 @@ def read_part(source: Source, headers: Mapping[str, ArrayHeader], part: Part, sp
     """
     if source.kind == "images":
         return _read_images(source.place, part)
-    rows = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // spec.row_bytes))
+    rows = max(1, min(_MAX_BATCH_ROWS if spec.table is None else _TABLE_ROWS, _BATCH_BYTES // spec.row_bytes))
     if source.kind == "parquet":
         return _read_parquet(source, part, _IMAGES if source.encoded else rows, spec)
+    if source.kind == "csv":
+        return _read_csv(source, part, rows, spec)
     return _read_arrays(source, headers, part, rows)
 
 
@@ -173,6 +179,16 @@ def _read_parquet(source: Source, part: Part, rows: int, spec: InputSpec) -> Ite
     )
 
 
+def _read_csv(source: Source, part: Part, rows: int, spec: InputSpec) -> Iterator[Batch]:
+    assert source.columns is not None
+    (name,) = part.names
+    offset, stop = 0, part.offset + part.n_rows
+    texts = read_texts(source.place, name, source.columns.all, start=part.offset, stop=stop, batch_rows=rows)
+    for batch in texts:
+        yield _batch(batch, source, part, offset, spec)
+        offset += batch.num_rows
+
+
 def _batch(table: Any, source: Source, part: Part, offset: int, spec: InputSpec) -> Batch:
     assert source.columns is not None
     columns, where = source.columns, f"{source.place}/{part.names[0]}"
@@ -185,13 +201,31 @@ def _batch(table: Any, source: Source, part: Part, offset: int, spec: InputSpec)
             row = part.offset + offset + int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
             raise InputError(f"got no id in row {row} of {where}, column {columns.id!r}; every row needs one")
     carried = pa.record_batch([ids, *(table.column(name) for name in columns.keep)], schema=source.schema)
-    if columns.form == "encoded":
-        return Batch(offset, _encoded(table.column(columns.rows[0])), {}, carried)
-    if columns.form == "raw":
-        return Batch(offset, *_raw(table.column(columns.rows[0]), spec), carried)
-    if columns.form == "tensor":
-        return Batch(offset, *_tensor(table.column(columns.rows[0]), spec.n_features), carried)
-    return Batch(offset, *_numbers([table.column(name) for name in columns.rows], columns.rows), carried)
+    content, bad = _content(table, source, spec)
+    return Batch(offset, content, bad, carried)
+
+
+def _content(table: Any, source: Source, spec: InputSpec) -> tuple[Any, dict[int, str]]:
+    """Give the rows, and positions and reasons of those that cannot be read."""
+    assert source.columns is not None
+    columns, unread = source.columns, dict[int, str]()
+    if source.kind == "csv":
+        known = (None,) * len(columns.rows) if spec.table is None else spec.table.columns
+        types = {name: cell_type(column) for name, column in zip(columns.rows, known, strict=True)}
+        table, unread = typed(table, types)
+    cells = [table.column(name) for name in columns.rows]
+    match columns.form:
+        case "encoded":
+            return _encoded(cells[0]), {}
+        case "raw":
+            return _raw(cells[0], spec)
+        case "tensor":
+            return _tensor(cells[0], spec.n_features)
+        case "table":
+            return pa.table(cells, names=list(columns.rows)), unread
+        case "numbers":
+            array, bad = _numbers(cells, columns.rows)
+            return array, bad | unread
 
 
 def _encoded(column: Any) -> list[bytes | None]:

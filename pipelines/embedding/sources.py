@@ -12,6 +12,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.embedding.csv_files import count_rows, read_names
 from pipelines.embedding.storage import Found, Place
 from vaefeat.errors import InputError, MissingSplitError
 from vaefeat.idx import is_idx
@@ -21,11 +22,12 @@ from vaefeat.parquet import DEFAULT_IMAGE_COLUMN, DEFAULT_LABEL_COLUMN
 from vaefeat.parquet import SUFFIXES as PARQUET_SUFFIXES
 from vaefeat.settings import unknown_name
 from vaefeat.table_columns import compare_names
+from vaefeat.table_schema import TableSchema
 
 __all__ = ["Columns", "Request", "Source", "open_source"]
 
-Kind = Literal["parquet", "npy", "idx", "images"]
-Form = Literal["encoded", "raw", "tensor", "numbers"]
+Kind = Literal["parquet", "npy", "idx", "images", "csv"]
+Form = Literal["encoded", "raw", "tensor", "numbers", "table"]
 
 #: Footers that are fetched at a time.
 _THREADS = 16
@@ -43,7 +45,8 @@ class Request:
         Only the files of that name; all when None.
     columns : tuple of str
         Of Parquet: one column of encoded images, of lists of numbers, or of rows as bytes (``fixed_size_binary`` in the
-        encoder's dtype; by far the fastest to read), or several columns of numbers. Found out when empty.
+        encoder's dtype; by far the fastest to read), or several columns of numbers. Of CSV several of numbers, and for
+        an encoder of a table its columns. Found out when empty.
     id_column : str, optional
     keep : tuple of str
         Columns that are carried along.
@@ -57,7 +60,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """Which columns of Parquet files are what."""
+    """Which columns of Parquet and CSV files are what."""
 
     rows: tuple[str, ...]
     form: Form
@@ -78,14 +81,14 @@ class Source:
     ----------
     place : Place
         The folder that they are below.
-    kind : {"parquet", "npy", "idx", "images"}
+    kind : {"parquet", "npy", "idx", "images", "csv"}
     files : tuple of Found
     columns : Columns or None
-        Of Parquet.
+        Of Parquet and CSV.
     schema : pyarrow.Schema
         Of the ids and of what is carried along, in the output.
     groups : tuple of tuple of int
-        Rows of the row groups of each Parquet file.
+        Rows of the row groups of each Parquet file; of each CSV file, its rows.
     """
 
     place: Place
@@ -109,12 +112,12 @@ class Source:
 
 
 def open_source(place: Place, spec: InputSpec, request: Request) -> Source:
-    """Look at a path: names, and of Parquet the footers; no rows.
+    """Look at a path: names, and of Parquet the footers; no rows. Those of CSV are counted.
 
     Parameters
     ----------
     place : Place
-        A file or a folder: Parquet, ``.npy``, IDX (all files of one kind, in the order of their names), or images.
+        A file or a folder: Parquet, ``.npy``, IDX, CSV (all files of one kind, in the order of their names), or images.
     spec : InputSpec
         The rows that the encoder takes.
     request : Request
@@ -128,19 +131,19 @@ def open_source(place: Place, spec: InputSpec, request: Request) -> Source:
     InputError
         There is nothing to read, a column is missing or of another type, or it does not fit the encoder.
     """
-    if spec.table is not None:
-        raise InputError(
-            f"got a bundle of a table ({spec.table}), whose columns this job cannot encode yet; use: vaefeat embed"
-        )
     if not place.is_file and not place.is_folder:
         raise InputError(f"got {place}, which does not exist; wanted a file or a folder")
     root = place if place.is_folder else _parent(place)
     kind, files = _classify(place, request.split)
     if kind == "parquet":
         return _open_parquet(root, files, spec, request)
+    if kind == "csv":
+        return _open_csv(root, files, spec, request)
     named = [("columns", request.columns), ("id-column", request.id_column), ("keep", request.keep)]
     if wrong := [name for name, value in named if value]:
-        raise InputError(f"got --{wrong[0]} for {place}, which has no columns; they are for Parquet, leave it out")
+        raise InputError(
+            f"got --{wrong[0]} for {place}, which has no columns; they are for Parquet and CSV, leave it out"
+        )
     if kind == "images" and spec.kind != "image":
         raise InputError(f"got images in {place} for an encoder of {spec}; wanted a bundle trained on images")
     id_type = pa.string() if kind == "images" else pa.int64()
@@ -155,14 +158,15 @@ def _parent(place: Place) -> Place:
 def _classify(place: Place, split: str | None) -> tuple[Kind, tuple[Found, ...]]:
     """Take the files of the first kind that there are any of, as in :func:`vaefeat.data.load_rows`."""
     found = place.find()
-    for kind in ("idx", "parquet", "npy", "images"):
+    kinds: tuple[Kind, ...] = ("idx", "parquet", "npy", "images", "csv")  # beside others, CSV are labels
+    for kind in kinds:
         files = [file for file in found if _is(kind, file.name, place)]
         if files and kind == "images":
             files = [file for file in place.find_images() if _is(kind, file.name, place)]
         if files:
             return kind, tuple(_of_split(files, split, place))
     raise InputError(
-        f"got {place} without anything to read; wanted .parquet, .npy or IDX files, or images "
+        f"got {place} without anything to read; wanted .parquet, .npy, .csv or IDX files, or images "
         f"({', '.join(IMAGE_SUFFIXES)})"
     )
 
@@ -176,7 +180,7 @@ def _is(kind: str, name: str, place: Place) -> bool:
         # Labels are IDX files, too, with one axis.
         by_name = "idx3-ubyte" in path.name or suffix == ".idx"
         return by_name or (place.is_file and place.local is not None and suffix == "" and is_idx(place.local))
-    return suffix in {"parquet": PARQUET_SUFFIXES, "npy": (".npy",), "images": IMAGE_SUFFIXES}[kind]
+    return suffix in {"parquet": PARQUET_SUFFIXES, "npy": (".npy",), "images": IMAGE_SUFFIXES, "csv": (".csv",)}[kind]
 
 
 def _of_split(files: Sequence[Found], split: str | None, place: Place) -> list[Found]:
@@ -225,6 +229,27 @@ def _open_parquet(root: Place, files: tuple[Found, ...], spec: InputSpec, reques
     )
 
 
+def _open_csv(root: Place, files: tuple[Found, ...], spec: InputSpec, request: Request) -> Source:
+    carried = [*([request.id_column] if request.id_column else []), *request.keep]
+    headers = [read_names(root, file.name) for file in files]
+    schema = pa.schema([(name, pa.string() if name in carried else pa.float64()) for name in headers[0]])
+    columns = _choose(schema, spec, request, f"{root}/{files[0].name}")
+    for file, names in zip(files, headers, strict=True):
+        for name in columns.all:
+            _require(pa.schema([(one, pa.string()) for one in names]), name, f"{root}/{file.name}")
+    with ThreadPoolExecutor(_THREADS) as pool:
+        counts = list(pool.map(lambda file: count_rows(root, file.name, columns.rows[0]), files))
+    id_type = pa.int64() if columns.id is None else pa.string()
+    return Source(
+        place=root,
+        kind="csv",
+        files=files,
+        columns=columns,
+        schema=pa.schema([("id", id_type), *((name, pa.string()) for name in columns.keep)]),
+        groups=tuple((count,) for count in counts),
+    )
+
+
 def _choose(schema: Any, spec: InputSpec, request: Request, where: str) -> Columns:
     if clash := sorted(set(request.keep) & set(RESERVED)):
         raise InputError(f"got --keep {clash[0]}, a name that the output has for itself; rename the column first")
@@ -232,12 +257,15 @@ def _choose(schema: Any, spec: InputSpec, request: Request, where: str) -> Colum
         _require(schema, name, where)
     if request.id_column:
         _refuse_id_type(schema.field(request.id_column), where)
+    if spec.table is not None:
+        names = _of_table(schema, spec.table, request, where)
+        return Columns(rows=names, form="table", id=request.id_column, keep=request.keep)
     names = request.columns or _guess(schema, spec, request)
     if not names:
         raise InputError(
             f"got the columns {', '.join(schema.names)} in {where}, wanted encoded images in {DEFAULT_IMAGE_COLUMN!r}, "
             f"a column of lists of {spec.n_features} numbers, or {spec.n_features} columns of numbers; name them with "
-            "--columns"
+            "--column"
         )
     form = _form(schema, names, where)
     if form == "encoded" and spec.kind != "image":
@@ -251,9 +279,25 @@ def _choose(schema: Any, spec: InputSpec, request: Request, where: str) -> Colum
     if width not in (None, spec.n_features):
         raise InputError(
             f"got {width} numbers a row in {where} ({_shortly(names)}), wanted {spec.n_features} for {spec}; take a "
-            "bundle that was trained on such rows, or name other columns with --columns"
+            "bundle that was trained on such rows, or name other columns with --column"
         )
     return Columns(rows=tuple(names), form=form, id=request.id_column, keep=request.keep)
+
+
+def _of_table(schema: Any, table: TableSchema, request: Request, where: str) -> tuple[str, ...]:
+    """Give the columns that the encoder was trained with, by their names where these are a data frame's."""
+    if table.named and not request.columns:
+        names = tuple(column.name for column in table.columns)
+        for name in names:
+            _require(schema, name, where)
+        return names
+    others = {DEFAULT_LABEL_COLUMN, "id", request.id_column, *request.keep}
+    names = request.columns or tuple(name for name in schema.names if name not in others)
+    if len(names) != len(table.columns):
+        raise InputError(
+            f"got {len(names)} columns in {where} ({_shortly(names)}), wanted {table}; name them with --column"
+        )
+    return names
 
 
 def _require(schema: Any, name: str, where: str) -> None:

@@ -132,7 +132,7 @@ CONTENDERS: Mapping[str, Contender] = {
 
 
 def labelled(labels: NDArray[Any]) -> NDArray[np.int64]:
-    """Give the positions of rows with a label, where `labels` (n,) are those of :class:`LabelFile`."""
+    """Give the positions of rows with a label, where `labels` (n,) are those of :meth:`GivenLabels.join`'s."""
     return np.flatnonzero(np.array([label != UNLABELLED for label in labels.tolist()], dtype=bool))
 
 

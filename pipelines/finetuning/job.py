@@ -14,14 +14,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from sklearn.frozen import FrozenEstimator
 
 from pipelines.finetuning.contenders import CONTENDERS, FINETUNE, Contender, Ground, labelled, train
 from pipelines.finetuning.judging import Draw, Interval, Judged, draw_splits, judge, share_interval
-from pipelines.finetuning.labels import LabelFile, read_labels
+from pipelines.finetuning.labels import refuse_mixing, require_two_each
 from pipelines.finetuning.results import Tested, as_markdown, as_table, as_values, draw_comparison
 from pipelines.finetuning.rows import NamedRows, embed_rows, read_features, read_rows
+from pipelines.label_files import GivenLabels, read_labels
+from pipelines.progress import shown_progress
 from vaefeat.atomic import replace_file
 from vaefeat.bundle import Bundle, check_name, load_bundle
 from vaefeat.encoder import OnnxEncoder
@@ -46,7 +47,9 @@ class FinetuneOptions:
 
     Parameters
     ----------
-    bundle, data, labels, out : Path
+    bundle, data, out : Path
+    labels : sequence of Path
+        Files of the labels there are.
     features : Path, optional
         Of all rows, as ``python -m pipelines embed`` writes them; encoded here when None.
     test_labels : Path, optional
@@ -70,7 +73,7 @@ class FinetuneOptions:
 
     bundle: Path
     data: Path
-    labels: Path
+    labels: Sequence[Path]
     out: Path
     features: Path | None = None
     test_labels: Path | None = None
@@ -138,7 +141,7 @@ def finetune(options: FinetuneOptions, *, console: Console) -> Shipped:
     """
     _refuse_used(options.out)
     given = read_labels(options.labels, id_column=options.id_column, label_column=options.label_column)
-    given.require_two_each()
+    require_two_each(given, column=options.label_column)
     test = _test_labels(options, given)
     bundle = load_bundle(options.bundle)
     encoder = OnnxEncoder(bundle)
@@ -179,15 +182,15 @@ def _refuse_used(out: Path) -> None:
         raise InputError(f"got {out}, which holds a bundle already; choose another --out, or remove the folder")
 
 
-def _test_labels(options: FinetuneOptions, given: LabelFile) -> LabelFile | None:
+def _test_labels(options: FinetuneOptions, given: GivenLabels) -> GivenLabels | None:
     if options.test_labels is None:
         return None
-    test = read_labels(options.test_labels, id_column=options.id_column, label_column=options.label_column)
-    given.refuse_mixing(test)
+    test = read_labels([options.test_labels], id_column=options.id_column, label_column=options.label_column)
+    refuse_mixing(given, test)
     return test
 
 
-def _chosen(options: FinetuneOptions, given: LabelFile, bundle: Bundle) -> tuple[list[Contender], dict[str, str]]:
+def _chosen(options: FinetuneOptions, given: GivenLabels, bundle: Bundle) -> tuple[list[Contender], dict[str, str]]:
     """Give what is tried, cheap ones first, and why the others are not."""
     counts = {label: list(given.labels.values()).count(label) for label in given.classes}
     rarest = min(counts, key=lambda label: counts[label])
@@ -218,9 +221,8 @@ def _features(options: FinetuneOptions, encoder: OnnxEncoder, rows: NamedRows) -
 def _judge_all(
     contenders: Sequence[Contender], ground: Ground, labels: NDArray[Any], draws: Sequence[Draw], *, seed: int
 ) -> list[Judged]:
-    columns = (SpinnerColumn(), TextColumn("[bold]{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
     judged = []
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with shown_progress() as progress:
         for contender in contenders:
             task = progress.add_task(contender.title, total=len(draws))
             advance = partial(progress.advance, task)
@@ -284,7 +286,7 @@ def _show(
 def _write(
     options: FinetuneOptions,
     made: Bundle,
-    given: LabelFile,
+    given: GivenLabels,
     judged: Sequence[Judged],
     best: Judged,
     draws: Sequence[Draw],
@@ -324,4 +326,6 @@ def _write(
 
 
 def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value

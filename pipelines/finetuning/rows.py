@@ -188,7 +188,8 @@ def _parquet_ids(files: Sequence[Path], column: str) -> list[str]:
 def _frame_ids(data: Path, column: str) -> list[str]:
     if data.suffix.lower() not in TABLE_SUFFIXES:
         raise InputError(f"got --id-column {column!r} for {data}, wanted CSV or Parquet; leave it out")
-    return _distinct(read_frame(data, columns=[column])[0].column(column).to_pylist(), column, source=str(data))
+    frame, _ = read_frame(data, columns=[column], label_column=None, texts=[column])
+    return _distinct(frame.column(column).to_pylist(), column, source=str(data))
 
 
 def _distinct(ids: Sequence[Any], column: str, *, source: str) -> list[str]:

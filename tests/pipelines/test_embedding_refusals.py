@@ -118,6 +118,24 @@ def test_an_output_of_something_else_is_left_alone(
         Here(digits_bundle, data, tmp_path / "full" / "notes.txt").run()
 
 
+def test_address_where_no_ray_is_is_one_line_and_soon(
+    digits_bundle: Path, rows: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    words = ["--bundle", str(digits_bundle), "--data", str(npy(tmp_path, rows)), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines", "embed", *words, "--address", "127.0.0.1:1"],
+        cwd=CHECKOUT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: got the address 127.0.0.1:1, where no Ray answers")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out" / "_manifest.json").exists()
+
+
 def test_bad_input_on_the_command_line_is_one_line(digits_bundle: Path, tmp_path: Path) -> None:
     words = ["--bundle", str(digits_bundle), "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
     done = subprocess.run(

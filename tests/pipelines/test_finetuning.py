@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_wine
 
 from pipelines.__main__ import app
 from pipelines.finetuning.job import FinetuneOptions, Shipped, finetune
 from pipelines.server import running_server
+from tests.pipelines.embedding_rows import Here
 from vaefeat import OnnxEncoder, OnnxPredictor, RemoteEncoder, load_bundle
 from vaefeat.errors import ConfigError, InputError
 from vaefeat.temperature import TemperedClassifier
@@ -61,7 +63,7 @@ def options(place: Path, digits_bundle: Path, tmp_path: Path) -> FinetuneOptions
     return FinetuneOptions(
         bundle=digits_bundle,
         data=place / "digits.npy",
-        labels=place / "labels.csv",
+        labels=(place / "labels.csv",),
         out=tmp_path / "out",
         only=("logistic",),
     )
@@ -73,7 +75,7 @@ def shipped(place: Path, digits_bundle: Path) -> Shipped:
     whole = FinetuneOptions(
         bundle=digits_bundle,
         data=place / "digits.npy",
-        labels=place / "labels.csv",
+        labels=(place / "labels.csv",),
         test_labels=place / "test.csv",
         out=place / "out",
         n_draws=3,
@@ -160,7 +162,7 @@ def test_labels_of_parquet_with_nulls_and_numbers_give_whole_numbers(options: Fi
     table = pa.table({"row": pa.array(LABELLED), "digit": pa.array(given)})
     pq.write_table(table, tmp_path / "labels.parquet")
     done = finetune(
-        replace(options, labels=tmp_path / "labels.parquet", id_column="row", label_column="digit"), console=QUIET
+        replace(options, labels=(tmp_path / "labels.parquet",), id_column="row", label_column="digit"), console=QUIET
     )
     assert done.bundle.manifest.classes == tuple(range(10))
     assert json.loads((options.out / "results.json").read_text())["n_labels"] == 99
@@ -174,7 +176,7 @@ def test_images_are_joined_by_their_paths(
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(digits_rows[row, 0]).save(path)
     write_labels(tmp_path / "labels.csv", [f"{row % 3}/{row}.png" for row in LABELLED], TARGET[LABELLED])
-    images = finetune(replace(options, data=tmp_path / "images", labels=tmp_path / "labels.csv"), console=QUIET)
+    images = finetune(replace(options, data=tmp_path / "images", labels=(tmp_path / "labels.csv",)), console=QUIET)
     said = images.classifier.predict(digits_rows[TEST])
     assert np.mean(said == TARGET[TEST]) > 0.6  # a fifth of that where rows get one another's labels
 
@@ -232,7 +234,7 @@ def test_data_with_ids_among_their_columns_do_not_learn_from_them(tmp_path: Path
     made = FinetuneOptions(
         bundle=tmp_path / "b",
         data=tmp_path / "wine.parquet",
-        labels=labels,
+        labels=(labels,),
         out=tmp_path / "out",
         only=("logistic",),
         data_id_column="number",
@@ -240,11 +242,35 @@ def test_data_with_ids_among_their_columns_do_not_learn_from_them(tmp_path: Path
     assert finetune(made, console=QUIET).bundle.manifest.input.shape == (13,)
 
 
+def test_table_is_joined_by_ids_that_stay_text_and_its_features_are_those_of_the_embedding_job(
+    table_bundle: Path, wine_table: pd.DataFrame, tmp_path: Path
+) -> None:
+    ids = [f"{i:04}" for i in range(len(wine_table))]
+    wine_table.assign(key=ids).to_csv(tmp_path / "wine.csv", index=False)
+    labels = load_wine().target
+    write_labels(tmp_path / "labels.csv", ids[::4], labels[::4])
+    write_labels(tmp_path / "more.csv", [*ids[1::4], ids[2]], [*labels[1::4], ""])
+    made = FinetuneOptions(
+        bundle=table_bundle,
+        data=tmp_path / "wine.csv",
+        labels=(tmp_path / "labels.csv", tmp_path / "more.csv"),
+        out=tmp_path / "out",
+        only=("logistic",),
+        data_id_column="key",
+    )
+    encoded_here = finetune(made, console=QUIET)
+    Here(table_bundle, tmp_path / "wine.csv", tmp_path / "features.parquet", id_column="key").run()
+    with_features = replace(made, features=tmp_path / "features.parquet", out=tmp_path / "with")
+    assert finetune(with_features, console=QUIET).bundle.digest == encoded_here.bundle.digest
+    said = OnnxPredictor(tmp_path / "out", device="cpu").predict(wine_table)
+    assert np.mean(said[2::4] == labels[2::4]) > 0.7
+
+
 Change = Callable[[FinetuneOptions, Path, NDArray[np.uint8]], FinetuneOptions]
 
 
 def labels_of(ids: Iterable[Any], labels: Iterable[Any], **options: Any) -> Change:
-    return lambda o, folder, rows: replace(o, labels=write_labels(folder / "l.csv", ids, labels, **options))
+    return lambda o, folder, rows: replace(o, labels=(write_labels(folder / "l.csv", ids, labels, **options),))
 
 
 def features_of(order: NDArray[Any], **notes: str) -> Change:
@@ -261,8 +287,8 @@ def with_test_labels(o: FinetuneOptions, folder: Path, ids: Iterable[Any], label
 
 BAD: dict[str, tuple[Change, str]] = {
     "missing column": (labels_of([1], ["a"], header=("id", "class")), "no column 'label'.*id, class.*--label"),
-    "duplicate ids": (labels_of([1, 2, 1], ["a", "b", "a"]), "id '1' twice.*row 2"),
-    "no id": (labels_of(["", 2], ["a", "b"]), "row 0 .* without an id"),
+    "duplicate ids": (labels_of([1, 2, 1], ["a", "b", "a"]), r"id '1' twice in .*l.csv \(line 2 and line 4\)"),
+    "no id": (labels_of(["", 2], ["a", "b"]), "line 2 of .*l.csv without an id"),
     "ids that do not join": (
         labels_of([0, 1, 5000, "x"], ["a", "a", "b", "b"]),
         r"for 2 of 4 ids that are not in .*digits.npy: '5000', 'x'; wanted ids such as '0'",
@@ -271,10 +297,10 @@ BAD: dict[str, tuple[Change, str]] = {
     "one class": (labels_of([0, 1], ["a", "a"]), "one class only"),
     "no labels": (labels_of([0, 1], ["", "-1"]), "no label"),
     "fractions": (
-        lambda o, folder, rows: replace(o, labels=fractions(folder / "l.parquet")),
+        lambda o, folder, rows: replace(o, labels=(fractions(folder / "l.parquet"),)),
         "label 0.5 .*whole numbers",
     ),
-    "no labels file": (lambda o, folder, rows: replace(o, labels=folder / "no.csv"), "no.csv, which does not exist"),
+    "no labels file": (lambda o, folder, rows: replace(o, labels=(folder / "no.csv",)), "no.csv, which does not exist"),
     "labels never seen": (
         lambda o, folder, rows: with_test_labels(o, folder, TEST[:3], ["eins", "elf", "elf"]),
         rf"1 classes .* not in .*: 'elf' \(id '{TEST[1]}' and 1 more\)",
@@ -330,7 +356,7 @@ def test_impossible_settings_are_refused_before_anything_is_read(
 
 def test_folder_with_a_bundle_is_refused_at_once(options: FinetuneOptions, digits_bundle: Path) -> None:
     with pytest.raises(InputError, match="holds a bundle already"):
-        finetune(replace(options, out=digits_bundle, labels=Path("no.csv")), console=QUIET)
+        finetune(replace(options, out=digits_bundle, labels=(Path("no.csv"),)), console=QUIET)
 
 
 def test_interrupted_write_leaves_no_bundle(options: FinetuneOptions) -> None:
@@ -351,14 +377,14 @@ def test_command_prints_the_table_and_how_to_serve(options: FinetuneOptions) -> 
 def test_command_with_bad_input_is_one_line(
     options: FinetuneOptions, run_here: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    done = run_here(app, *words(replace(options, labels=Path("no.csv"))))
+    done = run_here(app, *words(replace(options, labels=(Path("no.csv"),))))
     assert done.returncode == 2
     assert "no.csv, which does not exist" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def words(options: FinetuneOptions) -> list[str]:
-    given = {"bundle": options.bundle, "data": options.data, "labels": options.labels, "out": options.out}
+    given = {"bundle": options.bundle, "data": options.data, "labels": options.labels[0], "out": options.out}
     return ["finetune", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]
 
 

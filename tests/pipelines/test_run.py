@@ -15,16 +15,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
+from sklearn.datasets import load_wine
 
 from pipelines.__main__ import app
 from pipelines.config import RunConfig, load_config
+from pipelines.datasets import load_dataset
 from pipelines.run import run, run_stage, show_plan
-from vaefeat import OnnxEncoder, load_bundle
+from vaefeat import OnnxEncoder, VAEFeatures, load_bundle
 from vaefeat.checkpoint import read_checkpoint
 from vaefeat.errors import InputError
 
@@ -206,6 +209,30 @@ def test_folder_that_cannot_be_made_is_one_error(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "error: " in done.stderr
+
+
+@pytest.mark.slow
+def test_table_with_categories_and_gaps_runs_whole(wine_table: pd.DataFrame, tmp_path: Path) -> None:
+    labels = np.array(["red", "white", "rosé"])[load_wine().target]
+    wine_table.assign(label=labels).to_csv(tmp_path / "wine.csv", index=False)
+    over = (f"data.path={tmp_path / 'wine.csv'}", "train.max_epochs=2", "probe.n_labels=9", "probe.n_draws=2")
+    config = load_config(CONFIG, (f"out={tmp_path / 'out'}", "serve.engine=local", "name=wine", *over))
+    run(config, console=Console(quiet=True))
+    encoder, data = OnnxEncoder(tmp_path / "out"), load_dataset(config.data, seed=config.probe.seed)
+    assert encoder.input.table is not None
+    table = pq.read_table(tmp_path / "out" / "features.parquet")
+    kept = np.array(table["mean"].to_pylist(), dtype=np.float32)[np.array(table["split"]) == "train"]
+    frame = encoder.input.table.frame(data.train)
+    np.testing.assert_array_equal(kept, VAEFeatures(tmp_path / "out").fit(frame).transform(frame))
+    assert json.loads((tmp_path / "out" / "check.json").read_text())["same_bits"]
+    names = {
+        found["features"] for found in json.loads((tmp_path / "out" / "metrics.json").read_text())["test_error_percent"]
+    }
+    assert "one-hot, imputed" in names
+    again = load_config(tmp_path / "out" / "config.toml", (f"out={tmp_path / 'again'}",))
+    for stage in ("pretrain", "export"):
+        run_stage(stage, again, console=Console(quiet=True))
+    assert load_bundle(tmp_path / "again").digest == encoder.digest
 
 
 @pytest.mark.slow

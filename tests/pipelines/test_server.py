@@ -33,8 +33,8 @@ def test_service_that_cannot_start_says_why(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_service_ends_when_its_job_is_told_to(digits_bundle: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_service_ends_when_its_job_is_told_to_or_killed(digits_bundle: Path, number: signal.Signals) -> None:
     program = (
         "import sys, time\nfrom pathlib import Path\nfrom pipelines.server import running_server\n"
         "with running_server(Path(sys.argv[1]), engine='local', start_timeout_s=60) as address:\n"

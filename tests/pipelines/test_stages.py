@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import DataConfig, ProbeConfig, RunConfig
+from pipelines.folder_lock import working_in
 from pipelines.job import Job
-from pipelines.stages import Outcome, Record, Stage, perform, plan, run_one, run_stages, working_in
+from pipelines.stages import Outcome, Record, Stage, perform, plan, run_one, run_stages
 from vaefeat.errors import ConfigError, InputError
 
 
@@ -197,7 +198,7 @@ def test_one_stage_refuses_to_run_on_what_is_out_of_date(config: RunConfig) -> N
 
 
 def _hold(folder: Path, ready: str) -> None:
-    with working_in(folder):
+    with working_in(folder, lock="stages/lock"):
         Path(ready).touch()
         time.sleep(60)
 
@@ -209,12 +210,12 @@ def test_second_job_in_a_folder_is_refused_until_the_first_is_dead(tmp_path: Pat
     while not ready.exists():
         assert holder.is_alive()
         time.sleep(0.02)
-    with pytest.raises(InputError, match="another job is at work"), working_in(tmp_path):
+    with pytest.raises(InputError, match="another job is at work"), working_in(tmp_path, lock="stages/lock"):
         pass
     assert holder.pid is not None
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    with working_in(tmp_path):
+    with working_in(tmp_path, lock="stages/lock"):
         pass
 
 

@@ -22,7 +22,6 @@ from pipelines import suggest as job
 from pipelines.__main__ import app
 from pipelines.candidates import open_candidates
 from pipelines.contact_sheet import draw_sheet
-from pipelines.label_files import read_labels
 from vaefeat import OnnxEncoder, TrainConfig, pretrain
 from vaefeat.errors import InputError
 from vaefeat.suggestions import suggest_rows
@@ -164,18 +163,18 @@ def test_many_rows_are_sampled_and_labelled_ones_are_all_kept(
         (["--budget", 1798], "got a budget of 1798 rows, and .* has 1797 without a label; ask for fewer"),
         (["--budget", 0], "budget=0"),
         (["--budget", 3, "--id-column", "id"], "wanted Parquet"),
-        (["--budget", 3, "--labels", "{folder}/unknown.csv"], "labels for 2 of 3 rows that are not in .*'1797', 'x'"),
-        (["--budget", 3, "--labels", "{folder}/two.csv"], r"'a' and 'b' for row '4' \(line 3 of .*two.csv\)"),
-        (["--budget", 3, "--labels", "{folder}/other.csv"], "columns row, class, wanted id and label"),
+        (["--budget", 3, "--labels", "{folder}/unknown.csv"], "for 2 of 3 ids that are not in .*: '1797', 'x'"),
+        (["--budget", 3, "--labels", "{folder}/twice.csv"], r"id '4' twice in .*twice.csv \(line 2 and line 3\)"),
+        (["--budget", 3, "--labels", "{folder}/other.csv"], "no column 'id' in .*other.csv; there are: row, class"),
         (["--budget", 3, "--labels", "{folder}/nameless.csv"], "line 3 of .*nameless.csv without an id"),
-        (["--budget", 3, "--labels", "{folder}/missing.csv"], "could not read the labels"),
+        (["--budget", 3, "--labels", "{folder}/missing.csv"], "missing.csv, which does not exist"),
     ],
 )
 def test_bad_input_is_one_line(
     more: list[object], message: str, digits_bundle: Path, digits_file: Path, tmp_path: Path
 ) -> None:
     fill_in(tmp_path / "unknown.csv", {"1797": "a", "3": "b", "x": "c"})
-    (tmp_path / "two.csv").write_text("id,label\n4,a\n4,b\n")
+    (tmp_path / "twice.csv").write_text("id,label\n4,a\n4,b\n")
     (tmp_path / "other.csv").write_text("row,class\n4,a\n")
     (tmp_path / "nameless.csv").write_text("id,label\n4,a\n,b\n")
     words = [str(word).format(folder=tmp_path) for word in more]
@@ -188,11 +187,6 @@ def test_bundle_that_does_not_take_the_rows_is_refused(digits_bundle: Path, tmp_
     np.save(tmp_path / "rows.npy", np.zeros((50, 3, 9, 9), dtype=np.uint8))
     with pytest.raises(InputError, match=r"rows of shape \(3, 9, 9\) in .* takes uint8 rows of shape \(n, 1, 8, 8\)"):
         asked(digits_bundle, tmp_path / "rows.npy", tmp_path / "out", "--budget", 5)
-
-
-def test_labels_saved_by_a_spreadsheet_are_read(tmp_path: Path) -> None:
-    (tmp_path / "labels.csv").write_bytes('\ufeffid,note,label\r\n"a,1",x, cat \r\nb,,\r\n'.encode())
-    assert read_labels([tmp_path / "labels.csv"]) == ({"a,1": "cat"}, ("b",))
 
 
 def test_caption_that_is_too_wide_keeps_both_ends() -> None:

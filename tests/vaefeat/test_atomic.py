@@ -50,12 +50,12 @@ def test_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path: Path) -> Non
         try:
             replace_file(Path(sys.argv[1]), bytes(100_000))
         except OSError as error:
-            print(type(error).__name__, error.strerror)
+            print(type(error).__name__, error.strerror, error.filename)
     """)
     path = tmp_path / "file"
     path.write_bytes(b"old")
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
-    assert done.stdout == "OSError File too large\n"
+    assert done.stdout == f"OSError File too large {path}\n"
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["file"]
 

@@ -9,6 +9,7 @@ import pytest
 
 from vaefeat import judging_plots
 from vaefeat.plots import png
+from vaefeat.table_schema import Column
 
 
 def history(n_epochs: int) -> list[dict[str, Any]]:
@@ -64,3 +65,22 @@ def test_columns_are_those_that_are_explained_least_and_differ_most() -> None:
     assert shown == [f"column {index}" for index in range(9, 1, -1)]
     constant = judging_plots.marginals(np.ones((5, 2)), np.ones((5, 2)))
     assert png(constant).startswith(b"\x89PNG")
+
+
+def test_columns_of_a_table_have_their_names_and_no_gaps() -> None:
+    columns = (
+        Column(name="height", kind="number", optional=True),
+        Column(name="city", kind="category", categories=("Bonn", "Rome")),
+        Column(name="empty", kind="number", optional=True),
+    )
+    rows = np.array([[1.0, 0, np.nan], [np.nan, 1, np.nan], [3, 1, np.nan]])
+    samples = np.array([[2.0, 0, 1], [9, 0, 1]])
+    made = judging_plots.marginals(rows, samples, columns)
+    by_name = {axes.get_title(): axes for axes in made.axes}
+    assert list(by_name) == ["height", "city", "empty"]
+    assert [label.get_text() for label in by_name["city"].get_xticklabels()] == ["Bonn", "Rome"]
+    shares = [bar.get_height() for bar in by_name["city"].patches[:2]]  # type: ignore[attr-defined]
+    assert shares == pytest.approx([1 / 3, 2 / 3])
+    assert png(made).startswith(b"\x89PNG")
+    (axes,) = judging_plots.columns_explained(np.array([0.5, 0.1, 0.9]), columns).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["city", "height", "empty"]
