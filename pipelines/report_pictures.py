@@ -174,7 +174,8 @@ def _picture(images: NDArray[Any], *, columns: int, low: float, high: float) -> 
 
 
 def _zoom(images: NDArray[Any]) -> int:
-    return max(1, round(_IMAGE_PIXELS / max(images.shape[2:])))
+    side: int = max(images.shape[2:])
+    return max(1, round(_IMAGE_PIXELS / side))
 
 
 def _explained(rows: NDArray[Any], reconstructions: NDArray[np.float32]) -> NDArray[np.float64]:

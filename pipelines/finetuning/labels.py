@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import csv
+import difflib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.label_files import read_csv
 from vaefeat.errors import InputError
 from vaefeat.labels import UNLABELLED
 from vaefeat.parquet import SUFFIXES as PARQUET_SUFFIXES
@@ -41,6 +43,11 @@ class LabelFile:
     def classes(self) -> tuple[Label, ...]:
         """Sorted."""
         return tuple(sorted(set(self.labels.values())))
+
+    @property
+    def counts(self) -> dict[Label, int]:
+        """Labels of each class, the rarest first: names that are spelt wrongly are there."""
+        return dict(sorted(Counter(self.labels.values()).items(), key=lambda item: (item[1], item[0])))
 
     def join(self, ids: Sequence[str], *, source: str) -> NDArray[Any]:
         """Give the label of each row.
@@ -93,7 +100,8 @@ class LabelFile:
             raise InputError(
                 f"got one row of the class {single[0]!r} in {self.path} (id {counts[single[0]][0]!r}"
                 f"{f', and {len(single) - 1} more such classes' if len(single) > 1 else ''}), wanted at least 2 of "
-                "each: some are learned from while others are asked for; label another, or take the class out"
+                "each: some are learned from while others are asked for; "
+                f"{_near(single[0], self.classes)}label another, or take the class out"
             )
 
     def refuse_mixing(self, test: LabelFile) -> None:
@@ -108,8 +116,8 @@ class LabelFile:
             raise InputError(
                 f"got {len(unknown)} classes in {test.path} that are not in {self.path}: {_some(unknown)} (id "
                 f"{rows[0]!r} and {len(rows) - 1} more), wanted classes that were learned: "
-                f"{', '.join(map(repr, self.classes[:10]))}; mend the labels, or put some of that class into "
-                f"{self.path}"
+                f"{', '.join(map(repr, self.classes[:10]))}; {_near(unknown[0], self.classes)}mend the labels, or "
+                f"put some of that class into {self.path}"
             )
         if shared := [name for name in test.labels if name in self.labels]:
             raise InputError(
@@ -124,7 +132,7 @@ def read_labels(path: Path, *, id_column: str = "id", label_column: str = "label
     Parameters
     ----------
     path : Path
-        ``.csv`` in UTF-8, or Parquet.
+        ``.csv`` as :func:`pipelines.label_files.read_csv` takes it, or Parquet.
     id_column, label_column : str
         Empty labels, nulls and -1 are none. Texts that are all whole numbers are taken for numbers.
 
@@ -157,17 +165,9 @@ def read_labels(path: Path, *, id_column: str = "id", label_column: str = "label
 
 
 def _read_csv(path: Path, id_column: str, label_column: str) -> list[tuple[Any, Any]]:
-    try:
-        # Spreadsheets begin UTF-8 with a mark.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            names = list(reader.fieldnames or ())
-            _require_columns(path, names, id_column, label_column)
-            return [(row[id_column], (row[label_column] or "").strip()) for row in reader]
-    except OSError as error:
-        raise InputError(f"could not read the labels {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"got {path}, which is no CSV file in UTF-8 ({error}); save it as CSV UTF-8") from error
+    names, rows = read_csv(path)
+    _require_columns(path, names, id_column, label_column)
+    return [(row[id_column], row[label_column]) for _, row in rows]
 
 
 def _read_parquet(path: Path, id_column: str, label_column: str) -> list[tuple[Any, Any]]:
@@ -184,6 +184,15 @@ def _require_columns(path: Path, names: Sequence[str], id_column: str, label_col
                 f"got no column {column!r} in {path}; there are: {', '.join(names) or 'none'}. Name another with "
                 f"{option}"
             )
+
+
+def _near(label: Label, classes: Iterable[Label]) -> str:
+    """Ask whether another class was meant."""
+    if not isinstance(label, str):
+        return ""
+    others = {str(name).casefold(): name for name in classes if name != label}
+    near = difflib.get_close_matches(label.casefold(), others, n=1)
+    return f"did you mean {others[near[0]]!r}? If not, " if near else ""
 
 
 def _is_missing(label: object) -> bool:

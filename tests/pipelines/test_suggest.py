@@ -195,6 +195,29 @@ def test_labels_saved_by_a_spreadsheet_are_read(tmp_path: Path) -> None:
     assert read_labels([tmp_path / "labels.csv"]) == ({"a,1": "cat"}, ("b",))
 
 
+def test_csv_is_read_whatever_separates_it(tmp_path: Path) -> None:
+    for separator in (",", ";", "\t"):
+        lines = ["id, label", "a,one", ' "b , c" ,two', "d", ",", ""]
+        content = "\r\n".join(line if '"' in line else line.replace(",", separator) for line in lines)
+        content = content.replace(' "b , c" ,two', f'"b , c"{separator}two')
+        (tmp_path / "labels.csv").write_text(content)
+        assert read_labels([tmp_path / "labels.csv"]) == ({"a": "one", "b , c": "two"}, ("d",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('id,label\na,one\n"b,two\nc,three\n', "up to its line 4 .*not closed"),
+        ("id,label\na,one, or two\n", "3 values in line 2 of .*wanted 2: id, label; put quotes"),
+        ("", "with the columns none, wanted id and label"),
+    ],
+)
+def test_damaged_csv_is_refused_with_its_line(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_labels([tmp_path / "labels.csv"])
+
+
 def test_caption_that_is_too_wide_keeps_both_ends() -> None:
     rows = np.full((2, 3, 300, 200), 255, dtype=np.uint8)
     with Image.open(io.BytesIO(draw_sheet(rows, ["x" * 300, "b"], low=0, high=255))) as sheet:
