@@ -104,7 +104,9 @@ def _names(blocks: Blocks, data: Path) -> Sequence[str]:
 def _columns(blocks: Blocks) -> tuple[str, ...]:
     if len(blocks.row_shape) > 1:
         return ()
-    return blocks.columns if isinstance(blocks, ParquetBlocks) else tuple(map(str, range(blocks.row_shape[0])))
+    if isinstance(blocks, ParquetBlocks) and (len(blocks.columns),) == blocks.row_shape:
+        return blocks.columns
+    return tuple(map(str, range(blocks.row_shape[0])))
 
 
 def _column(files: Sequence[Path], name: str) -> list[str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from vaefeat.config import ModelConfig, TrainConfig
 from vaefeat.errors import ConfigError
 from vaefeat.presets import EFFORTS, PRESETS, refuse_changes
 from vaefeat.settings import (
@@ -195,6 +196,11 @@ class TrackConfig(Settings):
         check_text("track.experiment", self.experiment)
 
 
+def _fields_of_tables(tables: Mapping[str, type[Settings]]) -> dict[str, set[str]]:
+    every = {"train": TrainConfig, "model": ModelConfig, **tables}
+    return {name: {f.name for f in fields(table)} for name, table in every.items()}
+
+
 def _impossible_count(count: object) -> ConfigError:
     return ConfigError(f"got {count!r} workers, wanted a number such as 2, or bounds such as '1:4'")
 
@@ -208,7 +214,7 @@ class RunConfig:
     name : str
         Of the encoder.
     out : str
-        Folder of the run, which is also the bundle's.
+        Folder of the run, which is also the bundle's; in a file ``runs/NAME`` where it is not given.
     preset : {"features", "textbook"}
     effort : {"fast", "best"}
         See :func:`vaefeat.presets.choose_settings`.
@@ -255,6 +261,8 @@ class RunConfig:
         made: dict[str, Any] = {}
         for key, value in values.items():
             if key not in known:
+                if homes := [name for name, keys in _fields_of_tables(tables).items() if key in keys]:
+                    raise ConfigError(f"got configuration key {key!r}; did you mean {homes[0]}.{key}, in [{homes[0]}]?")
                 raise unknown_name("configuration key", key, known)
             if key in {*tables, "model", "train"}:
                 if not isinstance(value, Mapping):
@@ -262,6 +270,8 @@ class RunConfig:
             elif not (isinstance(value, str) and value):
                 raise ConfigError(f"got {key}={value!r}, wanted a text")
             made[key] = tables[key].from_dict(value) if key in tables else value
+        # Two jobs without a folder must not share the demo's.
+        made.setdefault("out", f"runs/{made.get('name', cls.name)}")
         return cls(**made)
 
     def everywhere(self) -> Self:
@@ -302,7 +312,8 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
         The file cannot be read, or holds what is not known or not possible.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        # Some editors begin UTF-8 with a mark, which TOML does not know.
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"could not read the configuration {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

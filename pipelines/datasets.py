@@ -230,5 +230,5 @@ def _require_labels(rows: Rows) -> None:
     if rows.labels is None:
         raise InputError(
             f"got rows without labels from {rows.source}, wanted labels to judge the features by; "
-            "to pretrain without labels use: vaefeat pretrain DATA --out FOLDER"
+            "without labels do the stages pretrain and export alone, or use: vaefeat pretrain DATA --out FOLDER"
         )

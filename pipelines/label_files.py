@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +24,8 @@ __all__ = ["ID", "LABEL", "GivenLabels", "Label", "read_labels", "some_of", "wri
 #: Columns of a file; others are left alone.
 ID, LABEL = "id", "label"
 Label = int | str
+#: Between columns: spreadsheets write semicolons where a comma stands in numbers.
+_SEPARATORS = (",", ";", "\t")
 #: How many a message names.
 _NAMED = 3
 
@@ -48,6 +52,11 @@ class GivenLabels:
     def classes(self) -> tuple[Label, ...]:
         """Sorted."""
         return tuple(sorted(set(self.labels.values())))
+
+    @property
+    def counts(self) -> dict[Label, int]:
+        """Labels of each class, the rarest first: names that are spelt wrongly are there."""
+        return dict(sorted(Counter(self.labels.values()).items(), key=lambda item: (item[1], item[0])))
 
     def join(self, ids: Sequence[str], *, source: str) -> NDArray[Any]:
         """Give the label of each row.
@@ -102,7 +111,8 @@ def read_labels(paths: Sequence[Path], *, id_column: str = ID, label_column: str
     Parameters
     ----------
     paths : sequence of Path
-        ``.csv`` in UTF-8, or Parquet. A row may be in several of them; a label counts more than an empty one.
+        CSV as :func:`_read_csv` takes it, or Parquet. A row may be in several of them; a label counts more than an
+        empty one.
     id_column, label_column : str
         Empty labels, nulls and -1 are none. Texts that are all whole numbers are taken for numbers.
 
@@ -169,19 +179,57 @@ def _cells(path: Path, id_column: str, label_column: str) -> list[_Cell]:
 
 
 def _cells_of_csv(path: Path, id_column: str, label_column: str) -> list[_Cell]:
+    names, rows = _read_csv(path)
+    _require_columns(path, names, id_column, label_column)
+    return [_Cell(f"line {line}", row[id_column], row[label_column]) for line, row in rows]
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """Read a file as people and spreadsheets write it.
+
+    Parameters
+    ----------
+    path : Path
+        CSV in UTF-8, with or without a mark at its beginning, separated by commas, semicolons or tabs.
+
+    Returns
+    -------
+    columns : list of str
+    rows : list of (int, dict)
+        The line in the file and its values by column, without spaces around them. Lines without any value are left
+        out, and values that are missing at a line's end are empty.
+
+    Raises
+    ------
+    InputError
+        The file cannot be read, or a line has more values than there are columns.
+    """
     try:
-        # Spreadsheets begin UTF-8 with a mark.
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            _require_columns(path, list(reader.fieldnames or ()), id_column, label_column)
-            return [
-                _Cell(f"line {reader.line_num}", (row[id_column] or "").strip(), (row[label_column] or "").strip())
-                for row in reader
-            ]
+            separator = max(_SEPARATORS, key=file.readline().count)
+            file.seek(0)
+            reader = csv.reader(file, delimiter=separator, strict=True)
+            columns = [name.strip() for name in next(reader, [])]
+            lines = [(reader.line_num, [value.strip() for value in values]) for values in reader]
     except OSError as error:
         raise InputError(f"could not read the labels {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"got {path}, which is no CSV file in UTF-8 ({error}); save it as CSV UTF-8") from error
+    except csv.Error as error:
+        raise InputError(
+            f"got {path}, which is no CSV file up to its line {reader.line_num} ({error}); is there a quotation mark "
+            "that is not closed?"
+        ) from error
+    rows = []
+    for line, values in lines:
+        if any(values[len(columns) :]):
+            raise InputError(
+                f"got {len(values)} values in line {line} of {path}, wanted {len(columns)}: {', '.join(columns)}; put "
+                f"quotes around a value with {separator!r} in it"
+            )
+        if any(values):
+            rows.append((line, dict(zip_longest(columns, values[: len(columns)], fillvalue=""))))
+    return columns, rows
 
 
 def _cells_of_parquet(path: Path, id_column: str, label_column: str) -> list[_Cell]:

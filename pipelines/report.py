@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from PIL import Image
 
 from pipelines.environment import ENVIRONMENT_FILE
-from pipelines.evaluate import METRICS_FILE
+from pipelines.evaluate import METRICS_FILE, OURS
 from pipelines.features import CHECK_FILE, FEATURES_FILE, read_features
 from pipelines.job import Job
 from pipelines.pretrain import HISTORY
+from pipelines.probes import HEADS
 from pipelines.report_pictures import CHART_SCALE, draw_pictures, neighbourhoods
 from pipelines.stages import Outcome, Record, Stage
 from vaefeat.atomic import replace_file
@@ -47,8 +49,11 @@ def _write(job: Job, attempt: str) -> Outcome:
         history=history,
         rows_per_s=float(np.median([record["rows_per_s"] for record in history])),
         metrics=metrics,
-        heads=list(dict.fromkeys(found["head"] for found in probes)),
+        heads=list(HEADS),
         probes=_by_features(probes),
+        best=_least(found for found in probes if found["features"] in OURS.values()),
+        rival=_least(found for found in probes if found["features"] not in OURS.values()),
+        least={head: _least(found for found in probes if found["head"] == head) for head in HEADS},
         check=check,
         costs=[record for name in _STAGES if (record := Record.read(job, name))],
         environment=environment,
@@ -71,6 +76,10 @@ def _by_features(probes: list[dict[str, Any]]) -> list[tuple[str, list[dict[str,
     names = dict.fromkeys(found["features"] for found in probes)
     lines = [(name, [found for found in probes if found["features"] == name]) for name in names]
     return sorted(lines, key=lambda line: float(line[1][0]["mean"]))
+
+
+def _least(probes: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    return min(probes, key=lambda found: float(found["mean"]))
 
 
 def _template() -> Any:

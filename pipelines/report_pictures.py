@@ -28,10 +28,11 @@ from vaefeat.generation import sample
 from vaefeat.inference import denoise
 from vaefeat.table_schema import Column
 
-__all__ = ["CHART_SCALE", "Neighbour", "draw_pictures", "neighbourhoods"]
+__all__ = ["CHART_SCALE", "Neighbour", "draw_pictures", "neighbourhoods", "rows_of_all_classes"]
 
 _MAP_ROWS = 2000
-_PAIRS = 14
+#: Images in a line of the page: as many as fill it, of large ones so many made smaller.
+_LEAST_IN_LINE, _LINE_PIXELS, _GAP = 14, 964, 4
 _SAMPLES, _TABLE_SAMPLES = 36, 1000
 _EXPLAINED_ROWS = 1000
 _QUERIES, _NEIGHBOURS = 6, 8
@@ -92,11 +93,12 @@ def draw_pictures(
     pictures, pairs, samples = {}, None, None
     seed = bundle.manifest.train["seed"]
     if spec.kind == "image":
-        shown = data.test[:_PAIRS]
+        columns = max(_LEAST_IN_LINE, _LINE_PIXELS // (_zoom(data.test) * max(data.test.shape[2:]) + _GAP))
+        shown = data.test[rows_of_all_classes(data.test_labels, count=columns)]
         pairs = np.concatenate([shown, denoise(bundle, shown)])
         samples = sample(bundle, _SAMPLES, seed=seed)
         pictures["reconstructions"] = _picture(pairs, columns=len(shown), low=spec.low, high=spec.high)
-        pictures["samples"] = _picture(samples[: 2 * _PAIRS], columns=_PAIRS, low=spec.low, high=spec.high)
+        pictures["samples"] = _picture(samples[: 2 * columns], columns=columns, low=spec.low, high=spec.high)
     else:
         some = data.test[:_EXPLAINED_ROWS]
         known = None if spec.table is None else spec.table.columns
@@ -122,12 +124,7 @@ def neighbourhoods(
         Posterior means.
     bundle : Bundle
     """
-    # The first row of each class, and where classes are few, the second ones, ...
-    turns = np.zeros(len(data.test_labels), dtype=np.int64)
-    for index in range(len(data.names)):
-        own = data.test_labels == index
-        turns[own] = np.arange(own.sum())
-    queries = np.lexsort((data.test_labels, turns))[:_QUERIES]
+    queries = rows_of_all_classes(data.test_labels, count=_QUERIES)
     spec = bundle.manifest.input
 
     def shown(row: NDArray[Any], label: int, own: int) -> Neighbour:
@@ -144,11 +141,33 @@ def neighbourhoods(
     return found
 
 
+def rows_of_all_classes(labels: NDArray[np.int64], *, count: int) -> NDArray[np.int64]:
+    """Choose rows of as many classes as there are places: folders of images come sorted by class.
+
+    Parameters
+    ----------
+    labels : ndarray of shape (n,)
+        Class indices.
+    count : int
+
+    Returns
+    -------
+    ndarray of shape (min(count, n),)
+        The first row of each class, then the second one of each, and so on.
+    """
+    turns = np.zeros(len(labels), dtype=np.int64)
+    for index in np.unique(labels):
+        own = labels == index
+        turns[own] = np.arange(own.sum())
+    chosen: NDArray[np.int64] = np.lexsort((labels, turns))[:count]
+    return chosen
+
+
 def _picture(images: NDArray[Any], *, columns: int, low: float, high: float) -> bytes:
     """Lay images (n, C, H, W) out as one PNG, each pixel as a square."""
-    zoom = max(1, round(_IMAGE_PIXELS / max(images.shape[2:])))
+    zoom = _zoom(images)
     larger = images.repeat(zoom, axis=2).repeat(zoom, axis=3)
-    gap = 4 * (len(images) > 1)
+    gap = _GAP * (len(images) > 1)
     colours = sheet(larger, columns=columns, low=low, high=high, gap=gap)
     # Gaps are see-through, and have the colour of the page, light or dark.
     seen = 1 - sheet(np.zeros_like(larger), columns=columns, low=0, high=1, gap=gap)[..., :1]
@@ -156,6 +175,11 @@ def _picture(images: NDArray[Any], *, columns: int, low: float, high: float) -> 
     pixels = np.rint(np.concatenate([colours, seen], axis=2) * 255).astype(np.uint8)
     Image.fromarray(pixels).save(file, format="PNG", optimize=True)
     return file.getvalue()
+
+
+def _zoom(images: NDArray[Any]) -> int:
+    side: int = max(images.shape[2:])
+    return max(1, round(_IMAGE_PIXELS / side))
 
 
 def _explained(

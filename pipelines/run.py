@@ -8,6 +8,7 @@ from collections.abc import Collection
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from pipelines.config import RunConfig
 from pipelines.environment import write_description
@@ -53,10 +54,11 @@ def run(config: RunConfig, *, console: Console, force: Collection[str] = ()) -> 
     """
     if in_group():
         raise InputError("got a whole run under torchrun, wanted the stage 'pretrain' alone; run the rest by itself")
-    job, stages = Job(config), stages_of(config)
+    stages = stages_of(config)
     for name in force:
         named(stages, name)
     refuse_untrackable(config)
+    job = Job(config)
     job.draws  # noqa: B018  # an impossible number of labels is found out before anything takes long
     with working_in(job.folder, lock=_LOCK_FILE):
         if any(verdict.due for verdict in plan(stages, job, force=force)):
@@ -106,17 +108,24 @@ def show_plan(config: RunConfig, *, console: Console, force: Collection[str] = (
     only : str, optional
         The one stage that would run; all when None.
     """
-    job, stages = Job(config), stages_of(config)
+    stages = stages_of(config)
+    for name in force:
+        named(stages, name)
     refuse_untrackable(config)
+    job = Job(config)
+    if only is None:
+        job.draws  # noqa: B018  # as a run itself would refuse an impossible number of labels
     table = Table(title=f"{config.name} in {config.out}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("stage", "", "why", "reads", "writes"):
-        table.add_column(column, overflow="fold", no_wrap=not column)
+    table.add_column("stage", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("why, what it reads, and what it writes", overflow="fold")
     for verdict in plan([named(stages, only)] if only else stages, job, force=force):
         stage = verdict.stage
         state = "done" if not verdict.due else "will run" if verdict.certain else "may run"
         rows = () if stage.rows is None else (f"{stage.rows} rows",)
-        reads, writes = "\n".join((*rows, *stage.reads)), "\n".join(stage.writes)
-        table.add_row(f"{stage.name}\n[dim]{stage.does}", state, "\n".join(verdict.reasons), reads, writes)
+        files = f"{', '.join((*rows, *stage.reads))} -> {', '.join(stage.writes)}"
+        why = "; ".join(verdict.reasons) or "nothing has changed"
+        table.add_row(stage.name, state, Text.assemble(f"{stage.does}: {why}\n", (files, "dim")))
     console.print(table)
 
 

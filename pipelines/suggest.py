@@ -101,6 +101,7 @@ def suggest(options: SuggestOptions, *, console: Console) -> list[str]:
     ids = [rows.ids[position] for position in chosen]
     _write(options, encoder, rows, chosen, ids, given)
     how = f"{len(given.labels)} labels" if given.labels else "no labels yet"
+    how += f", {len(passed_over)} passed over without one" if passed_over else ""
     seen = "" if len(positions) + len(passed_over) == len(rows.ids) else f", {len(positions):,} of them looked at"
     console.print(
         f"{options.out / LABELS_FILE}: {len(ids)} of {len(rows.ids):,} rows to label ({how}{seen}); "

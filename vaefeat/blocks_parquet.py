@@ -36,6 +36,7 @@ from vaefeat.parquet import (
     numeric_dtype,
     open_parquet,
     open_parts,
+    row_width,
 )
 
 __all__ = ["ParquetBlocks"]
@@ -83,7 +84,7 @@ class ParquetBlocks(Blocks):
     ----------
     files : tuple of Path
     columns : tuple of str
-        What rows are made of: numbers, or one column of images.
+        What rows are made of: numbers, or one column of images or of lists of numbers.
 
     Raises
     ------
@@ -124,8 +125,9 @@ class ParquetBlocks(Blocks):
                 )
             self.columns = numeric_columns(parts, columns, label_column)
             self.dtype = numeric_dtype(parts, self.columns)
-            self.row_shape = (len(self.columns),)
-            self.names = self.columns
+            self.row_shape = (row_width(parts, self.columns),)
+            # A list of numbers has one name for all of them.
+            self.names = self.columns if (len(self.columns),) == self.row_shape else None
         self._block_bytes = block_bytes or (_IMAGES_BLOCK_BYTES if self._images else _NUMBERS_BLOCK_BYTES)
         self._places = self._cut()
         self.sizes = np.array([place.stop - place.start for place in self._places], np.int64)
@@ -147,7 +149,7 @@ class ParquetBlocks(Blocks):
             self._refuse_changed(place, error)
             raise
         self._refuse_changed(place, None)
-        return as_rows(content, what=what, columns=None if self._images else self.columns)
+        return as_rows(content, what=what, columns=self.columns if (len(self.columns),) == self.row_shape else None)
 
     def _cut(self) -> list[_Place]:
         places = []
@@ -207,7 +209,14 @@ class ParquetBlocks(Blocks):
         )
 
     def _read_numbers(self, place: _Place) -> NDArray[Any]:
-        rows = np.empty((place.stop - place.start, len(self.columns)), self.dtype)
+        rows = np.empty((place.stop - place.start, *self.row_shape), self.dtype)
+        if len(self.columns) == 1:
+            # A list may be a whole row.
+            for position, batch in self._batches(place, self.columns, max(1, self._block_bytes // self.row_bytes)):
+                start, path = position - place.start, self.files[place.file]
+                held = rows[start : start + batch.num_rows]
+                fill_numbers(held, batch, self.columns, path, place.first_row_of_group + position)
+            return rows
         # pyarrow holds a page of each column that it reads, which for a thousand columns is more than the block.
         in_group = self._metadata[place.file].row_group(place.group).num_rows
         width = max(1, self._block_bytes // min(in_group * _VALUE_BYTES, _PAGE_BYTES))

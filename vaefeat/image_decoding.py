@@ -218,7 +218,8 @@ def _size_error(name: str, image: Image.Image, reference: Reference) -> InputErr
     height, width = reference.size
     return InputError(
         f"got images of different sizes: {reference.name} is {height} high and {width} wide, {name} is {image.height} "
-        f"high and {image.width} wide; wanted one size, pass image_size=(height, width) to resize them all"
+        f"high and {image.width} wide; wanted one size, pass image_size=(height, width), or --image-size, to resize "
+        "them all"
     )
 
 

@@ -49,7 +49,7 @@ def training_curves(history: Sequence[dict[str, Any]]) -> Figure:
         draw_title(axes, title)
     panels[0].legend(loc="lower right", frameon=False)
     panels[2].plot(epochs, [r["active_units"] for r in history], color=BLUE, marker="o" if len(epochs) == 1 else "")
-    panels[2].set_ylim(bottom=0)
+    panels[2].set_ylim(0, 1.08 * max(1, *(record["active_units"] for record in history)))
     panels[2].yaxis.set_major_locator(MaxNLocator(integer=True))
     draw_title(panels[2], "Active latents")
     for axes in panels:
@@ -118,6 +118,7 @@ def class_errors(names: Sequence[str], errors: Sequence[float], taken_for: Seque
     axes.set_yticks(places, [_shortened(names[index]) for index in order])
     # Room for what is written beside the longest bar.
     axes.set_xlim(0, max(values.max() * 1.75, 1e-9))
+    axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 100])
     axes.set(xlabel="test error (%)")
     shown = f", the worst {len(order)} of {len(names)}" if len(order) < len(names) else ""
     draw_title(axes, f"Error by class{shown}")
@@ -149,7 +150,7 @@ def reliability(
     upper.set(ylabel="share that is right", ylim=(0, 1.02), xlim=(0, 1))
     draw_title(upper, f"Calibration: expected error {100 * error:.1f} %")
     lower.bar(places, np.asarray(counts) / sum(counts), width=0.92 / n_bins, color=BLUE)
-    lower.set(xlabel="confidence", ylabel="of decisions")
+    lower.set(xlabel="confidence", ylabel="decisions")
     lower.yaxis.set_major_locator(MaxNLocator(3))
     return made
 

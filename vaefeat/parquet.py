@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from vaefeat.errors import InputError, MissingExtraError, MissingSplitError
 from vaefeat.images import OnError, decode_images
+from vaefeat.parquet_lists import is_list, list_values
 
 __all__ = [
     "ParquetRows",
@@ -27,6 +28,7 @@ __all__ = [
     "open_parquet",
     "open_parts",
     "read_parquet",
+    "row_width",
 ]
 
 SUFFIXES = (".parquet", ".pq")
@@ -49,7 +51,7 @@ class ParquetRows(NamedTuple):
     """Of shape (n,): integers, booleans or strings."""
 
     columns: tuple[str, ...] | None
-    """Names of the features; None for images."""
+    """Names of the features; None for images and lists."""
 
     skipped: tuple[str, ...]
     """Names of the unreadable images."""
@@ -136,8 +138,9 @@ def read_parquet(
     files : sequence of Path
         At least one.
     columns : sequence of str, optional
-        Numeric columns to read. By default the image column where there is one, else every numeric or boolean column
-        but the label; others are left out.
+        Numeric columns to read, or one column of lists of numbers, each of which is a row. By default the image column
+        where there is one, else the only column of lists, else every numeric or boolean column but the label; others
+        are left out.
     label_column : str or None, default="label"
         Integers, booleans or strings; read where it is there. None reads no labels; a column of the default name is
         still no feature then, unless it is in `columns`.
@@ -172,7 +175,8 @@ def read_parquet(
             f"got image_size for numeric columns of {files[0]}; it applies to encoded images, leave it out"
         )
     names = numeric_columns(parts, columns, label_column)
-    return ParquetRows(_read_numbers(parts, names, labels), labels.joined(), names, ())
+    rows = _read_numbers(parts, names, labels)
+    return ParquetRows(rows, labels.joined(), names if len(names) == rows.shape[1] else None, ())
 
 
 def open_parts(files: Sequence[Path], max_rows: int | None = None) -> Parts:
@@ -345,9 +349,16 @@ def numeric_columns(parts: Parts, columns: Sequence[str] | None, label_column: s
     def is_numeric(name: str) -> bool:
         return all(_is_integer(arrow_type) or types.is_floating(arrow_type) for arrow_type in parts.types(name))
 
+    if columns is not None and len(columns) == 1:
+        parts.require(columns[0])
+        if all(map(is_list, parts.types(columns[0]))):
+            return tuple(columns)
     if columns is None:
         labels = {label_column, DEFAULT_LABEL_COLUMN if label_column is None else label_column}
-        names = tuple(name for name in parts.schemas[0].names if name not in labels and is_numeric(name))
+        others = [name for name in parts.schemas[0].names if name not in labels]
+        lists = [name for name in others if all(map(is_list, parts.types(name)))]
+        # Beside whole rows, single numbers are ids and the like.
+        names = tuple(lists) if len(lists) == 1 else tuple(filter(is_numeric, others))
     else:
         names = tuple(columns)
         for name in names:
@@ -358,14 +369,15 @@ def numeric_columns(parts: Parts, columns: Sequence[str] | None, label_column: s
                 )
     if not names:
         raise InputError(
-            f"got no numeric column and no column {DEFAULT_IMAGE_COLUMN!r} of encoded images in {parts.files[0]} "
-            f"(columns: {', '.join(parts.schemas[0].names)}); name the column of images with image_column="
+            f"got no numeric column, no single column of lists of numbers and no column {DEFAULT_IMAGE_COLUMN!r} of "
+            f"encoded images in {parts.files[0]} (columns: {', '.join(parts.schemas[0].names)}); name the column of "
+            "images with image_column="
         )
     return names
 
 
 def _read_numbers(parts: Parts, names: tuple[str, ...], labels: _Labels) -> NDArray[Any]:
-    rows = np.empty((parts.count, len(names)), numeric_dtype(parts, names))
+    rows = np.empty((parts.count, row_width(parts, names)), numeric_dtype(parts, names))
     start = 0
     for path, row, batch in _batches(parts, (*names, *labels.columns), _NUMERIC_BATCH):
         labels.add(path, row, batch)
@@ -374,11 +386,22 @@ def _read_numbers(parts: Parts, names: tuple[str, ...], labels: _Labels) -> NDAr
     return rows
 
 
+def row_width(parts: Parts, names: Sequence[str]) -> int:
+    """Count the numbers of a row: the columns, or those of the first list."""
+    if not is_list(parts.types(names[0])[0]):
+        return len(names)
+    for path, row, batch in _batches(parts, names, 1):
+        _refuse_nulls(batch.column(0), names[0], path, row, "fill or drop them first")
+        return max(1, len(batch.column(0).flatten()))
+    raise AssertionError("open_parts refuses files without a row")
+
+
 def numeric_dtype(parts: Parts, names: Sequence[str]) -> np.dtype[Any]:
-    """Choose uint8 where every column is of it in every file, else float32."""
+    """Choose uint8 where every column, or list, is of it in every file, else float32."""
     from pyarrow import types
 
-    all_uint8 = all(types.is_uint8(arrow_type) for name in names for arrow_type in parts.types(name))
+    every = [arrow_type for name in names for arrow_type in parts.types(name)]
+    all_uint8 = all(types.is_uint8(one.value_type if is_list(one) else one) for one in every)
     return np.dtype(np.uint8 if all_uint8 else np.float32)
 
 
@@ -388,4 +411,8 @@ def fill_numbers(rows: NDArray[Any], batch: Any, names: Sequence[str], path: Pat
         column = batch.column(name)
         _refuse_nulls(column, name, path, start, "fill or drop them first")
         with np.errstate(over="ignore", invalid="ignore"):  # becomes infinite or NaN, which is refused later
-            rows[:, index] = column.to_numpy(zero_copy_only=False)
+            if is_list(column.type):
+                what = f"column {name!r} of {path}"
+                rows[:] = list_values(column, width=rows.shape[1], what=what, start=start)
+            else:
+                rows[:, index] = column.to_numpy(zero_copy_only=False)

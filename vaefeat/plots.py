@@ -305,7 +305,7 @@ def draw_errors(
         xerr=spreads,
         color=[BLUE if name in ours else PALE for name in names],
         height=0.65,
-        error_kw={"ecolor": "#555", "elinewidth": 1},
+        error_kw={"ecolor": INK, "elinewidth": 1.3},
     )
     for name, place, error in zip(names, places, errors, strict=True):
         axes.annotate(

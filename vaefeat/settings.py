@@ -29,11 +29,16 @@ __all__ = [
     "with_overrides",
 ]
 
+#: Known names beside one that was probably meant.
+_MOST_LISTED = 15
+
 
 def unknown_name(what: str, got: object, known: Iterable[str]) -> ConfigError:
-    """Make the error for a name that is not known: it lists what is, and the nearest first."""
+    """Make the error for a name that is not known: it names the nearest, and lists what is known, if that is short."""
     names = sorted(known)
     near = difflib.get_close_matches(str(got), names, n=1)
+    if near and len(names) > _MOST_LISTED:
+        return ConfigError(f"got {what} {got!r}; did you mean {near[0]!r}?")
     hint = f"did you mean {near[0]!r}? " if near else ""
     return ConfigError(f"got {what} {got!r}; {hint}known: {', '.join(names)}")
 

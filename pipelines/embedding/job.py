@@ -103,10 +103,12 @@ def embed(options: EmbedOptions) -> dict[str, Any]:
         what = (bundle, source, plan, output)
         embedding_s = _embed(left, what, options, receipts=receipts)
     manifest = output.finish(receipts, n_parts=len(plan.parts), n_rows=plan.n_rows)
+    worst = max(receipts, key=lambda receipt: receipt.n_quarantined)
     return {
         "out": str(output.place),
         "rows": manifest["rows_embedded"],
         "quarantined": manifest["rows_quarantined"],
+        "quarantine_reason": output.commonest_reason(worst.index) if worst.n_quarantined else None,
         "features": encoder.outputs[options.output],
         "parts": len(plan.parts),
         "parts_done_before": len(done),
@@ -119,7 +121,11 @@ def embed(options: EmbedOptions) -> dict[str, Any]:
 
 def summary(done: dict[str, Any]) -> str:
     """Say in a line what :func:`embed` gives."""
-    aside = f", {done['quarantined']:,} unreadable rows in _quarantine" if done["quarantined"] else ""
+    aside = (
+        f", {done['quarantined']:,} unreadable rows in _quarantine (most of a part: {done['quarantine_reason']})"
+        if done["quarantined"]
+        else ""
+    )
     before = (
         f", {done['parts_done_before']} of {done['parts']} parts were done before" if done["parts_done_before"] else ""
     )

@@ -7,6 +7,7 @@ import json
 import platform
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -115,7 +116,8 @@ class Output:
                 raise InputError(f"got {self.place}/{JOB_FILE}, which is no JSON; remove the folder") from error
         other = [key for key in self.job if before.get(key) != self.job[key]]
         if other:
-            key = other[0]
+            # What people gave comes before what follows from it.
+            key = next((name for name in ("bundle", "input") if name in other), other[0])
             raise InputError(
                 f"got {self.place}, begun with another {key} ({_shortly(before.get(key))}, now "
                 f"{_shortly(self.job[key])}); choose another name for the output, or remove the folder"
@@ -164,6 +166,13 @@ class Output:
             self.place.write(f"{QUARANTINE}/{part_name(index)}", encoded.quarantine)
         self.place.write(part_name(index), encoded.content)
         return Receipt(index, encoded.n_rows, encoded.n_quarantined, len(encoded.content))
+
+    def commonest_reason(self, index: int) -> str:
+        """Say why most of the rows are in a part's quarantine."""
+        name = f"{QUARANTINE}/{part_name(index)}"
+        with self.place.reading(name), self.place.open(name) as opened:
+            reasons = pq.read_table(opened, columns=["reason"]).column("reason").to_pylist()
+        return str(Counter(reasons).most_common(1)[0][0])
 
     def finish(self, receipts: Iterable[Receipt], *, n_parts: int, n_rows: int) -> dict[str, Any]:
         """Write the manifest, which says that the output is whole, after looking that it is.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +40,8 @@ RESULTS_FILE, TABLE_FILE, PICTURE_FILE = "results.json", "comparison.md", "compa
 _MANIFEST, _WEIGHTS = "bundle.json", "weights.safetensors"
 #: On which the file is compared with scikit-learn, besides those with a label.
 _COMPARED_ROWS = 1000
+#: Whose number of labels is told.
+_MOST_CLASSES = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +149,7 @@ def finetune(options: FinetuneOptions, *, console: Console) -> Shipped:
     bundle = load_bundle(options.bundle)
     encoder = OnnxEncoder(bundle)
     contenders, left_out = _chosen(options, given, bundle)
+    console.print(_counted(given), highlight=False, markup=False)
     rows = read_rows(
         bundle.manifest.input,
         options.data,
@@ -192,16 +196,15 @@ def _test_labels(options: FinetuneOptions, given: GivenLabels) -> GivenLabels | 
 
 def _chosen(options: FinetuneOptions, given: GivenLabels, bundle: Bundle) -> tuple[list[Contender], dict[str, str]]:
     """Give what is tried, cheap ones first, and why the others are not."""
-    counts = {label: list(given.labels.values()).count(label) for label in given.classes}
-    rarest = min(counts, key=lambda label: counts[label])
+    rarest, count = next(iter(given.counts.items()))
     # A draw hides up to half of a class, or one more than a fifth of it.
     left_out = {}
     tried = []
     for name, contender in CONTENDERS.items():
         if options.only and name not in options.only:
             continue
-        if counts[rarest] < 2 * contender.labels_a_class:
-            left_out[name] = f"needs {2 * contender.labels_a_class} labels a class, {rarest!r} has {counts[rarest]}"
+        if count < 2 * contender.labels_a_class:
+            left_out[name] = f"needs {2 * contender.labels_a_class} labels a class, {rarest!r} has {count}"
         elif name == FINETUNE and _WEIGHTS not in bundle.files:
             left_out[name] = f"bundle {bundle.name!r} has no {_WEIGHTS} to begin with"
         else:
@@ -210,6 +213,12 @@ def _chosen(options: FinetuneOptions, given: GivenLabels, bundle: Bundle) -> tup
         reasons = "; ".join(f"{name} {reason}" for name, reason in left_out.items())
         raise InputError(f"got nothing to try: {reasons}. Give more labels, or other names with --try")
     return tried, left_out
+
+
+def _counted(given: GivenLabels) -> str:
+    shown = [f"{label} {count:,}" for label, count in islice(given.counts.items(), _MOST_CLASSES)]
+    rest = len(given.counts) - len(shown)
+    return f"labels of each class: {', '.join(shown)}{f', and {rest} classes with more' if rest else ''}"
 
 
 def _features(options: FinetuneOptions, encoder: OnnxEncoder, rows: NamedRows) -> NDArray[np.float32]:

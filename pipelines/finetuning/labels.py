@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 from pipelines.label_files import GivenLabels, Label, some_of
 from vaefeat.errors import InputError
 
@@ -35,7 +38,8 @@ def require_two_each(given: GivenLabels, *, column: str) -> None:
         raise InputError(
             f"got one row of the class {single[0]!r} in {given.source} (id {counts[single[0]][0]!r}"
             f"{f', and {len(single) - 1} more such classes' if len(single) > 1 else ''}), wanted at least 2 of "
-            "each: some are learned from while others are asked for; label another, or take the class out"
+            "each: some are learned from while others are asked for; "
+            f"{_near(single[0], given.classes)}label another, or take the class out"
         )
 
 
@@ -53,11 +57,20 @@ def refuse_mixing(given: GivenLabels, test: GivenLabels) -> None:
         raise InputError(
             f"got {len(unknown)} classes in {test.source} that are not in {given.source}: {some_of(unknown)} (id "
             f"{rows[0]!r} and {len(rows) - 1} more), wanted classes that were learned: "
-            f"{', '.join(map(repr, given.classes[:10]))}; mend the labels, or put some of that class into "
-            f"{given.source}"
+            f"{', '.join(map(repr, given.classes[:10]))}; {_near(unknown[0], given.classes)}mend the labels, or put "
+            f"some of that class into {given.source}"
         )
     if shared := [name for name in test.labels if name in given.labels]:
         raise InputError(
             f"got {len(shared)} ids in {test.source} that are in {given.source}, too: {some_of(shared)}; rows to test "
             "on must not be learned from, take them out of one of the files"
         )
+
+
+def _near(label: Label, classes: Iterable[Label]) -> str:
+    """Ask whether another class was meant."""
+    if not isinstance(label, str):
+        return ""
+    others = {str(name).casefold(): name for name in classes if name != label}
+    near = difflib.get_close_matches(label.casefold(), others, n=1)
+    return f"did you mean {others[near[0]]!r}? If not, " if near else ""

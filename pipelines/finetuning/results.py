@@ -14,7 +14,7 @@ from vaefeat.drawing import BLUE, GREY, draw_title
 
 __all__ = ["Tested", "as_markdown", "as_table", "as_values", "draw_comparison"]
 
-_COLUMNS = ("classifier", "error", "95 % interval", "log-loss", "calibrated", "T", "confidence", "seconds")
+_COLUMNS = ("classifier", "error, %", "95 % interval", "log-loss", "calibrated", "T", "confidence", "seconds")
 #: Behind an interval that is not of draws.
 _MARKS = {"corrected t": "", "Wilson": " *"}
 _NOTES = {
@@ -45,7 +45,7 @@ def as_table(judged: Sequence[Judged], best: Judged, *, title: str) -> Table:
     """Give what fits a terminal; the best in bold."""
     table = Table(title=title, title_justify="left", caption=" ".join(_notes(judged)), caption_justify="left")
     table.add_column("classifier", no_wrap=True)
-    for column in ("error", "95 % interval", "log-loss", "seconds"):
+    for column in ("error, %", "95 % interval", "log-loss", "seconds"):
         table.add_column(column, justify="right")
     for one in judged:
         name, error, interval, _, calibrated, _, _, seconds = _cells(one)

@@ -19,6 +19,13 @@ def test_shipped_configuration_is_valid(name: str) -> None:
     assert RunConfig.from_dict(config.to_dict()) == config
 
 
+def test_folder_is_named_after_the_job_where_none_is_given(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(b'\xef\xbb\xbfname = "mine"\n')  # as some editors begin a file
+    assert load_config(path).out == "runs/mine"
+    assert load_config(path, ["out=elsewhere"]).out == "elsewhere"
+
+
 def test_set_overrides_the_file(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('name = "a"\n[train]\nmax_epochs = 3\n')
@@ -34,6 +41,7 @@ def test_set_overrides_the_file(tmp_path: Path) -> None:
     [
         ("nam = 'x'", [], "did you mean 'name'"),
         ("[train]\nmax_epoch = 3", [], "did you mean 'max_epochs'"),
+        ("max_epochs = 3", [], r"did you mean train.max_epochs, in \[train\]"),
         ("preset = 'feature'", [], "did you mean 'features'"),
         ("effort = 'fsat'", [], "did you mean 'fast'"),
         ("[train]\nlearning_rate = -1", [], "learning_rate"),

@@ -21,6 +21,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipelines.embedding.output import Output
 from pipelines.embedding.parts import plan_parts
 from pipelines.embedding.sources import Request, open_source
 from pipelines.embedding.storage import Place
@@ -210,6 +211,8 @@ def test_features_that_are_not_finite_are_set_aside(
     assert bundle.path is not None
     manifest = Here(bundle.path, npy(tmp_path, rows[:5]), tmp_path / "out").run()
     assert (manifest["rows_embedded"], manifest["rows_quarantined"]) == (0, 5)
+    aside = pq.read_table(tmp_path / "out" / "_quarantine").column("reason").to_pylist()
+    assert {Output(Place(str(tmp_path / "out")), {}).commonest_reason(0)} == set(aside)
 
 
 def test_a_job_that_goes_on_does_only_what_is_missing_or_damaged(

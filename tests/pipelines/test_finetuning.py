@@ -294,6 +294,7 @@ BAD: dict[str, tuple[Change, str]] = {
         r"for 2 of 4 ids that are not in .*digits.npy: '5000', 'x'; wanted ids such as '0'",
     ),
     "one row of a class": (labels_of([0, 1, 7], ["a", "a", "b"]), "one row of the class 'b' .*id '7'"),
+    "a class that is misspelt": (labels_of([0, 1, 7], ["cat", "cat", "Cta"]), "class 'Cta' .*did you mean 'cat'"),
     "one class": (labels_of([0, 1], ["a", "a"]), "one class only"),
     "no labels": (labels_of([0, 1], ["", "-1"]), "no label"),
     "fractions": (

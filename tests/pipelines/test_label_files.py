@@ -30,6 +30,30 @@ def test_labels_saved_by_a_spreadsheet_are_read(tmp_path: Path) -> None:
     assert (read.labels, read.passed_over) == ({"a,1": "cat"}, ("b", "c"))
 
 
+def test_csv_is_read_whatever_separates_it(tmp_path: Path) -> None:
+    for separator in (",", ";", "\t"):
+        lines = ["id, label", "a,one", ' "b , c" ,two', "d", ",", ""]
+        content = "\r\n".join(line if '"' in line else line.replace(",", separator) for line in lines)
+        content = content.replace(' "b , c" ,two', f'"b , c"{separator}two')
+        (tmp_path / "labels.csv").write_text(content)
+        read = read_labels([tmp_path / "labels.csv"])
+        assert (read.labels, read.passed_over) == ({"a": "one", "b , c": "two"}, ("d",))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('id,label\na,one\n"b,two\nc,three\n', "up to its line 4 .*not closed"),
+        ("id,label\na,one, or two\n", "3 values in line 2 of .*wanted 2: id, label; put quotes"),
+        ("", "no column 'id' .*there are: none"),
+    ],
+)
+def test_damaged_csv_is_refused_with_its_line(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_labels([tmp_path / "labels.csv"])
+
+
 def test_file_to_fill_in_is_read_as_rows_passed_over(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_bytes(written_labels(["7", 'a,"b"']))
     read = read_labels([tmp_path / "labels.csv"])

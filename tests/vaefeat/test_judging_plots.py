@@ -35,6 +35,12 @@ def test_class_errors_are_sorted_and_say_how_many_are_left_out() -> None:
     assert max(len(label.get_text()) for label in axes.get_yticklabels()) == 22
 
 
+def test_class_errors_near_all_have_no_tick_beyond_all() -> None:
+    (axes,) = judging_plots.class_errors(["a", "b"], [90.0, 10.0], ["as b", "as a"]).axes
+    assert axes.get_xlim()[1] > 100  # room for what is written
+    assert max(axes.get_xticks()) == 100
+
+
 def test_reliability_shows_each_bin_at_its_place() -> None:
     made = judging_plots.reliability([0.04, 0.55, 1.0], [0.0, 0.5, 1.0], [1, 2, 1], error=0.03, n_bins=10)
     upper, lower = made.axes

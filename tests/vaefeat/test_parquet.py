@@ -230,7 +230,10 @@ def test_pandas_categories_are_labels(tmp_path: Path) -> None:
 
 def test_file_without_numbers_or_images_lists_its_columns(tmp_path: Path) -> None:
     pd.DataFrame({"text": ["a"], "label": [1]}).to_parquet(tmp_path / "rows.parquet")
-    with pytest.raises(InputError, match=r"no numeric column and no column 'image' .*\(columns: text, label\)"):
+    with pytest.raises(
+        InputError,
+        match=r"no numeric column, no single column of lists .* no column 'image' .*\(columns: text, label\)",
+    ):
         load_rows(tmp_path / "rows.parquet")
 
 
