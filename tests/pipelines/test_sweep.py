@@ -121,6 +121,8 @@ def judge_by_hand(out: Path, row: dict[str, str]) -> None:
 def test_sweep_stopped_by_sigterm_while_trials_run_side_by_side_is_finished_by_resume(tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     words = command(out, ["train.seed=0,1"], settings=("train.max_epochs=60", "train.batch_size=8"))
+    out.mkdir()
+    (out / "best.toml").write_text("of an older sweep")
     process = start(words)
     until = time.monotonic() + 200
     while len(checkpoints := list(out.glob("trials/*/training/checkpoint.safetensors"))) < 2:
@@ -133,6 +135,7 @@ def test_sweep_stopped_by_sigterm_while_trials_run_side_by_side_is_finished_by_r
     assert code == 130, errors
     assert "--resume" in errors
     assert not (out / "sweep.csv").exists()
+    assert not (out / "best.toml").exists()
     # The end of a shorter training is nearer, but another setting: continuing must be of the same one.
     code, _, errors = finish(start([*words, "--resume"]))
     assert code == 0, errors
