@@ -159,10 +159,10 @@ def test_what_a_device_computed_after_it_was_found_to_be_wrong_is_no_answer(
 def test_a_stop_during_the_warm_up_does_not_wait_for_it(tmp_path: Path) -> None:
     models = Models.from_bundles([save_slow(tmp_path / "slow", n_layers=10)], place=Place(device="cpu", threads=1))
     (model,) = models.current
-    compute, begun = model._opened.compute, threading.Event()
+    compute, begun, over = model._opened.compute, threading.Event(), threading.Event()
 
     def compute_for_ever(*arguments: Any, **options: Any) -> Any:
-        while True:
+        while not over.is_set():
             compute(*arguments, **options)
             begun.set()
 
@@ -182,7 +182,10 @@ def test_a_stop_during_the_warm_up_does_not_wait_for_it(tmp_path: Path) -> None:
         await until(lambda: loading() <= others)
         assert not service.failure
 
-    asyncio.run(stop_early())
+    try:
+        asyncio.run(stop_early())
+    finally:
+        over.set()
 
 
 def test_a_service_that_has_stopped_is_not_ready(talk: Talk, digits_bundle: Path) -> None:

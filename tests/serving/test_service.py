@@ -182,13 +182,16 @@ def test_a_new_version_takes_over_while_requests_run_and_none_is_mixed(
     body = encode_npy(digits_rows[:50])
     seen: list[str] = []
 
-    async def ask(client: Any) -> None:
+    async def ask(client: Any) -> list[str]:
+        own: list[str] = []
         while len(set(seen)) < 2 or seen[-20:].count(seen[-1]) < 20:
             answer = await client.post("/v1/embed", content=body, headers=NPY)
             assert answer.status_code == 200
             digest = answer.headers["x-vaefeat-digest"]
             assert decode_npy(answer.content).tobytes() == by_digest[digest].tobytes()
             seen.append(digest)
+            own.append(digest)
+        return own
 
     async def conversation(client: Any) -> tuple[Any, ...]:
         asking = [asyncio.create_task(ask(client)) for _ in range(4)]
@@ -196,7 +199,9 @@ def test_a_new_version_takes_over_while_requests_run_and_none_is_mixed(
             await asyncio.sleep(0.01)
         await asyncio.to_thread(new.save, tmp_path / "digits")
         loaded = await client.post("/v2/repository/models/digits/load", content=b"")
-        await asyncio.gather(*asking)
+        # An answer of the old version may come after one of the new, but to another client alone.
+        for own in await asyncio.gather(*asking):
+            assert own == sorted(own, key=lambda digest: digest == new.digest), "it went back and forth"
         old = by_digest.keys() - {new.digest}
         pinned = await client.post(f"/v1/embed?version={next(iter(old))[7:]}", content=body, headers=NPY)
         index = await client.post("/v2/repository/index", content=b"")
@@ -208,7 +213,6 @@ def test_a_new_version_takes_over_while_requests_run_and_none_is_mixed(
     loaded, pinned, index, rolled, after = talk(conversation, tmp_path / "digits")
     first, last = seen[0], seen[-1]
     assert loaded.json()["version"] == last[7:] == new.digest[7:]
-    assert seen == sorted(seen, key=lambda digest: digest == last), "it went back and forth"
     assert pinned.headers["x-vaefeat-digest"] == after.headers["x-vaefeat-digest"] == first
     assert {entry["version"] for entry in index.json()} == {first[7:], last[7:]}
     assert rolled.status_code == 200

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from vaefeat import doctor
+from vaefeat import ModelConfig, doctor
 from vaefeat.doctor import Examination, examine
 from vaefeat.errors import CompileError
 from vaefeat.processors import available_cpus, available_memory
@@ -25,6 +25,9 @@ def refuse(self: TrainingStep, rows: torch.Tensor) -> None:
 @pytest.fixture
 def found(monkeypatch: pytest.MonkeyPatch) -> Examination:
     monkeypatch.setattr(TrainingStep, "compile", refuse)
+    small: dict[str, Any] = {"latent_dim": 2, "hidden_dims": (8,)}
+    models = {"MLP": ModelConfig(network="mlp", **small), "convolutions": ModelConfig(channels=(4, 4), **small)}
+    monkeypatch.setattr(doctor, "_MODELS", models)
     monkeypatch.setattr(doctor, "_BATCH_SIZE", 4)
     return examine(seconds=0.1)
 
