@@ -240,28 +240,33 @@ def test_calls_give_all_their_room_back_however_they_end(
 
 
 def test_answers_that_a_client_does_not_take_are_counted_until_it_does(
-    digits_models: Models, digits_rows: NDArray[np.uint8], folder: Path
+    digits_bundle: Path, digits_rows: NDArray[np.uint8], folder: Path
 ) -> None:
+    models = Models.from_bundles([digits_bundle], place=Place(device="cpu", threads=1))
+    (model,) = models.current
+    gate, compute = threading.Event(), model.compute
+    model.compute = lambda *arguments: (gate.wait(20), compute(*arguments))[1]  # type: ignore[method-assign]
     n_rows = 16_000
     rows = np.tile(digits_rows[:100], (n_rows // 100, 1, 1, 1))
     tensor = {"name": "rows", "datatype": "UINT8", "shape": list(rows.shape)}
-    asked = messages.ModelInferRequest(
-        inputs=[tensor], raw_input_contents=[rows.tobytes()], outputs=[{"name": "hidden"}]
-    )
+    outputs = [{"name": "hidden"}]
+    asked = messages.ModelInferRequest(inputs=[tensor], raw_input_contents=[rows.tobytes()], outputs=outputs)
+    n_bytes = n_rows * 4 * model.outputs["hidden"]
+    assert n_bytes > 2 * MIB, "more than lies in sockets"
 
     async def talk(channel: grpc.aio.Channel, relay: Relay, service: Service) -> None:
-        await channel.unary_unary(CHECK)(b"")  # connected
-        relay.passes_answers = False
         call = channel.unary_unary(INFER)(asked.SerializeToString())
-        n_bytes = n_rows * 4 * service.find(None).outputs["hidden"]
-        assert n_bytes > 2 * MIB, "more than lies in sockets"
-        while service.room.used < n_bytes:  # features, once it is read
+        while not service.batcher.busy:
             await asyncio.sleep(0.005)
+        assert service.room.used >= rows.nbytes + n_bytes, "the message, and the features that are to come"
+        relay.passes_answers = False
+        gate.set()
         while service.batcher.busy or service.batcher.queued_rows:
             await asyncio.sleep(0.005)
         await asyncio.sleep(0.3)
-        assert service.room.used >= n_bytes
+        standing = service.room.used
         relay.passes_answers = True
+        assert n_bytes <= standing < rows.nbytes + n_bytes
         answer = messages.ModelInferResponse.FromString(await call)
         assert len(answer.raw_output_contents[0]) == n_bytes
         await asyncio.sleep(0.1)
@@ -271,7 +276,7 @@ def test_answers_that_a_client_does_not_take_are_counted_until_it_does(
         async with asyncio.timeout(20):
             await talk(*arguments)
 
-    relayed(digits_models, folder, in_time)
+    relayed(models, folder, in_time)
 
 
 def test_calls_without_a_key_leave_places_to_those_with_one(

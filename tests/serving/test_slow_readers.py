@@ -150,6 +150,19 @@ def test_answers_that_stand_take_room_from_new_work_until_they_are_taken(digits_
         assert wait_until(lambda: service.service.room.used == 0, timeout_s=5)
 
 
+def test_small_answers_that_stand_take_room_too(service: Running) -> None:
+    n_bytes = 30_000
+    answer_with(service, n_bytes)
+    with slow_client(service) as client:
+        for _ in range(500):
+            client.sendall(GET)
+            time.sleep(0.001)
+            if standing(service):
+                break
+        assert wait_until(lambda: service.service.room.used == n_bytes, timeout_s=5)
+    assert wait_until(lambda: service.service.room.used == 0, timeout_s=5)
+
+
 def test_clients_that_take_nothing_are_let_go_early_where_memory_is_short(
     digits_models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
