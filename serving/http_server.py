@@ -114,8 +114,8 @@ class HttpServer:
     def refuse(self) -> None:
         """Accept no further connection from now on, and stop; from its own event loop."""
         self.should_exit = True
-        for server in self._servers:
-            server.close()
+        while self._servers:  # once each: the desk asks for this, and then the stop
+            self._servers.pop().close()
 
     async def _finish(self) -> None:
         """Answer what is in flight, and wait until the answers are taken."""

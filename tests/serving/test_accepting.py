@@ -184,3 +184,21 @@ def test_served_connections_are_counted_and_counted_off(digits_models: Models, c
         until(lambda: counts[0] == 2)
         close(clients)
         until(lambda: counts[0] == 0)
+
+
+def test_request_under_way_is_answered_by_a_server_that_was_told_to_refuse_before_it_stopped(
+    digits_models: Models, counts: Counts
+) -> None:
+    with (
+        share_of(counts) as share,
+        running(digits_models, share=share) as service,
+        service.connect() as client,
+    ):
+        client.sendall(b"POST /v1/embed HTTP/1.1\r\nHost: a\r\nContent-Length: 64\r\nContent-Type: application/")
+        client.sendall(b"octet-stream\r\n\r\n" + bytes(32))
+        until(lambda: service.application.admission.in_flight == 1)
+        service.service.batcher._loop.call_soon_threadsafe(service.server.refuse)
+        until(lambda: service.server.should_exit)
+        time.sleep(0.2)
+        client.sendall(bytes(32))
+        assert client.recv(15) == b"HTTP/1.1 200 OK"
