@@ -76,7 +76,7 @@ class Stage:
         In a few words, for people.
     settings : callable
         Gives the part of the configuration that its result depends on, as plain values by dotted names.
-    rows : {"pretraining", "labelled"} or None
+    rows : {"pretraining", "labelled", "named"} or None
         Which rows it reads.
     reads, writes : tuple of str
         Files in the job's folder. What it writes may be more: :attr:`Outcome.files` has the last word.
@@ -91,7 +91,7 @@ class Stage:
     name: str
     does: str
     settings: Callable[[RunConfig], Mapping[str, Any]]
-    rows: Literal["pretraining", "labelled"] | None
+    rows: Literal["pretraining", "labelled", "named"] | None
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     work: Callable[[Job, str], Outcome]

@@ -3,5 +3,6 @@
 Rows and their ids (:mod:`~pipelines.finetuning.rows`) meet labels (:mod:`~pipelines.finetuning.labels`); classifiers
 (:mod:`~pipelines.finetuning.contenders`) are judged on labels that are hidden from them
 (:mod:`~pipelines.finetuning.judging`), and the best is exported (:mod:`~pipelines.finetuning.comparison`) and written
-beside what was found (:mod:`~pipelines.finetuning.results`). :mod:`~pipelines.finetuning.job` does it with files.
+beside what was found (:mod:`~pipelines.finetuning.results`). :mod:`~pipelines.finetuning.job` does it with the files
+of a command line, :mod:`~pipelines.finetuning.stage` with those of a job.
 """

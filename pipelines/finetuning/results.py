@@ -25,6 +25,8 @@ __all__ = ["PICTURE_FILE", "RESULTS_FILE", "TABLE_FILE", "save", "show"]
 
 RESULTS_FILE, TABLE_FILE, PICTURE_FILE = "results.json", "comparison.md", "comparison.png"
 _COLUMNS = ("classifier", "error, %", "95 % interval", "log-loss", "calibrated", "T", "confidence", "seconds")
+#: Pixels in an inch of the picture, as of a report's charts.
+_DPI = 144
 #: Behind an interval that is not of draws.
 _MARKS = {"corrected t": "", "Wilson": " *"}
 _NOTES = {
@@ -183,7 +185,7 @@ def _draw_comparison(found: Comparison) -> bytes:
     axes.grid(axis="x", color="#e5e9ee")
     axes.set_axisbelow(True)
     draw_title(axes, found.title)
-    return plots.png(drawn)
+    return plots.png(drawn, dpi=_DPI)
 
 
 def _notes(judged: Sequence[Judged]) -> list[str]:
