@@ -160,7 +160,9 @@ def choose(terms: Terms, given: GivenLabels, bundle: Bundle | None) -> Choice:
             tried.append(contender)
     if not tried:
         reasons = "; ".join(f"{name} {reason}" for name, reason in left_out.items())
-        raise InputError(f"got nothing to try: {reasons}. Give more labels, or other names with --try")
+        raise InputError(
+            f"got nothing to try: {reasons}. Give more labels, or other names with --try (of a stage, finetune.only)"
+        )
     return Choice(tried, left_out)
 
 

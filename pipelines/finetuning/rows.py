@@ -206,7 +206,10 @@ def _parquet_files(data: Path, split: Literal["train", "test"]) -> Sequence[Path
 
 
 def _no_columns(data: Path, id_column: str) -> InputError:
-    return InputError(f"got --id-column {id_column!r} for {data}, wanted Parquet, or CSV of a table; leave it out")
+    return InputError(
+        f"got --id-column (of a stage, finetune.id_column) {id_column!r} for {data}, wanted Parquet, or CSV of a "
+        "table; leave it out"
+    )
 
 
 def _parquet_ids(files: Sequence[Path], column: str) -> list[str]:

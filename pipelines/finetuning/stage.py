@@ -87,7 +87,7 @@ def _finetune(job: Job, attempt: str) -> Outcome:
     del attempt  # a comparison begins anew: its draws belong together
     bundle = load_bundle(job.folder)
     asked = _open(job, bundle=bundle)
-    Console(stderr=True).print(counted(asked.given), style="dim", highlight=False, markup=False)
+    Console(stderr=True).print(counted(asked.given), style="dim", highlight=False, markup=False, soft_wrap=True)
     rows = np.asarray(bundle.manifest.input.prepare(job.named_rows.array))
     ground = Ground(
         bundle=bundle,

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits, load_wine
 
@@ -161,7 +162,7 @@ def test_dry_run_prints_the_stage_and_changes_nothing(config: RunConfig, tmp_pat
         ("id,label\n0,a\n1,a\n2,b\n3,b\n", ["finetune.only=['svc']"], "svc needs 4 labels a class"),
         ("id,label\n0,a\n1,a\n2,b\n3,b\n", ["finetune.only=['svm']"], "did you mean 'svc'"),
         ("id,label\n0,a\n1,a\n2,b\n3,b\n", ["finetune.test_labels=no.csv"], "no.csv, which does not exist"),
-        ("id,label\n0,a\n1,a\n2,b\n3,b\n", ["finetune.id_column=x"], "--id-column 'x'"),
+        ("id,label\n0,a\n1,a\n2,b\n3,b\n", ["finetune.id_column=x"], r"finetune.id_column\) 'x' for digits"),
         ("id,label\n0,a\n1,a\n2,b\n3,b\n", ["finetune.name=a b"], "name"),
     ],
 )
@@ -232,6 +233,18 @@ def test_ids_are_a_column_of_parquet_that_is_no_feature(tmp_path: Path) -> None:
     assert load_named_rows(data, id_column=None).ids[:2] == ["0", "1"]
     with pytest.raises(InputError, match=r"finetune.id_column='number' .* trained on like any other"):
         load_named_rows(data, id_column="number")
+
+
+def test_ids_of_images_are_their_paths_in_the_order_of_the_rows(digits_rows: NDArray[np.uint8], tmp_path: Path) -> None:
+    for row in range(40):
+        path = tmp_path / "train" / str(TARGET[row]) / f"{row}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(digits_rows[row, 0]).save(path)
+    rows = load_named_rows(DataConfig(path=str(tmp_path)), id_column=None)
+    for name, row in zip(rows.ids, rows.array, strict=True):
+        number = int(Path(name).stem)
+        assert name == f"train/{TARGET[number]}/{number}.png"
+        np.testing.assert_array_equal(row, digits_rows[number])
 
 
 @pytest.mark.parametrize(
