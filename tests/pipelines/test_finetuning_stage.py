@@ -231,6 +231,9 @@ def test_ids_are_a_column_of_parquet_that_is_no_feature(tmp_path: Path) -> None:
     data = DataConfig(path=str(tmp_path / "wine.parquet"))
     assert load_named_rows(data, id_column="key").ids == keys
     assert load_named_rows(data, id_column=None).ids[:2] == ["0", "1"]
+    jobs = [Job(RunConfig(data=data, finetune=FinetuneConfig(id_column=name))) for name in ("key", "", "key")]
+    by_key, by_number, again = (job.digest_of_rows("named") for job in jobs)
+    assert by_key == again != by_number
     with pytest.raises(InputError, match=r"finetune.id_column='number' .* trained on like any other"):
         load_named_rows(data, id_column="number")
 
