@@ -45,7 +45,7 @@ def run(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Do all stages that are not done: pretrain, export, embed, check, evaluate, report."""
+    """Do all stages that are not done: pretrain, export, embed, check, evaluate, finetune if asked for, report."""
     loaded = with_workers(load_config(config, override or ()), workers)
     with shown_activity("load torch and the rest"), requiring("jobs", what="This job"):
         from pipelines.run import run as run_job
@@ -234,12 +234,21 @@ def sweep(
 
 @app.command()
 def finetune(
-    bundle: Annotated[Path, typer.Option(help="Folder of a pretrained bundle.")],
-    data: Annotated[Path, typer.Option(help="All rows: Parquet, .npy, .npz, IDX, images, or CSV of a table.")],
+    context: typer.Context,
+    config: Annotated[
+        Path | None, typer.Argument(help="Do this stage of the job that a TOML file describes, and no more.")
+    ] = None,
+    override: Overrides = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    bundle: Annotated[Path | None, typer.Option(help="Folder of a pretrained bundle.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="All rows: Parquet, .npy, .npz, IDX, images, or CSV of a table.")
+    ] = None,
     labels: Annotated[
-        list[Path], typer.Option(help="A .csv or .parquet file with the labels there are; may be repeated.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the classifier, which python -m serving serves.")],
+        list[Path] | None, typer.Option(help="A .csv or .parquet file with the labels there are; may be repeated.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the classifier, which python -m serving serves.")] = None,
     features: Annotated[
         Path | None, typer.Option(help="Of all rows, as embed writes them; encoded here when not given.")
     ] = None,
@@ -262,7 +271,19 @@ def finetune(
     name: Annotated[str | None, typer.Option(help="Of the classifier in the service.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same result.")] = 0,
 ) -> None:
-    """Compare classifiers of the few labels, probes and the fine-tuned encoder, and ship the best as one ONNX file."""
+    """Compare classifiers of the few labels, probes and the fine-tuned encoder, and ship the best as one ONNX file.
+
+    With a TOML file instead: as a stage of its job, which the table finetune in it describes.
+    """
+    if config is not None:
+        _refuse_beside_file(context)
+        _run_stage("finetune", load_config(config, override or ()), force=force, dry_run=dry_run)
+        return
+    if bundle is None or data is None or not labels or out is None or override or force or dry_run:
+        raise InputError(
+            "wanted --bundle, --data, --labels and --out to ship a classifier, or a TOML file (with --set, --force and "
+            "--dry-run where needed) to do a stage of its job"
+        )
     with shown_activity("load scikit-learn and the rest"), requiring("jobs", what="This job"):
         from pipelines.finetuning.job import FinetuneOptions
         from pipelines.finetuning.job import finetune as finetune_job
@@ -286,6 +307,21 @@ def finetune(
         seed=seed,
     )
     finetune_job(options, console=Console())
+
+
+def _refuse_beside_file(context: typer.Context) -> None:
+    """Refuse options of a verb that the table of its stage would have to give."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        if name not in {"config", "override", "force", "dry_run"}:
+            raise InputError(
+                f"got {parameter.opts[0]} beside {context.params['config']}, wanted it in the file's table "
+                f"[{context.command.name}], or in --set {context.command.name}.KEY=VALUE; or no file, to do it without "
+                "a job"
+            )
 
 
 if __name__ == "__main__":

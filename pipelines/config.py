@@ -24,6 +24,7 @@ from vaefeat.settings import (
 
 __all__ = [
     "DataConfig",
+    "FinetuneConfig",
     "ProbeConfig",
     "RunConfig",
     "ServeConfig",
@@ -61,7 +62,7 @@ class DataConfig(Settings):
 
     def __post_init__(self) -> None:
         check_bool("data.table", self.table)
-        if isinstance(self.categorical, str) or not all(isinstance(name, str) for name in self.categorical):
+        if not _are_texts(self.categorical):
             raise ConfigError(f"got data.categorical={self.categorical!r}, wanted a list of columns")
         if self.pretrain_on not in {"train", "all"}:
             raise unknown_name("data.pretrain_on", str(self.pretrain_on), ("train", "all"))
@@ -173,6 +174,71 @@ class WorkersConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(Settings):
+    """The classifier that is shipped beside the encoder, where there are files of labels.
+
+    Parameters
+    ----------
+    labels : str or list of str
+        CSV or Parquet files of the labels there are, for rows of ``data.path``. Where none is named, no classifier is
+        made.
+    test_labels : str
+        A file of labels of other rows, which the shipped classifier is asked for at the end; none where empty.
+    id, label : str
+        Columns of these files.
+    id_column : str
+        Of the data, where they are Parquet. Where it is empty, the path of an image below ``data.path``, or the row's
+        number from 0 on.
+    only : list of str
+        Classifiers to try: ``logistic``, ``knn``, ``svc``, ``few_label_head``, ``finetune``; all when empty.
+    n_draws : int
+        How often labels are hidden, and every classifier is trained.
+    max_steps : int
+        Of a fine-tuning.
+    name : str
+        Of the classifier in the service; the encoder's with ``-pipeline`` behind it where empty.
+    seed : int
+        Of the draws and of every classifier.
+    """
+
+    labels: str | Sequence[str] = ()
+    test_labels: str = ""
+    id: str = "id"
+    label: str = "label"
+    id_column: str = ""
+    only: Sequence[str] = ()
+    n_draws: int = 5
+    max_steps: int = 3000
+    name: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.labels, str) and not _are_texts(self.labels):
+            raise ConfigError(f"got finetune.labels={self.labels!r}, wanted the name of a file, or a list of them")
+        if not _are_texts(self.only):
+            raise ConfigError(f"got finetune.only={self.only!r}, wanted a list such as ['logistic', 'finetune']")
+        for name in ("test_labels", "id", "label", "id_column", "name"):
+            check_text(f"finetune.{name}", getattr(self, name))
+        check_int("finetune.n_draws", self.n_draws, at_least=2)
+        check_int("finetune.max_steps", self.max_steps, at_least=1)
+        check_int("finetune.seed", self.seed, at_least=0)
+        if self.test_labels and not self.files:
+            raise ConfigError(
+                "got finetune.test_labels without finetune.labels to learn from; name a file of them, too"
+            )
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files of labels to learn from; empty where no classifier is asked for."""
+        return (self.labels,) * bool(self.labels) if isinstance(self.labels, str) else tuple(self.labels)
+
+    def everywhere(self) -> Self:
+        """Give the same with paths that mean the same in every working directory."""
+        test = self.test_labels and str(Path(self.test_labels).resolve())
+        return replace(self, labels=tuple(str(Path(file).resolve()) for file in self.files), test_labels=test)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrackConfig(Settings):
     """Where a job is logged besides its folder.
 
@@ -201,6 +267,10 @@ def _fields_of_tables(tables: Mapping[str, type[Settings]]) -> dict[str, set[str
     return {name: {f.name for f in fields(table)} for name, table in every.items()}
 
 
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list | tuple) and all(isinstance(value, str) and value for value in values)
+
+
 def _impossible_count(count: object) -> ConfigError:
     return ConfigError(f"got {count!r} workers, wanted a number such as 2, or bounds such as '1:4'")
 
@@ -218,7 +288,7 @@ class RunConfig:
     preset : {"features", "textbook"}
     effort : {"fast", "best"}
         See :func:`vaefeat.presets.choose_settings`.
-    data, serve, probe, workers, track
+    data, serve, probe, workers, finetune, track
         One TOML table each.
     model, train : mapping
         TOML tables of changes over the preset: fields of :class:`vaefeat.config.ModelConfig` and
@@ -235,6 +305,7 @@ class RunConfig:
     serve: ServeConfig = field(default_factory=ServeConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
@@ -256,6 +327,7 @@ class RunConfig:
             "serve": ServeConfig,
             "probe": ProbeConfig,
             "workers": WorkersConfig,
+            "finetune": FinetuneConfig,
             "track": TrackConfig,
         }
         made: dict[str, Any] = {}
@@ -277,7 +349,12 @@ class RunConfig:
     def everywhere(self) -> Self:
         """Give the same with paths that mean the same in every working directory."""
         source = self.data.path if self.data.path == "digits" else str(Path(self.data.path).resolve())
-        return replace(self, out=str(Path(self.out).resolve()), data=replace(self.data, path=source))
+        return replace(
+            self,
+            out=str(Path(self.out).resolve()),
+            data=replace(self.data, path=source),
+            finetune=self.finetune.everywhere(),
+        )
 
     def picked(self, *names: str) -> dict[str, Any]:
         """Give some values by dotted names; the name of a table stands for all that is in it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from pipelines.config import DataConfig, RunConfig
+from pipelines.finetuning.rows import NamedRows, read_ids
 from vaefeat.blocks import Blocks, open_blocks
 from vaefeat.data import Rows, Split, load_rows
 from vaefeat.errors import ConfigError, InputError, MissingSplitError
 from vaefeat.table_schema import TableSchema
 
-__all__ = ["Dataset", "load_dataset", "load_validation", "open_rows"]
+__all__ = ["Dataset", "load_dataset", "load_named_rows", "load_validation", "open_rows"]
 
 #: Training rows that are held back for validation, at most, and of all of them.
 _N_VALIDATION, _VALIDATION_SHARE = 10_000, 1 / 6
@@ -61,9 +63,7 @@ def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
         Nothing readable, or no labels to judge by.
     """
     if config.path == "digits":
-        digits = load_digits()
-        # The values are whole numbers from 0 to 16.
-        return _split(digits.images.astype(np.uint8)[:, None], digits.target, None, config, seed, "digits")
+        return _split(*_digits(), None, config, seed, "digits")
     train = _load(config)
     _require_labels(train)
     try:
@@ -123,6 +123,44 @@ def open_rows(config: RunConfig) -> Rows | Blocks:
     if data.pretrain_on == "train":
         return train
     return Rows(array=np.concatenate([train.array, _load(data, split="test").array]), source=train.source)
+
+
+def load_named_rows(config: DataConfig, *, id_column: str | None) -> NamedRows:
+    """Read the rows that files of labels speak of: all, or the training rows of data that come with a split.
+
+    Whatever labels come with the data are not looked at.
+
+    Parameters
+    ----------
+    config : DataConfig
+    id_column : str, optional
+        Of Parquet. Where None, the path of an image below the data's, or the row's number from 0 on.
+
+    Raises
+    ------
+    InputError
+        Rows that cannot be read; no such column, or one that the encoder is trained on; ids that are missing or come
+        twice.
+    """
+    if config.path == "digits":
+        rows = Rows(array=_digits()[0], source="digits")
+    else:
+        rows = _load(config)
+    features = rows.columns or () if rows.table is None else [column.name for column in rows.table.columns]
+    if id_column in features:
+        raise InputError(
+            f"got finetune.id_column={id_column!r} of {rows.source}, which the encoder is trained on like any other "
+            "column; write these ids as texts into Parquet of numbers, lists or images, or leave the setting out: ids "
+            "are the rows' numbers then"
+        )
+    ids = read_ids(Path(config.path), split="train", id_column=id_column, n_rows=len(rows))
+    return NamedRows(array=rows.array, ids=ids, source=rows.source)
+
+
+def _digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    digits = load_digits()
+    # The values are whole numbers from 0 to 16.
+    return digits.images.astype(np.uint8)[:, None], digits.target
 
 
 def _load(config: DataConfig, *, split: Split = "train", max_rows: int | None = None) -> Rows:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.config import RunConfig
-from pipelines.datasets import Dataset, load_dataset, open_rows
+from pipelines.datasets import Dataset, load_dataset, load_named_rows, open_rows
+from pipelines.finetuning.rows import NamedRows
 from pipelines.probes import draw_labels
 from vaefeat.blocks import Blocks
 from vaefeat.data import Rows
@@ -54,15 +55,22 @@ class Job:
         return open_rows(self.config)
 
     @cached_property
+    def named_rows(self) -> NamedRows:
+        """The rows that files of labels speak of, with their ids."""
+        return load_named_rows(self.config.data, id_column=self.config.finetune.id_column or None)
+
+    @cached_property
     def draws(self) -> list[NDArray[np.int64]]:
         """Indices of the labelled training rows, a draw each; an impossible number of labels is found out here."""
         probe = self.config.probe
         seeds = range(probe.seed, probe.seed + probe.n_draws)
         return [draw_labels(self.dataset.train_labels, n_labels=probe.n_labels, seed=seed) for seed in seeds]
 
-    def digest_of_rows(self, which: Literal["pretraining", "labelled"]) -> str:
+    def digest_of_rows(self, which: Literal["pretraining", "labelled", "named"]) -> str:
         """Give a digest of rows: of every value, or the fingerprint of rows that are read while training."""
-        return self._digest_of_pretraining if which == "pretraining" else self._digest_of_labelled
+        if which == "pretraining":
+            return self._digest_of_pretraining
+        return self._digest_of_labelled if which == "labelled" else self._digest_of_named
 
     @cached_property
     def _digest_of_pretraining(self) -> str:
@@ -77,6 +85,12 @@ class Job:
         return _digest(
             data.train, data.test, names[data.train_labels], names[data.test_labels], table=data.pretraining.table
         )
+
+    @cached_property
+    def _digest_of_named(self) -> str:
+        rows = self.named_rows
+        # What a table's codes stand for is in the bundle, which is read with them.
+        return _digest(rows.array, np.array(rows.ids), table=None)
 
 
 def _digest(*arrays: NDArray[Any], table: TableSchema | None) -> str:

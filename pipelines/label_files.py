@@ -100,7 +100,7 @@ class GivenLabels:
             raise InputError(
                 f"got labels in {self.source} for {len(unknown):,} of {len(places):,} ids that are not in {source}: "
                 f"{some_of(unknown)}; wanted ids such as {ids[0]!r}. Give the data that these labels are of, or, of "
-                "Parquet, --id-column"
+                "Parquet, --id-column (of a stage, finetune.id_column)"
             )
         return list(places.values())
 
@@ -260,7 +260,7 @@ def _require_columns(path: Path, names: Sequence[str], id_column: str, label_col
         if column not in names:
             raise InputError(
                 f"got no column {column!r} in {path}; there are: {', '.join(names) or 'none'}. Rename one of them, or "
-                f"(of finetune) name it with {option}"
+                f"(of finetune) name it with {option}, or finetune.{option.removeprefix('--')} in a TOML file"
             )
 
 

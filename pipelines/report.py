@@ -16,6 +16,7 @@ from PIL import Image
 from pipelines.environment import ENVIRONMENT_FILE
 from pipelines.evaluate import METRICS_FILE, OURS
 from pipelines.features import CHECK_FILE, FEATURES_FILE, read_features
+from pipelines.finetuning.stage import CLASSIFIER_FOLDER, COMPARISON, COMPARISON_PICTURE, FINETUNE
 from pipelines.job import Job
 from pipelines.pretrain import HISTORY
 from pipelines.probes import HEADS
@@ -41,6 +42,11 @@ def _write(job: Job, attempt: str) -> Outcome:
     features = read_features(job.folder)
     pictures = draw_pictures(job, bundle, history=history, metrics=metrics, features=features)
     replace_file(job.folder / _OVERVIEW_FILE, pictures["overview"])
+    stages, comparison = list(_STAGES), None
+    if job.config.finetune.files:
+        stages.append(FINETUNE.name)
+        comparison = json.loads((job.folder / COMPARISON).read_text())
+        pictures["comparison"] = (job.folder / COMPARISON_PICTURE).read_bytes()
     probes = metrics["test_error_percent"]
     page = _template().render(
         config=job.config,
@@ -55,7 +61,9 @@ def _write(job: Job, attempt: str) -> Outcome:
         rival=_least(found for found in probes if found["features"] not in OURS.values()),
         least={head: _least(found for found in probes if found["head"] == head) for head in HEADS},
         check=check,
-        costs=[record for name in _STAGES if (record := Record.read(job, name))],
+        costs=[record for name in stages if (record := Record.read(job, name))],
+        comparison=comparison,
+        classifier_folder=CLASSIFIER_FOLDER,
         environment=environment,
         pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
         widths={name: round(_width(content) / CHART_SCALE) for name, content in pictures.items()},

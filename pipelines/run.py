@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from dataclasses import replace
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -14,6 +15,7 @@ from pipelines.config import RunConfig
 from pipelines.environment import write_description
 from pipelines.evaluate import EVALUATE, METRICS_FILE
 from pipelines.features import CHECK, CHECK_FILE, EMBED
+from pipelines.finetuning.stage import CLASSIFIER_FOLDER, FINETUNE, refuse_unlearnable
 from pipelines.folder_lock import working_in
 from pipelines.group import in_group, leads_group
 from pipelines.job import Job
@@ -27,13 +29,17 @@ from vaefeat.errors import InputError
 __all__ = ["STAGES", "run", "run_stage", "show_plan", "stages_of"]
 
 #: In the order that they run in. A stage is declared where its work is.
-STAGES = (PRETRAIN, EXPORT, EMBED, CHECK, EVALUATE, REPORT, TRACK)
+STAGES = (PRETRAIN, EXPORT, EMBED, CHECK, EVALUATE, FINETUNE, REPORT, TRACK)
 _LOCK_FILE = f"{RECORDS_FOLDER}/lock"
 
 
 def stages_of(config: RunConfig) -> tuple[Stage, ...]:
     """Give the stages that a configuration asks for."""
-    return tuple(stage for stage in STAGES if stage is not TRACK or config.track.mlflow)
+    left_out = {FINETUNE.name: not config.finetune.files, TRACK.name: not config.track.mlflow}
+    asked = [stage for stage in STAGES if not left_out.get(stage.name)]
+    if FINETUNE in asked:
+        asked[asked.index(REPORT)] = replace(REPORT, reads=(*REPORT.reads, *FINETUNE.writes))
+    return tuple(asked)
 
 
 def run(config: RunConfig, *, console: Console, force: Collection[str] = ()) -> None:
@@ -60,6 +66,7 @@ def run(config: RunConfig, *, console: Console, force: Collection[str] = ()) -> 
     refuse_untrackable(config)
     job = Job(config)
     job.draws  # noqa: B018  # an impossible number of labels is found out before anything takes long
+    refuse_unlearnable(job)
     with working_in(job.folder, lock=_LOCK_FILE):
         if any(verdict.due for verdict in plan(stages, job, force=force)):
             write_description(config, job.folder)
@@ -82,6 +89,9 @@ def run_stage(name: str, config: RunConfig, *, console: Console, force: bool = F
         raise InputError(f"got the stage {name!r} under torchrun, wanted 'pretrain'; run this one by itself")
     if force and in_group():
         raise InputError("got --force under torchrun, whose processes may start many times; remove the folder instead")
+    _refuse_unasked(name, config)
+    if name == FINETUNE.name:
+        refuse_unlearnable(job)
     if not leads_group():
         # Records are the first process's; this one does its part if there is something to do.
         if plan([stage := named(stages, name)], job)[0].due:
@@ -108,6 +118,8 @@ def show_plan(config: RunConfig, *, console: Console, force: Collection[str] = (
     only : str, optional
         The one stage that would run; all when None.
     """
+    if only is not None:
+        _refuse_unasked(only, config)
     stages = stages_of(config)
     for name in force:
         named(stages, name)
@@ -115,6 +127,8 @@ def show_plan(config: RunConfig, *, console: Console, force: Collection[str] = (
     job = Job(config)
     if only is None:
         job.draws  # noqa: B018  # as a run itself would refuse an impossible number of labels
+    if only in (None, FINETUNE.name):
+        refuse_unlearnable(job)
     table = Table(title=f"{config.name} in {config.out}", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("stage", no_wrap=True)
     table.add_column("", no_wrap=True)
@@ -123,10 +137,18 @@ def show_plan(config: RunConfig, *, console: Console, force: Collection[str] = (
         stage = verdict.stage
         state = "done" if not verdict.due else "will run" if verdict.certain else "may run"
         rows = () if stage.rows is None else (f"{stage.rows} rows",)
-        files = f"{', '.join((*rows, *stage.reads))} -> {', '.join(stage.writes)}"
+        files = f"{', '.join((*rows, *stage.reads, *stage.outside(config)))} -> {', '.join(stage.writes)}"
         why = "; ".join(verdict.reasons) or "nothing has changed"
         table.add_row(stage.name, state, Text.assemble(f"{stage.does}: {why}\n", (files, "dim")))
     console.print(table)
+
+
+def _refuse_unasked(name: str, config: RunConfig) -> None:
+    if name == FINETUNE.name and not config.finetune.files:
+        raise InputError(
+            "got the stage 'finetune' of a job without labels, wanted a file of them: finetune.labels in the TOML "
+            "file, or --set finetune.labels=labels.csv"
+        )
 
 
 def _tell(line: str) -> None:
@@ -153,3 +175,7 @@ def _print(console: Console, job: Job) -> None:
     rate = json.loads((job.folder / CHECK_FILE).read_text())["rows_per_s"]
     console.print(f"{seconds}; {rate:,.0f} rows/s over HTTP", highlight=False)
     console.print(f"bundle  {config.out}\nreport  {config.out}/{REPORT_FILE}", highlight=False)
+    if config.finetune.files and (record := Record.read(job, FINETUNE.name)):
+        console.print(
+            f"classifier  {config.out}/{CLASSIFIER_FOLDER}\n{record.summary}", highlight=False, soft_wrap=True
+        )

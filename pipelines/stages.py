@@ -76,22 +76,26 @@ class Stage:
         In a few words, for people.
     settings : callable
         Gives the part of the configuration that its result depends on, as plain values by dotted names.
-    rows : {"pretraining", "labelled"} or None
+    rows : {"pretraining", "labelled", "named"} or None
         Which rows it reads.
     reads, writes : tuple of str
         Files in the job's folder. What it writes may be more: :attr:`Outcome.files` has the last word.
     work : callable
         Does it, with the job and the name of the attempt: the same name for as long as the same thing is attempted, so
         that what an interrupted attempt left can be told from what is out of date.
+    outside : callable
+        Gives the files that it reads elsewhere, which people may change, by names that stay the same in every working
+        directory.
     """
 
     name: str
     does: str
     settings: Callable[[RunConfig], Mapping[str, Any]]
-    rows: Literal["pretraining", "labelled"] | None
+    rows: Literal["pretraining", "labelled", "named"] | None
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     work: Callable[[Job, str], Outcome]
+    outside: Callable[[RunConfig], Mapping[str, Path]] = lambda config: {}
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,10 @@ class _Inputs:
         return cls(
             settings,
             None if stage.rows is None else job.digest_of_rows(stage.rows),
-            {name: _digest_of_file(job.folder / name) for name in stage.reads},
+            {
+                **{name: _digest_of_file(job.folder / name) for name in stage.reads},
+                **{name: _digest_of_file(path) for name, path in stage.outside(job.config).items()},
+            },
         )
 
     @property
@@ -127,8 +134,9 @@ class _Inputs:
             found.append("the rows are others")
         for name, digest in self.files.items():
             if digest != before.files.get(name) and name not in awaited:
-                found.append(f"{name} is {'missing' if digest == _NONE else 'not what it was'}")
-        return found
+                how = "not what it was" if name in before.files else "new"
+                found.append(f"{name} is {'missing' if digest == _NONE else how}")
+        return found + [f"{name} is no longer read" for name in before.files if name not in self.files]
 
 
 @dataclass(frozen=True)

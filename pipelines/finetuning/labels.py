@@ -1,14 +1,34 @@
-"""Labels that cannot be learned from, or not be tested on."""
+"""Labels to learn from and to test on: read, and refused where neither can be done."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from pipelines.label_files import GivenLabels, Label, some_of
+from pipelines.label_files import GivenLabels, Label, read_labels, some_of
 from vaefeat.errors import InputError
 
-__all__ = ["refuse_mixing", "require_two_each"]
+__all__ = ["read_both", "refuse_mixing", "require_two_each"]
+
+
+def read_both(
+    labels: Sequence[Path], test_labels: Path | None, *, id_column: str, label_column: str
+) -> tuple[GivenLabels, GivenLabels | None]:
+    """Read the labels there are, and those of other rows to test on.
+
+    Raises
+    ------
+    InputError
+        Files that cannot be read, or labels that cannot be learned from or not be tested on.
+    """
+    given = read_labels(labels, id_column=id_column, label_column=label_column)
+    require_two_each(given, column=label_column)
+    if test_labels is None:
+        return given, None
+    test = read_labels([test_labels], id_column=id_column, label_column=label_column)
+    refuse_mixing(given, test)
+    return given, test
 
 
 def require_two_each(given: GivenLabels, *, column: str) -> None:

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
-from pipelines.finetuning.judging import CONFIDENCE, Interval, Judged
+from pipelines.finetuning.comparison import Comparison
+from pipelines.finetuning.judging import CONFIDENCE, Judged
 from vaefeat import plots
+from vaefeat.atomic import replace_file
 from vaefeat.drawing import BLUE, GREY, draw_title
+from vaefeat.errors import InputError
 
-__all__ = ["Tested", "as_markdown", "as_table", "as_values", "draw_comparison"]
+__all__ = ["PICTURE_FILE", "RESULTS_FILE", "TABLE_FILE", "save", "show"]
 
+RESULTS_FILE, TABLE_FILE, PICTURE_FILE = "results.json", "comparison.md", "comparison.png"
 _COLUMNS = ("classifier", "error, %", "95 % interval", "log-loss", "calibrated", "T", "confidence", "seconds")
+#: Pixels in an inch of the picture, as of a report's charts.
+_DPI = 144
 #: Behind an interval that is not of draws.
 _MARKS = {"corrected t": "", "Wilson": " *"}
 _NOTES = {
@@ -29,42 +41,90 @@ _LEGEND = (
 )
 
 
-class Tested(NamedTuple):
-    """What the shipped file says of test rows."""
+def show(found: Comparison, *, console: Console, out: Path) -> None:
+    """Print the table, what was left out, and how to serve the best, which goes to the folder `out`."""
+    console.print(_as_table(found))
+    for name, reason in found.left_out.items():
+        console.print(f"{name} was left out: {reason}", highlight=False, soft_wrap=True)
+    if (tested := found.tested) is not None:
+        console.print(
+            f"on {tested.n_rows:,} test rows: error {tested.error:.1f} % ({tested.interval.low:.1f} to "
+            f"{tested.interval.high:.1f}, {tested.interval.kind}), confidence {tested.confidence:.1f} %",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(f"{found.best.contender.title}: python -m serving {out}", highlight=False, soft_wrap=True)
 
-    n_rows: int
-    error: float
-    """In percent."""
 
-    interval: Interval
-    log_loss: float
-    confidence: float
+def save(found: Comparison, out: Path, *, config: Mapping[str, Any]) -> Comparison:
+    """Write table, picture, figures, and at last the bundle of the best.
+
+    Parameters
+    ----------
+    found : Comparison
+    out : Path
+        A folder; files of the same names are replaced.
+    config : mapping
+        What was asked for, as plain values.
+
+    Returns
+    -------
+    Comparison
+        With the bundle that is in the folder.
+
+    Raises
+    ------
+    InputError, BundleError
+        The folder cannot be written.
+    """
+    values = _as_values(found) | {"config": dict(config)}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        replace_file(out / PICTURE_FILE, _draw_comparison(found))
+        replace_file(out / TABLE_FILE, _as_markdown(found).encode())
+        replace_file(out / RESULTS_FILE, (json.dumps(values, indent=1, ensure_ascii=False) + "\n").encode())
+    except OSError as error:
+        raise InputError(f"could not write {out}: {error.strerror or error}; choose another place") from error
+    # Last: its manifest says that the folder is whole.
+    return replace(found, bundle=found.bundle.save(out))
 
 
-def as_table(judged: Sequence[Judged], best: Judged, *, title: str) -> Table:
+def _as_table(found: Comparison) -> Table:
     """Give what fits a terminal; the best in bold."""
-    table = Table(title=title, title_justify="left", caption=" ".join(_notes(judged)), caption_justify="left")
+    table = Table(
+        title=found.title, title_justify="left", caption=" ".join(_notes(found.judged)), caption_justify="left"
+    )
     table.add_column("classifier", no_wrap=True)
     for column in ("error, %", "95 % interval", "log-loss", "seconds"):
         table.add_column(column, justify="right")
-    for one in judged:
+    for one in found.judged:
         name, error, interval, _, calibrated, _, _, seconds = _cells(one)
-        table.add_row(name, error, interval, calibrated, seconds, style="bold" if one is best else None)
+        table.add_row(name, error, interval, calibrated, seconds, style="bold" if one is found.best else None)
     return table
 
 
-def as_markdown(judged: Sequence[Judged], best: Judged, *, title: str) -> str:
+def _as_markdown(found: Comparison) -> str:
     """Give all columns as a page."""
-    lines = [f"# {title}", "", f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
-    for one in judged:
-        cells = [f"**{cell}**" if one is best else cell for cell in _cells(one)]
+    lines = [f"# {found.title}", "", f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
+    for one in found.judged:
+        cells = [f"**{cell}**" if one is found.best else cell for cell in _cells(one)]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", _LEGEND, *_notes(judged), ""])
+    return "\n".join([*lines, "", _LEGEND, *_notes(found.judged), ""])
 
 
-def as_values(judged: Sequence[Judged], left_out: dict[str, str], tested: Tested | None) -> dict[str, Any]:
+def _as_values(found: Comparison) -> dict[str, Any]:
     """Give plain values for ``results.json``."""
+    manifest, tested = found.bundle.manifest, found.tested
+    assert manifest.pipeline is not None
     return {
+        "shipped": found.best.contender.name,
+        "digest": found.bundle.digest,
+        "encoder": manifest.pipeline["encoder"],
+        "temperature": found.best.temperature,
+        "n_rows": found.n_rows,
+        "n_labels": found.n_labels,
+        "classes": list(manifest.classes),
+        "n_hidden_a_draw": found.n_hidden,
         "confidence_of_intervals": CONFIDENCE,
         "classifiers": [
             {
@@ -80,9 +140,9 @@ def as_values(judged: Sequence[Judged], left_out: dict[str, str], tested: Tested
                 "temperature": one.temperature,
                 "seconds_a_fit": one.seconds,
             }
-            for one in judged
+            for one in found.judged
         ],
-        "left_out": left_out,
+        "left_out": dict(found.left_out),
         "test": None
         if tested is None
         else {
@@ -93,15 +153,21 @@ def as_values(judged: Sequence[Judged], left_out: dict[str, str], tested: Tested
             "log_loss_nats": tested.log_loss,
             "confidence_percent": tested.confidence,
         },
+        "environment": {
+            "date": datetime.now(UTC).date().isoformat(),
+            "python": platform.python_version(),
+            **manifest.versions,
+        },
     }
 
 
-def draw_comparison(judged: Sequence[Judged], best: Judged, *, title: str) -> bytes:
+def _draw_comparison(found: Comparison) -> bytes:
     """Draw errors, their intervals and the single draws, as a PNG."""
+    judged = found.judged
     drawn, axes = plots.figure(width=7.0, height=1.1 + 0.5 * len(judged))
     places = np.arange(len(judged))[::-1]
     for one, place in zip(judged, places, strict=True):
-        colour = BLUE if one is best else GREY
+        colour = BLUE if one is found.best else GREY
         axes.plot(one.interval[:2], [place, place], color=colour, linewidth=3, solid_capstyle="round", zorder=1)
         axes.scatter(one.errors, np.full(len(one.errors), place - 0.22), s=9, color=colour, alpha=0.6, linewidths=0)
         axes.scatter([one.error], [place], s=60, color=colour, edgecolors="white", zorder=2)
@@ -111,15 +177,15 @@ def draw_comparison(judged: Sequence[Judged], best: Judged, *, title: str) -> by
             xytext=(0, 8),
             textcoords="offset points",
             ha="center",
-            weight="bold" if one is best else "normal",
+            weight="bold" if one is found.best else "normal",
         )
     axes.set_yticks(places, [one.contender.title for one in judged])
     axes.set(xlabel="error on hidden labels (%); below each, its draws", ylim=(-0.6, len(judged) - 0.4))
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     axes.grid(axis="x", color="#e5e9ee")
     axes.set_axisbelow(True)
-    draw_title(axes, title)
-    return plots.png(drawn)
+    draw_title(axes, found.title)
+    return plots.png(drawn, dpi=_DPI)
 
 
 def _notes(judged: Sequence[Judged]) -> list[str]:

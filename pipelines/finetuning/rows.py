@@ -18,10 +18,9 @@ from vaefeat.images import find_images
 from vaefeat.input_spec import InputSpec
 from vaefeat.parquet import DEFAULT_IMAGE_COLUMN, find_parquet, has_images, numeric_columns, open_parquet, open_parts
 from vaefeat.parquet import SUFFIXES as PARQUET_SUFFIXES
-from vaefeat.table_files import SUFFIXES as TABLE_SUFFIXES
 from vaefeat.table_files import read_frame
 
-__all__ = ["NamedRows", "embed_rows", "read_features", "read_rows"]
+__all__ = ["NamedRows", "embed_rows", "read_features", "read_ids", "read_rows"]
 
 #: What the embedding job says of its output, in the schema of each file and in a file that it writes last.
 _BUNDLE_KEY, _OUTPUT_KEY, _MANIFEST = b"vaefeat.bundle", b"vaefeat.output", "_manifest.json"
@@ -71,26 +70,46 @@ def read_rows(
     """
     if spec.table is not None:
         array = rows_for(spec, data, split=split, image_size=image_size)
-        ids = None if id_column is None else _frame_ids(data, id_column)
-        return NamedRows(array=array, ids=ids or _numbers(len(array)), source=str(data))
-    inner = split_folder(data, split) if data.is_dir() else data
-    files = find_parquet(inner, split)[0] if data.is_dir() else [data]
-    in_parquet = bool(files) and files[0].suffix.lower() in PARQUET_SUFFIXES
-    if id_column is not None and not in_parquet:
-        raise InputError(f"got --id-column {id_column!r} for {data}, wanted Parquet; leave it out")
-    columns = _features_beside(files, id_column) if id_column is not None else None
-    rows = load_rows(data, split=split, image_size=image_size, columns=columns, label_column=None)
-    try:
-        array = spec.prepare(rows.array)
-    except InputError as error:
-        raise InputError(f"the bundle does not take the rows of {data}: {error}") from error
-    if id_column is not None:
-        ids = _parquet_ids(files, id_column)
-    elif data.is_dir() and not files and (images := find_images(inner)) and len(images) == len(rows):
-        ids = [file.relative_to(data).as_posix() for file in images]
     else:
-        ids = _numbers(len(rows))
+        columns = None if id_column is None else _features_beside(data, split, id_column)
+        rows = load_rows(data, split=split, image_size=image_size, columns=columns, label_column=None)
+        try:
+            array = spec.prepare(rows.array)
+        except InputError as error:
+            raise InputError(f"the bundle does not take the rows of {data}: {error}") from error
+    ids = read_ids(data, split=split, id_column=id_column, n_rows=len(array))
     return NamedRows(array=array, ids=ids, source=str(data))
+
+
+def read_ids(data: Path, *, split: Literal["train", "test"], id_column: str | None, n_rows: int) -> list[str]:
+    """Give the id of each row of a data set.
+
+    Parameters
+    ----------
+    data : Path
+    split : {"train", "test"}
+    id_column : str, optional
+        As in :func:`read_rows`.
+    n_rows : int
+        As many as were read.
+
+    Raises
+    ------
+    InputError
+        Data without such a column; ids that are missing or come twice.
+    """
+    files = _parquet_files(data, split)
+    if id_column is not None:
+        if files:
+            return _parquet_ids(files, id_column)
+        if data.suffix.lower() == ".csv":
+            return _csv_ids(data, id_column)
+        raise _no_columns(data, id_column)
+    if data.is_dir() and not files:
+        images = find_images(split_folder(data, split))
+        if len(images) == n_rows:
+            return [file.relative_to(data).as_posix() for file in images]
+    return list(map(str, range(n_rows)))
 
 
 def embed_rows(encoder: OnnxEncoder, rows: NDArray[Any]) -> NDArray[np.float32]:
@@ -168,8 +187,11 @@ def _embeddings(path: Path, encoder: OnnxEncoder) -> dict[str, NDArray[np.float3
     return found
 
 
-def _features_beside(files: Sequence[Path], id_column: str) -> tuple[str, ...] | None:
+def _features_beside(data: Path, split: Literal["train", "test"], id_column: str) -> tuple[str, ...] | None:
     """Name the columns of numbers but for the ids; None where rows are images."""
+    files = _parquet_files(data, split)
+    if not files:
+        raise _no_columns(data, id_column)
     opened = open_parts(files)
     opened.require(id_column)
     if has_images(opened, DEFAULT_IMAGE_COLUMN):
@@ -177,7 +199,21 @@ def _features_beside(files: Sequence[Path], id_column: str) -> tuple[str, ...] |
     return tuple(name for name in numeric_columns(opened, None, None) if name != id_column)
 
 
+def _parquet_files(data: Path, split: Literal["train", "test"]) -> Sequence[Path]:
+    if data.is_dir():
+        return find_parquet(split_folder(data, split), split)[0]
+    return [data] if data.suffix.lower() in PARQUET_SUFFIXES else []
+
+
+def _no_columns(data: Path, id_column: str) -> InputError:
+    return InputError(
+        f"got --id-column (of a stage, finetune.id_column) {id_column!r} for {data}, wanted Parquet, or CSV of a "
+        "table; leave it out"
+    )
+
+
 def _parquet_ids(files: Sequence[Path], column: str) -> list[str]:
+    open_parts(files).require(column)
     ids: list[Any] = []
     for path in files:
         with open_parquet(path) as file:
@@ -185,9 +221,7 @@ def _parquet_ids(files: Sequence[Path], column: str) -> list[str]:
     return _distinct(ids, column, source=", ".join(map(str, files)))
 
 
-def _frame_ids(data: Path, column: str) -> list[str]:
-    if data.suffix.lower() not in TABLE_SUFFIXES:
-        raise InputError(f"got --id-column {column!r} for {data}, wanted CSV or Parquet; leave it out")
+def _csv_ids(data: Path, column: str) -> list[str]:
     frame, _ = read_frame(data, columns=[column], label_column=None, texts=[column])
     return _distinct(frame.column(column).to_pylist(), column, source=str(data))
 
@@ -201,7 +235,3 @@ def _distinct(ids: Sequence[Any], column: str, *, source: str) -> list[str]:
             raise InputError(f"got the id {value!r} {how} in column {column!r} of {source}, wanted one a row")
         seen[name] = row
     return list(seen)
-
-
-def _numbers(count: int) -> list[str]:
-    return list(map(str, range(count)))

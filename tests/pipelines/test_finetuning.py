@@ -22,7 +22,8 @@ from rich.console import Console
 from sklearn.datasets import load_digits, load_wine
 
 from pipelines.__main__ import app
-from pipelines.finetuning.job import FinetuneOptions, Shipped, finetune
+from pipelines.finetuning.comparison import Comparison
+from pipelines.finetuning.job import FinetuneOptions, finetune
 from pipelines.server import running_server
 from tests.pipelines.embedding_rows import Here
 from vaefeat import OnnxEncoder, OnnxPredictor, RemoteEncoder, load_bundle
@@ -70,7 +71,7 @@ def options(place: Path, digits_bundle: Path, tmp_path: Path) -> FinetuneOptions
 
 
 @pytest.fixture(scope="module")
-def shipped(place: Path, digits_bundle: Path) -> Shipped:
+def shipped(place: Path, digits_bundle: Path) -> Comparison:
     """Give what the whole job ships, with all that it tries."""
     whole = FinetuneOptions(
         bundle=digits_bundle,
@@ -85,7 +86,7 @@ def shipped(place: Path, digits_bundle: Path) -> Shipped:
     return finetune(whole, console=QUIET)
 
 
-def test_job_tries_all_on_the_same_draws_and_ships_the_best(shipped: Shipped, place: Path) -> None:
+def test_job_tries_all_on_the_same_draws_and_ships_the_best(shipped: Comparison, place: Path) -> None:
     assert [one.contender.name for one in shipped.judged] == ["logistic", "knn", "svc", "few_label_head", "finetune"]
     assert shipped.best.error == min(one.error for one in shipped.judged)
     results = json.loads((place / "out" / "results.json").read_text())
@@ -99,7 +100,7 @@ def test_job_tries_all_on_the_same_draws_and_ships_the_best(shipped: Shipped, pl
         assert one.error < 50  # chance is 90
 
 
-def test_job_leaves_a_table_and_a_picture(shipped: Shipped, place: Path) -> None:
+def test_job_leaves_a_table_and_a_picture(shipped: Comparison, place: Path) -> None:
     page = (place / "out" / "comparison.md").read_text()
     for one in shipped.judged:
         assert f"{one.contender.title}" in page
@@ -109,7 +110,7 @@ def test_job_leaves_a_table_and_a_picture(shipped: Shipped, place: Path) -> None
 
 
 def test_test_figures_are_those_of_the_shipped_file(
-    shipped: Shipped, place: Path, digits_rows: NDArray[np.uint8]
+    shipped: Comparison, place: Path, digits_rows: NDArray[np.uint8]
 ) -> None:
     told = json.loads((place / "out" / "results.json").read_text())["test"]
     said = OnnxPredictor(place / "out", device="cpu").predict(digits_rows[TEST])
@@ -119,7 +120,7 @@ def test_test_figures_are_those_of_the_shipped_file(
 
 
 def test_served_classifier_gives_the_estimators_answers(
-    shipped: Shipped, place: Path, digits_rows: NDArray[np.uint8]
+    shipped: Comparison, place: Path, digits_rows: NDArray[np.uint8]
 ) -> None:
     with (
         running_server(place / "out", engine="local", start_timeout_s=60) as address,

@@ -122,6 +122,29 @@ def test_record_that_cannot_be_read_counts_for_nothing(config: RunConfig, conten
     assert ran(config)[0] == "first: done before"
 
 
+def test_files_from_outside_run_what_reads_them_when_they_change_come_or_go(config: RunConfig, tmp_path: Path) -> None:
+    files = {name: tmp_path / name for name in ("one", "other")}
+    for path in files.values():
+        path.write_text("1")
+    one = files["one"]
+    both, alone = replace(FIRST, outside=lambda config: files), replace(FIRST, outside=lambda config: {"one": one})
+    told: list[str] = []
+    for stage in (alone, alone, both, alone):
+        run_stages([stage], Job(config), tell=told.append)
+    one.write_text("2")
+    run_stages([alone], Job(config), tell=told.append)
+    one.unlink()
+    told += plan([alone], Job(config))[0].reasons
+    assert told == [
+        "first: has not run yet",
+        "first: done before",
+        "first: other is new",
+        "first: other is no longer read",
+        "first: one is not what it was",
+        "one is missing",
+    ]
+
+
 def test_forced_stage_runs_again_and_unknown_one_is_refused(config: RunConfig) -> None:
     ran(config)
     assert ran(config, force=("first",)) == ["first: asked for with --force", "second: done before"]
