@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,13 @@ from benchmarks.versions import scaled
 from vaefeat import ModelConfig, TrainConfig, pretrain
 from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.cli import run_command_line
+
+
+def pytest_configure() -> None:
+    # A shell starts what it puts in the background with Ctrl-C ignored, which this process and those that it starts
+    # inherit; the tests of interruptions need it as a terminal gives it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
