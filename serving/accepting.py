@@ -14,6 +14,7 @@ import logging
 import mmap
 import os
 import socket
+import tempfile
 from collections.abc import Callable
 
 import numpy as np
@@ -48,7 +49,7 @@ class Counts:
     """
 
     def __init__(self, file: int | None = None) -> None:
-        self.file = os.memfd_create("connections") if file is None else file
+        self.file = _nameless_file() if file is None else file
         n_bytes = _N_PLACES * np.dtype(np.int32).itemsize
         if file is None:
             os.ftruncate(self.file, n_bytes)
@@ -88,6 +89,12 @@ class Counts:
     def leave(self, place: int) -> None:
         """Take a place back, whose process has gone."""
         self._numbers[place] = _NOBODY
+
+
+def _nameless_file() -> int:
+    """Make a file that nobody finds, and that goes with its last descriptor; not only Linux has these."""
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 class Share:
