@@ -107,10 +107,11 @@ def measure(data: Path, folder: Path, sizes: Sizes) -> dict[str, Any]:
     _train(rows[:2048], folder / "mnist", hidden=512)
     _train(load_rows(images, max_rows=2048).array, folder / "cifar10", hidden=256)
     found: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("loop_rows", "job_rows", "loop_images", "job_images", "job_fewer_rows")
+        name: [] for name in ("loop_rows", "loop_memory", "job_rows", "loop_images", "job_images", "job_fewer_rows")
     }
     for _ in range(sizes.rounds):
-        found["loop_rows"].append(_best_loop("rows", folder / "mnist", folder / "rows.npy", sizes.rows))
+        found["loop_memory"].append(_best_loop("memory", folder / "mnist", folder / "rows.npy", sizes.rows))
+        found["loop_rows"].append(_best_loop("rows", folder / "mnist", folder / "many", sizes.rows))
         found["job_rows"].append(_job(folder / "mnist", folder / "many", folder / "out", sizes))
         found["loop_images"].append(_best_loop("images", folder / "cifar10", images, sizes.images))
         found["job_images"].append(_job(folder / "cifar10", images, folder / "pictures", sizes, keep=True))

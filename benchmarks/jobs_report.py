@@ -21,16 +21,19 @@ def ratios(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, float]
     Parameters
     ----------
     found : mapping
-        What each round gave, with ``rows_per_s``: ``job_rows``, ``loop_rows``, ``job_images``, ``loop_images``.
+        What each round gave, with ``rows_per_s``: ``job_rows``, ``loop_rows``, ``loop_memory``, ``job_images``,
+        ``loop_images``.
 
     Returns
     -------
     dict
-        ``embed_vs_loop`` and ``jpeg_vs_pillow``. The loop's best batch size counts in each round.
+        ``embed_vs_loop``, against a loop that reads the same files; ``embed_vs_memory``, against one that reads
+        nothing; and ``jpeg_vs_pillow``. The loop's best batch size counts in each round.
     """
     rate = {name: median(one["rows_per_s"] for one in rounds) for name, rounds in found.items()}
     return {
         "embed_vs_loop": round(rate["job_rows"] / rate["loop_rows"], 3),
+        "embed_vs_memory": round(rate["job_rows"] / rate["loop_memory"], 3),
         "jpeg_vs_pillow": round(rate["job_images"] / rate["loop_images"], 3),
     }
 

@@ -48,5 +48,8 @@ def prepare_environment(address: str, *, timeout_s: float = 120.0) -> None:
             # Fixed ports by default, which a second job on this machine would not get.
             "AUTOSCALER_METRIC_PORT": "0",
             "DASHBOARD_METRIC_PORT": "0",
+            # What a dashboard would show, and there is none.
+            "RAY_enable_metrics_collection": "0",
+            "RAY_task_events_report_interval_ms": "0",
         }
     )

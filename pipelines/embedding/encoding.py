@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -32,8 +32,8 @@ _EMBEDDING = "embedding.list.element"
 class Encoded(NamedTuple):
     """A part that is ready to be written."""
 
-    content: bytes
-    """A Parquet file of the rows that could be read, in order."""
+    content: Any
+    """A Parquet file of the rows that could be read, in order; a buffer of pyarrow, whose memory is used again."""
 
     quarantine: bytes | None
     """A Parquet file of the others, with reasons; None where there are none."""
@@ -75,9 +75,12 @@ class PartEncoder:
         self._schema = output_schema(source, self._width, metadata)
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="vaefeat-decode")
         self._threads = threads
+        self._features = np.empty((0, self._width), np.float32)
 
-    def encode(self, part: Part) -> Encoded:
-        """Read a part, embed it, and give what is to be written.
+    def encode(self, parts: Iterable[Part]) -> Iterator[Encoded]:
+        """Read parts, embed them, and give what is to be written of each, in order.
+
+        The next part is read while one is embedded.
 
         Raises
         ------
@@ -86,13 +89,26 @@ class PartEncoder:
         DeviceError
             ONNX Runtime failed.
         """
+        batches = ahead(self._batches(parts))
+        for part, _ in batches:  # the first item of each says that it begins
+            yield self._encoded(part, batches)
+
+    def _batches(self, parts: Iterable[Part]) -> Iterator[tuple[Part, Batch | None]]:
+        """Give the batches of parts, with None before those of each, and after."""
+        for part in parts:
+            yield part, None
+            for batch in read_part(self._source, self._headers, part, self._encoder.input):
+                yield part, batch
+            yield part, None
+
+    def _encoded(self, part: Part, batches: Iterator[tuple[Part, Batch | None]]) -> Encoded:
         tables: list[Any] = []
         quarantine = _Quarantine(self._source, part)
-        for batch in ahead(read_part(self._source, self._headers, part, self._encoder.input)):
+        free = self._room(part.n_rows)
+        while (batch := next(batches)[1]) is not None:
             rows, kept, bad = self._rows(batch)
-            features = (
-                self._encoder.embed(rows, output=self._output) if len(rows) else np.empty((0, self._width), np.float32)
-            )
+            features, free = free[: len(rows)], free[len(rows) :]
+            self._embed(rows, into=features)
             if not (finite := np.isfinite(features).all(axis=1)).all():
                 bad |= dict.fromkeys(kept[~finite].tolist(), "its features are not finite")
                 features, kept = features[finite], kept[finite]
@@ -100,6 +116,22 @@ class PartEncoder:
             quarantine.add(batch, bad)
         table = pa.Table.from_batches(tables, self._schema)
         return Encoded(self._written(table), quarantine.written(), table.num_rows, len(quarantine))
+
+    def _room(self, n_rows: int) -> NDArray[np.float32]:
+        """Give memory for the features of a part, the same for all: what is new to a process costs it a tenth more."""
+        if len(self._features) < n_rows:
+            self._features = np.empty((n_rows, self._width), np.float32)
+        return self._features
+
+    def _embed(self, rows: NDArray[Any], *, into: NDArray[np.float32]) -> None:
+        size = self._encoder.batch_size
+        for start in range(0, len(rows), size):
+            (into[start : start + size],) = self._encoder.compute(rows[start : start + size], [self._output])
+
+    def warm_up(self) -> None:
+        """Take the memory, and compile the kernels, that the first batch would wait for."""
+        spec = self._encoder.input
+        self._encoder.compute(np.zeros((self._encoder.batch_size, *spec.shape), spec.dtype), [self._output])
 
     def try_first(self, part: Part) -> None:
         """Refuse a source of which the first rows are none that the encoder takes, all for one reason.
@@ -161,14 +193,14 @@ class PartEncoder:
         vectors = pa.FixedSizeListArray.from_arrays(values, type=self._schema.field("embedding").type)
         return pa.RecordBatch.from_arrays([*carried.columns, vectors], schema=self._schema)
 
-    def _written(self, table: Any) -> bytes:
-        file = io.BytesIO()
+    def _written(self, table: Any) -> Any:
+        file = pa.BufferOutputStream()
         dictionaries = [name for name in table.column_names if name != "embedding"]
         with pq.ParquetWriter(
             file,
             table.schema,
-            compression="zstd",
-            compression_level=1,
+            # Every reader knows it, and it takes two thirds of the time of zstd for files that are a twentieth larger.
+            compression="snappy",
             use_dictionary=dictionaries,
             # Bytes of the same weight side by side are what little there is to compress in floats.
             column_encoding={_EMBEDDING: "BYTE_STREAM_SPLIT"},

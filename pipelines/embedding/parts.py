@@ -6,7 +6,7 @@ another number of encoders, or on another machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from pipelines.embedding.sources import Source
 from vaefeat.errors import InputError
 from vaefeat.input_spec import InputSpec
 
-__all__ = ["Part", "Plan", "plan_parts"]
+__all__ = ["Part", "Plan", "plan_parts", "shares"]
 
 #: Rows of a part, and bytes of their features: what is lost when an encoder dies, and the size of an output file.
 PART_ROWS = 65_536
@@ -23,6 +23,10 @@ PART_BYTES = 32 << 20
 #: Packed files, CSV and row groups are read from their beginning, so cutting them very small costs more than it gives.
 _MAX_CUTS = 16
 _MAX_PACKED_BYTES = 4 << 30
+#: Each share is so small a portion, by encoders, of what is left: many parts first, single ones at the end.
+_SHARES_LEFT = 3
+#: Parts of a share: what an encoder that is lost leaves to the others.
+_MAX_SHARE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +126,31 @@ def plan_parts(source: Source, spec: InputSpec, *, width: int, part_rows: int | 
         more = f" and {len(source.files) - 1} more files" if len(source.files) > 1 else ""
         raise InputError(f"got 0 rows in {source.place}/{source.files[0].name}{more}, wanted at least one")
     return Plan(parts=tuple(parts), headers=headers)
+
+
+def shares(parts: Sequence[Part], n_encoders: int) -> list[tuple[Part, ...]]:
+    """Deal out parts to encoders that come for a share whenever they have none.
+
+    Between two shares an encoder waits for some milliseconds, so they should be large; and all encoders should end at
+    about the same time, so they become smaller towards the end (guided self-scheduling, Polychronopoulos and Kuck
+    1987, "Guided self-scheduling: a practical scheduling scheme for parallel supercomputers").
+
+    Parameters
+    ----------
+    parts : sequence of Part
+    n_encoders : int
+
+    Returns
+    -------
+    list of tuple of Part
+        All parts, in order.
+    """
+    found, start = [], 0
+    while start < len(parts):
+        size = min(_MAX_SHARE, -(-(len(parts) - start) // (_SHARES_LEFT * n_encoders)))
+        found.append(tuple(parts[start : start + size]))
+        start += size
+    return found
 
 
 def _of_images(source: Source, rows: int) -> Iterator[_Range]:

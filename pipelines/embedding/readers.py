@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -31,8 +31,7 @@ _IMAGES = 256
 _BUFFER_BYTES = 1 << 20
 #: What is gone or forbidden is a matter of one image; any other failure of a file system is one of the job.
 _OF_ONE_FILE = (FileNotFoundError, PermissionError, IsADirectoryError)
-
-
+_T = TypeVar("_T")
 _NULL = "no row: the cell is null"
 
 
@@ -84,12 +83,12 @@ def read_part(source: Source, headers: Mapping[str, ArrayHeader], part: Part, sp
     return _read_arrays(source, headers, part, rows)
 
 
-def ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
+def ahead(items: Iterable[_T], depth: int = 3) -> Iterator[_T]:
     """Read in a thread while somebody works on what was read before."""
-    waiting: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+    waiting: queue.Queue[tuple[_T] | BaseException | None] = queue.Queue(depth)
     left = threading.Event()
 
-    def put(item: Batch | BaseException | None) -> bool:
+    def put(item: tuple[_T] | BaseException | None) -> bool:
         while not left.is_set():
             try:
                 waiting.put(item, timeout=0.1)
@@ -100,8 +99,8 @@ def ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
 
     def read() -> None:
         try:
-            for batch in batches:
-                if not put(batch):
+            for item in items:
+                if not put((item,)):
                     return
             put(None)
         except BaseException as error:
@@ -112,7 +111,7 @@ def ahead(batches: Iterator[Batch], depth: int = 2) -> Iterator[Batch]:
         while (item := waiting.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            yield item
+            yield item[0]
     finally:
         left.set()
 

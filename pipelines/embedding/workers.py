@@ -5,11 +5,13 @@ Importing this module imports Ray, which reads its environment then: :mod:`pipel
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pickle
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,9 +21,9 @@ import ray.data
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.embedding.arrays import ArrayHeader
-from pipelines.embedding.encoding import PartEncoder
+from pipelines.embedding.encoding import Encoded, PartEncoder
 from pipelines.embedding.output import Output, Receipt
-from pipelines.embedding.parts import Part
+from pipelines.embedding.parts import Part, shares
 from pipelines.embedding.sources import Source
 from pipelines.ray_session import last_line
 from vaefeat.bundle import Bundle
@@ -31,14 +33,14 @@ from vaefeat.interruption import StopRequest
 
 __all__ = ["Encoders", "Job", "embed_parts", "find_room"]
 
-_TICK_S = 0.2
+_TICK_S = 0.3
 _LOOK_S = 2.0
 #: For an encoder whose machine was lost to find room on another.
 _GRACE_S = 20.0
 #: For any encoder to be there, after which nobody is expected any more.
 _NOBODY_S = 180.0
-#: Ray Data keeps books for each block; beyond so many, a block is several parts.
-_MAX_BLOCKS = 4096
+#: One that is being embedded, and one that is there when it is done.
+_SHARES_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class _News(NamedTuple):
     failure: VaefeatError | None
     encoders: dict[str, tuple[str, Any]]
     """By the actor's id: the id of its machine, and its handle."""
+    seconds: float
+    """From the first encoder that was open to the last receipt."""
 
 
 class Desk:
@@ -77,14 +81,26 @@ class Desk:
         self._receipts: list[Receipt] = []
         self._failure: VaefeatError | None = None
         self._encoders: dict[str, tuple[str, Any]] = {}
+        self._done: set[int] = set()
+        self._opened = self._heard = 0.0
 
     def join(self, actor: str, node: str, handle: Any) -> None:
         """Take note of an encoder, or of its new machine."""
         self._encoders[actor] = (node, handle)
 
+    def open(self) -> None:
+        """Take note that an encoder can begin."""
+        self._opened = self._opened or time.perf_counter()
+
+    def undone(self, indices: Sequence[int]) -> list[int]:
+        """Say which parts of a share are still to do: one that was lost half done comes again as a whole."""
+        return [index for index in indices if index not in self._done]
+
     def tell(self, receipt: Receipt) -> None:
         """Take note of a part that is done."""
         self._receipts.append(receipt)
+        self._done.add(receipt.index)
+        self._heard = time.perf_counter()
 
     def fail(self, error: VaefeatError) -> None:
         """Take note of an error; the first one counts."""
@@ -93,7 +109,7 @@ class Desk:
     def take(self) -> _News:
         """Give the job what is new."""
         receipts, self._receipts = self._receipts, []
-        return _News(receipts, self._failure, dict(self._encoders))
+        return _News(receipts, self._failure, dict(self._encoders), max(self._heard - self._opened, 0.0))
 
 
 class EncodingActor:
@@ -112,6 +128,7 @@ class EncodingActor:
         ray.get(desk.join.remote(context.get_actor_id(), context.get_node_id(), context.current_actor))
         told: Job = ray.get(job)
         self._desk, self._output = desk, told.output
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="vaefeat-write")
         try:
             self._encoder = PartEncoder(
                 OnnxEncoder(told.bundle, device="cuda" if encoders.gpus else "cpu", threads=1),
@@ -121,25 +138,49 @@ class EncodingActor:
                 metadata=told.output.metadata,
                 threads=encoders.cpus,
             )
+            self._encoder.warm_up()
         except VaefeatError as error:
             ray.get(desk.fail.remote(error))
             raise
+        ray.get(desk.open.remote())
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Embed the parts of a batch, and write them; what is returned are their numbers."""
-        for packed in batch["part"]:
-            part: Part = pickle.loads(packed)  # noqa: S301 - our own job's, which Ray has pickled as a whole
-            try:
-                receipt = self._output.write(part.index, self._encoder.encode(part))
-            except VaefeatError as error:
-                ray.get(self._desk.fail.remote(error))
-                raise
-            except Exception as error:
-                unforeseen = JobError(f"part {part.index} of {part.names[0]}: {type(error).__name__}: {error}")
-                ray.get(self._desk.fail.remote(unforeseen))
-                raise
-            ray.get(self._desk.tell.remote(receipt))
-        return {"index": np.arange(len(batch["part"]))}
+        """Embed the parts of a batch's shares, and write them; what is returned are the shares' numbers."""
+        for packed in batch["share"]:
+            share: tuple[Part, ...] = pickle.loads(packed)  # noqa: S301 - our own job's, which Ray has pickled as a whole
+            self._do(share, undone=set(ray.get(self._desk.undone.remote([part.index for part in share]))))
+        return {"index": np.arange(len(batch["share"]))}
+
+    def _do(self, share: Sequence[Part], *, undone: set[int]) -> None:
+        """Embed the parts of a share, each while the one before is written: that is waiting for a disk."""
+        before: Future[None] | None = None
+        parts = [part for part in share if part.index in undone]
+        encoded_parts = self._encoder.encode(parts)
+        for part in parts:
+            with self._failures_told(part):
+                encoded = next(encoded_parts)
+            if before is not None:
+                before.result()
+            before = self._writer.submit(self._write, part, encoded)
+        if before is not None:
+            before.result()
+
+    def _write(self, part: Part, encoded: Encoded) -> None:
+        with self._failures_told(part):
+            receipt = self._output.write(part.index, encoded)
+        ray.get(self._desk.tell.remote(receipt))
+
+    @contextlib.contextmanager
+    def _failures_told(self, part: Part) -> Iterator[None]:
+        try:
+            yield
+        except VaefeatError as error:
+            ray.get(self._desk.fail.remote(error))
+            raise
+        except Exception as error:
+            unforeseen = JobError(f"part {part.index} of {part.names[0]}: {type(error).__name__}: {error}")
+            ray.get(self._desk.fail.remote(unforeseen))
+            raise
 
 
 def find_room(*, encoders: int | None, gpus: float | None, device: str) -> Encoders:
@@ -203,7 +244,7 @@ def embed_parts(
     Returns
     -------
     float
-        Seconds since the first encoder was there.
+        Seconds from the first encoder that could begin to the last part that was written.
 
     Raises
     ------
@@ -218,27 +259,27 @@ def embed_parts(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     desk = ray.remote(num_cpus=0)(Desk).options(scheduling_strategy=here).remote()
     left = {part.index: part for part in parts}
-    first = None
+    seconds = 0.0
     # The whole job once for all actors of a machine, rather than in each actor's own arguments.
     everything = ray.put(job)
     while left:
         before = len(left)
         run = _Round(list(left.values()), everything, encoders, desk)
-        while not run.over_within(_TICK_S):
-            _take(desk, run, left, told)
-            first = first or (time.perf_counter() if run.has_begun else None)
+        # Ray Data takes its time to close, and nobody needs to wait for that.
+        while left and not run.over_within(_TICK_S):
+            seconds = _take(desk, run, left, told)
             if stop:
                 raise KeyboardInterrupt
-        _take(desk, run, left, told)
+        seconds = _take(desk, run, left, told)
         if len(left) == before:
             raise JobError(
                 f"{len(left)} parts are left, and the encoders failed at all of them: {run.error}; the same command "
                 "goes on from what is finished"
             )
-    return time.perf_counter() - (first or time.perf_counter())
+    return seconds
 
 
-def _take(desk: Any, run: _Round, left: dict[int, Part], told: Callable[[Receipt], None]) -> None:
+def _take(desk: Any, run: _Round, left: dict[int, Part], told: Callable[[Receipt], None]) -> float:
     news: _News = ray.get(desk.take.remote())
     for receipt in news.receipts:
         if left.pop(receipt.index, None) is not None:  # one that was given up may have been at its end
@@ -246,6 +287,7 @@ def _take(desk: Any, run: _Round, left: dict[int, Part], told: Callable[[Receipt
     if news.failure is not None:
         raise news.failure
     run.look_after(news.encoders)
+    return news.seconds
 
 
 class _Round:
@@ -255,9 +297,10 @@ class _Round:
     """
 
     def __init__(self, parts: Sequence[Part], job: Any, encoders: Encoders, desk: Any) -> None:
-        pool = ray.data.ActorPoolStrategy(size=min(encoders.count, len(parts)))
-        rows = [{"part": pickle.dumps(part)} for part in parts]
-        self._data = ray.data.from_items(rows, override_num_blocks=min(len(rows), _MAX_BLOCKS)).map_batches(
+        count = min(encoders.count, len(parts))
+        pool = ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=_SHARES_IN_FLIGHT)
+        rows = [{"share": pickle.dumps(share)} for share in shares(parts, count)]
+        self._data = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             EncodingActor,
             batch_size=1,
             compute=pool,
@@ -266,7 +309,6 @@ class _Round:
             fn_constructor_kwargs={"job": job, "encoders": encoders, "desk": desk},
         )
         self.error = "they were lost"
-        self.has_begun = False
         self._missing: dict[str, float] = {}
         self._given_up: set[str] = set()
         self._looked = self._somebody = time.monotonic()
@@ -287,7 +329,6 @@ class _Round:
 
     def look_after(self, encoders: dict[str, tuple[str, Any]]) -> None:
         """Give up encoders whose machine is gone for good: Ray would wait for them to come back without an end."""
-        self.has_begun = self.has_begun or bool(encoders)
         now = time.monotonic()
         if now - self._looked < _LOOK_S:
             return
@@ -312,5 +353,9 @@ def _keep_quiet() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.max_errored_blocks = -1
+    # Shares of a slow encoder may take hours; what is lost is noticed here.
+    context.execution_no_progress_timeout_s = -1
+    # Looking for it takes a process that is at work some percents of its time.
+    context.memory_usage_poll_interval_s = None
     for name in ("ray.data", "ray.data._internal"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -11,10 +11,11 @@ def test_ratios_are_of_medians() -> None:
     found = {
         "loop_rows": [{"rows_per_s": 100.0}, {"rows_per_s": 90.0}, {"rows_per_s": 1.0}],
         "job_rows": [{"rows_per_s": 81.0}, {"rows_per_s": 500.0}, {"rows_per_s": 80.0}],
+        "loop_memory": [{"rows_per_s": 180.0}],
         "loop_images": [{"rows_per_s": 10.0}],
         "job_images": [{"rows_per_s": 17.0}],
     }
-    assert ratios(found) == {"embed_vs_loop": 0.9, "jpeg_vs_pillow": 1.7}
+    assert ratios(found) == {"embed_vs_loop": 0.9, "embed_vs_memory": 0.45, "jpeg_vs_pillow": 1.7}
 
 
 def test_a_billion_images_need_machines_for_a_day_at_most() -> None:

@@ -68,9 +68,9 @@ class Here:
         """Do what is left, and give the manifest."""
         receipts = self.output.begin(len(self.plan.parts))
         done = {receipt.index for receipt in receipts}
-        for part in self.plan.parts:
-            if part.index not in done:
-                receipts.append(self.output.write(part.index, self.encoder.encode(part)))
+        left = [part for part in self.plan.parts if part.index not in done]
+        for part, encoded in zip(left, self.encoder.encode(left), strict=True):
+            receipts.append(self.output.write(part.index, encoded))
         return self.output.finish(receipts, n_parts=len(self.plan.parts), n_rows=self.plan.n_rows)
 
 

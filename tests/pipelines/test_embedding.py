@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.embedding.output import Output
-from pipelines.embedding.parts import plan_parts
+from pipelines.embedding.parts import Part, plan_parts, shares
 from pipelines.embedding.sources import Request, open_source
 from pipelines.embedding.storage import Place
 from pipelines.server import running_server
@@ -241,7 +241,7 @@ def test_a_part_that_changed_after_it_was_written_is_found_before_the_manifest(
 ) -> None:
     here = Here(digits_bundle, npy(tmp_path, rows), tmp_path / "out", part_rows=100)
     receipts = here.output.begin(3)
-    receipts += [here.output.write(part.index, here.encoder.encode(part)) for part in here.plan.parts]
+    receipts += [here.output.write(number, one) for number, one in enumerate(here.encoder.encode(here.plan.parts))]
     (tmp_path / "out" / "part-00000001.parquet").unlink()
     with pytest.raises(JobError, match="part-00000001"):
         here.output.finish(receipts, n_parts=3, n_rows=N)
@@ -266,7 +266,7 @@ def test_a_full_disk_is_told_in_a_line_and_leaves_no_half_part(
 ) -> None:
     here = Here(digits_bundle, npy(tmp_path, rows), tmp_path / "out", part_rows=150)
     here.output.begin(2)
-    encoded_parts = [here.encoder.encode(part) for part in here.plan.parts]
+    encoded_parts = list(here.encoder.encode(here.plan.parts))
     with limited_files(len(encoded_parts[0].content) // 2), pytest.raises(InputError, match="could not write") as told:
         here.output.write(0, encoded_parts[0])
     assert "same command goes on" in str(told.value)
@@ -311,3 +311,15 @@ def test_an_address_with_keys_is_told_without_them() -> None:
     place = Place("s3://KEY:SECRET@bucket/folder?region=eu-west-1&endpoint_override=localhost:1")
     assert str(place) == "s3://bucket/folder"
     assert place.child("a/b").address.startswith("s3://KEY:SECRET@bucket/folder/a/b?region")
+
+
+@pytest.mark.parametrize(("n_parts", "n_encoders"), [(1, 8), (62, 2), (5000, 7)])
+def test_shares_are_all_parts_in_order_and_small_at_the_end(n_parts: int, n_encoders: int) -> None:
+    parts = [Part(index, index, 1, ("a",), index) for index in range(n_parts)]
+    dealt = shares(parts, n_encoders)
+    assert [part for share in dealt for part in share] == parts
+    sizes = [len(share) for share in dealt]
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes) <= 16
+    # What the last encoder still has to do when the others are done is one part.
+    assert sizes[-n_encoders:] == [1] * min(n_encoders, n_parts)
