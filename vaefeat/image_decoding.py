@@ -9,7 +9,8 @@ What is done to an image on the way, in this order:
    Where rows are grey, RGB whose channels are equal (as in WebP, which has no grey) is taken for grey, too.
 5. With `image_size`, it is resized (bilinear, antialiased) to exactly that size, whatever its aspect ratio was.
 
-Small images take as long in Python as in the decoders, so that what is not needed of Pillow's ways is left out.
+Small images take longer in Python than in the decoders, so that what is not needed of Pillow's ways is left out; and
+plain JPEG files (:mod:`vaefeat.jpeg`) go past it.
 
 Axes, where a comment names them: n rows, C channels, H height, W width.
 """
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vaefeat.errors import InputError
+from vaefeat.jpeg import plain_jpeg
 
 __all__ = ["UNREADABLE", "Reference", "decode_image", "decode_pixels", "grey_of"]
 
@@ -36,10 +38,9 @@ _FORMATS = ("PNG", "JPEG", "WEBP")
 _GREY_MODES = ("1", "L", "LA", "I;16")
 #: A camera writes ten; a small file of thousands takes hours, because each is a pass over all pixels.
 _MAX_JPEG_SCANS = 100
-_START_OF_SCAN = b"\xff\xda"
+_JPEG, _START_OF_SCAN = b"\xff\xd8", b"\xff\xda"
 #: Where Pillow looks for an orientation.
 _ORIENTED = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
-_ANY_ROOM = nullcontext()
 #: By which the channels of grey may differ: lossy WebP rounds each by itself.
 _GREY_ROUNDING = 1
 
@@ -163,23 +164,58 @@ def decode_pixels(
     """
     if encoded is None:
         raise _UnreadableError("no image: the cell is null")
+    if isinstance(encoded, Path):
+        encoded = _content(encoded)
+    must_fit = reference if image_size is None else None
+    enter = room or _any_room
+    if isinstance(encoded, bytes) and (plain := plain_jpeg(encoded)) is not None:
+        _check_pixels(plain.width, plain.height, max_pixels=max_pixels)
+        if must_fit is not None and (plain.height, plain.width) != must_fit.size:
+            raise _size_error(name, (plain.height, plain.width), must_fit)
+        with enter(plain.width * plain.height):
+            if (pixels := plain.pixels()) is not None:
+                return _resized(pixels, image_size)
     with Image.open(encoded if isinstance(encoded, Path) else BytesIO(encoded), formats=_FORMATS) as image:
         _check_header(image, max_pixels=max_pixels)
-        must_fit = reference if image_size is None else None
         # Before the pixels are decoded; the orientation, which in PNG can stand behind them, may yet swap the sides.
         if must_fit is not None and sorted(image.size) != sorted(must_fit.size):
-            raise _size_error(name, image, must_fit)
-        with _ANY_ROOM if room is None else room(image.width * image.height):
+            raise _size_error(name, image.size[::-1], must_fit)
+        with enter(image.width * image.height):
             image.load()
             if not _ORIENTED.isdisjoint(image.info):
                 ImageOps.exif_transpose(image, in_place=True)
             if must_fit is not None and image.size[::-1] != must_fit.size:
-                raise _size_error(name, image, must_fit)
-            plain = _to_grey_or_rgb(image)
-            if image_size is not None and plain.size != image_size[::-1]:
-                plain = plain.resize(image_size[::-1], Image.Resampling.BILINEAR)
-            shape = (plain.height, plain.width) if plain.mode == "L" else (plain.height, plain.width, 3)
-            return np.frombuffer(plain.tobytes(), np.uint8).reshape(shape)
+                raise _size_error(name, image.size[::-1], must_fit)
+            return _pixels(_resized_image(_to_grey_or_rgb(image), image_size))
+
+
+def _content(path: Path) -> Path | bytes:
+    """Read a JPEG file; of others, Pillow reads what it needs."""
+    with path.open("rb") as file:
+        begin = file.read(len(_JPEG))
+        return begin + file.read() if begin == _JPEG else path
+
+
+def _any_room(n_pixels: int) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+def _resized(pixels: NDArray[np.uint8], size: tuple[int, int] | None) -> NDArray[np.uint8]:
+    if size is None or pixels.shape[:2] == size:
+        return pixels
+    return _pixels(_resized_image(Image.fromarray(pixels), size))
+
+
+def _resized_image(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+    """Resize an image of mode L or RGB to height and width, where they are given."""
+    if size is None or image.size == size[::-1]:
+        return image
+    return image.resize(size[::-1], Image.Resampling.BILINEAR)
+
+
+def _pixels(image: Image.Image) -> NDArray[np.uint8]:
+    shape = (image.height, image.width) if image.mode == "L" else (image.height, image.width, 3)
+    return np.frombuffer(image.tobytes(), np.uint8).reshape(shape)
 
 
 def grey_of(pixels: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
@@ -195,30 +231,32 @@ def _check_scans(encoded: bytes) -> None:
 
     Within a scan's data the marker cannot occur, because a byte 0xff is followed by a zero there.
     """
-    if encoded[:2] == b"\xff\xd8" and (n_scans := encoded.count(_START_OF_SCAN)) > _MAX_JPEG_SCANS:
+    if encoded.startswith(_JPEG) and (n_scans := encoded.count(_START_OF_SCAN)) > _MAX_JPEG_SCANS:
         raise _UnreadableError(f"a JPEG file of {n_scans} scans, wanted at most {_MAX_JPEG_SCANS}")
 
 
 def _check_header(image: Image.Image, *, max_pixels: int | None = None) -> None:
     """Refuse an image before its pixels are decoded."""
-    if max_pixels is not None and image.width * image.height > max_pixels:
-        raise _UnreadableError(
-            f"{image.width} by {image.height} pixels, wanted at most {max_pixels} in all; make it smaller first"
-        )
-    # Pillow itself only warns between this limit and twice as much.
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        raise _UnreadableError(f"{image.width * image.height} pixels, more than Pillow's MAX_IMAGE_PIXELS of {limit}")
+    _check_pixels(image.width, image.height, max_pixels=max_pixels)
     # MPO is what many telephones write: a JPEG photo with a preview or a depth map behind it, which is not wanted.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         raise _UnreadableError("animated, and it is not clear which picture is meant")
 
 
-def _size_error(name: str, image: Image.Image, reference: Reference) -> InputError:
+def _check_pixels(width: int, height: int, *, max_pixels: int | None) -> None:
+    if max_pixels is not None and width * height > max_pixels:
+        raise _UnreadableError(f"{width} by {height} pixels, wanted at most {max_pixels} in all; make it smaller first")
+    # Pillow itself only warns between this limit and twice as much.
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise _UnreadableError(f"{width * height} pixels, more than Pillow's MAX_IMAGE_PIXELS of {limit}")
+
+
+def _size_error(name: str, size: tuple[int, int], reference: Reference) -> InputError:
     height, width = reference.size
     return InputError(
-        f"got images of different sizes: {reference.name} is {height} high and {width} wide, {name} is {image.height} "
-        f"high and {image.width} wide; wanted one size, pass image_size=(height, width), or --image-size, to resize "
+        f"got images of different sizes: {reference.name} is {height} high and {width} wide, {name} is {size[0]} "
+        f"high and {size[1]} wide; wanted one size, pass image_size=(height, width), or --image-size, to resize "
         "them all"
     )
 
