@@ -8,10 +8,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,13 +21,12 @@ from pipelines.ray_environment import CHECKOUT
 from vaefeat.errors import JobError, TrainingError, VaefeatError
 from vaefeat.observers import shown_activity
 from vaefeat.processors import available_cpus
+from vaefeat.scratch import scratch_folder
 
 __all__ = ["aside", "last_line", "ray_errors_told_plainly", "running_ray"]
 
 #: Ray wants this much for its object store, whatever is put into it.
 _LEAST_STORE_BYTES = 128 * 2**20
-# A Unix socket's path holds 107 bytes, and our folder's and Ray's own names take 82 of them.
-_MAX_PARENT_BYTES = 25
 _ANSWER_S = 10.0
 
 
@@ -50,7 +47,7 @@ def running_ray(address: str, *, store_bytes: int = 0) -> Iterator[None]:
         It did not start, or there is none at the address.
     """
     quiet: dict[str, Any] = {"include_dashboard": False, "logging_level": logging.ERROR, "log_to_driver": False}
-    with _scratch_folder() as folder:
+    with scratch_folder() as folder:
         try:
             with shown_activity("start Ray"), _told_if_it_fails(address):
                 if address == "local":
@@ -96,19 +93,6 @@ def _refuse_where_nobody_answers(address: str) -> None:
             f"got the address {address}, where no Ray answers ({error}); wanted that of a cluster's head, such as "
             "HEAD:6379, or local"
         ) from error
-
-
-@contextlib.contextmanager
-def _scratch_folder() -> Iterator[Path]:
-    """Make a private folder for Ray's sockets and logs, which Ray itself would leave readable for everyone."""
-    parent = tempfile.gettempdir()
-    if len(os.fsencode(parent)) > _MAX_PARENT_BYTES:
-        parent = "/tmp"  # noqa: S108  # the folder in it is private
-    folder = Path(tempfile.mkdtemp(prefix="vaefeat-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

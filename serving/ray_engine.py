@@ -8,11 +8,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
-import shutil
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -35,6 +32,7 @@ from serving.errors import EngineError
 from serving.models import find_bundles
 from serving.settings import ServiceSettings
 from vaefeat.errors import DeviceError
+from vaefeat.scratch import scratch_folder
 
 __all__ = ["run"]
 
@@ -47,8 +45,6 @@ _DESK = "desk.sock"
 _START_TIMEOUT_S = 120.0
 _TICK_S = 0.05
 _WATCH_S = 1.0
-# A Unix socket's path holds 107 bytes, and our folder's and Ray's own names take 82 of them.
-_MAX_PARENT_BYTES = 25
 
 
 class _Stopped(Exception):
@@ -78,7 +74,7 @@ def run(settings: ServiceSettings, listener: socket.socket, asked: Asked) -> Non
     # Ray prints what its processes report to standard output, which is for the one line of ours.
     with (
         _ray_errors_told_plainly(),
-        _scratch_folder() as folder,
+        scratch_folder() as folder,
         Desk(folder / _DESK, listener) as desk,
         contextlib.redirect_stdout(sys.stderr),
     ):
@@ -183,19 +179,6 @@ def _ray_errors_told_plainly() -> Iterator[None]:
 def _last_line(text: str) -> str:
     """Ray reports a traceback; its last line is the error."""
     return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "Ray gave no reason")
-
-
-@contextlib.contextmanager
-def _scratch_folder() -> Iterator[Path]:
-    """Make a private folder for Ray's sockets and logs, which Ray itself would leave readable for everyone."""
-    parent = tempfile.gettempdir()
-    if len(os.fsencode(parent)) > _MAX_PARENT_BYTES:
-        parent = "/tmp"  # noqa: S108  # the folder in it is private
-    folder = Path(tempfile.mkdtemp(prefix="vaefeat-", dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _watch(desk: Desk, asked: Asked) -> None:
