@@ -14,17 +14,17 @@ UV = $$(command -v uv || echo $(UV_HOME)/bin/uv)
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-10s %s\n", $$1, $$2}'
 
-# Where Python may not keep the bytecode that it compiles, each of the tests' many processes would compile all anew.
-SYNC = pip sync --quiet $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
-
 BOOTSTRAP = command -v uv >/dev/null || test -x $(UV_HOME)/bin/uv || \
 	{ python3 -m venv $(UV_HOME) && $(UV_HOME)/bin/pip install --quiet uv; }
+
+# Where Python may not keep the bytecode that it compiles, each of the tests' many processes would compile all anew.
+SYNC = $(UV) pip sync --quiet $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
 
 $(READY): requirements.lock pyproject.toml
 	@$(BOOTSTRAP)
 	@echo "installing into $(VENV)"
 	@test -x $(PYTHON) || $(UV) venv --quiet --python '>=3.11' $(VENV)
-	@$(UV) $(SYNC) --python $(PYTHON) requirements.lock
+	@$(SYNC) --python $(PYTHON) requirements.lock
 	@$(UV) pip install --quiet --python $(PYTHON) --no-deps --editable .
 	@touch $@
 
@@ -34,7 +34,7 @@ $(CLIENTS): tests/clients/requirements.lock
 	@$(BOOTSTRAP)
 	@echo "installing the tests' clients into .venv-clients"
 	@test -x .venv-clients/bin/python || $(UV) venv --quiet --python '>=3.11' .venv-clients
-	@$(UV) $(SYNC) --python .venv-clients/bin/python $<
+	@$(SYNC) --python .venv-clients/bin/python $<
 	@touch $@
 
 # The servers that benchmarks.serve measures against: MLServer's pins clash with the others'.
@@ -44,8 +44,8 @@ PEERS := benchmarks/serve_peers
 	@echo "installing the servers to measure against into .venv-peers"
 	@test -x .venv-peers/peers/bin/python || $(UV) venv --quiet --python '>=3.11' .venv-peers/peers
 	@test -x .venv-peers/mlserver/bin/python || $(UV) venv --quiet --python '>=3.11' .venv-peers/mlserver
-	@$(UV) $(SYNC) --python .venv-peers/peers/bin/python $(PEERS)/requirements.lock
-	@$(UV) $(SYNC) --python .venv-peers/mlserver/bin/python $(PEERS)/mlserver.lock
+	@$(SYNC) --python .venv-peers/peers/bin/python $(PEERS)/requirements.lock
+	@$(SYNC) --python .venv-peers/mlserver/bin/python $(PEERS)/mlserver.lock
 	@touch $@
 
 demo: $(READY) ## the main job on scikit-learn's digits: pretrain, serve, embed, classify, report

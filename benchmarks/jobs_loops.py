@@ -40,7 +40,7 @@ def embed_memory(session: ort.InferenceSession, rows: NDArray[Any], *, batch_siz
     return done / (time.perf_counter() - began)
 
 
-def embed_rows(session: ort.InferenceSession, folder: Path, *, batch_size: int) -> float:
+def embed_rows(session: ort.InferenceSession, folder: Path, *, batch_size: int, n_rows: int) -> float:
     """Read and embed the rows of bytes in a folder of Parquet files; gives rows per second."""
     shape = session.get_inputs()[0].shape[1:]
     n_bytes = math.prod(shape)
@@ -53,6 +53,8 @@ def embed_rows(session: ort.InferenceSession, folder: Path, *, batch_size: int) 
                 values = np.frombuffer(cells.buffers()[1], np.uint8, len(cells) * n_bytes, cells.offset * n_bytes)
                 session.run(["mean"], {"rows": values.reshape(-1, *shape)})
                 done += len(cells)
+                if done >= n_rows:
+                    return done / (time.perf_counter() - began)
     return done / (time.perf_counter() - began)
 
 
@@ -93,7 +95,7 @@ def main(
     if what == "memory":
         rate = embed_memory(session, np.load(data), batch_size=batch_size, n_rows=n_rows)
     elif what == "rows":
-        rate = embed_rows(session, data, batch_size=batch_size)
+        rate = embed_rows(session, data, batch_size=batch_size, n_rows=n_rows)
     else:
         rate = embed_images(session, data, batch_size=batch_size, n_rows=n_rows)
     cpu_s = sum(os.times()[:2])

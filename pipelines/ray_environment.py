@@ -25,6 +25,8 @@ def prepare_environment(address: str, *, timeout_s: float = 120.0) -> None:
             # Workers must find this package, from wherever the job was started.
             "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Threads of Ray Data that are at work while Ray shuts down would start another one, open to everybody.
+            "RAY_ENABLE_AUTO_CONNECT": "0",
             # It prints a stack trace for the SIGTERM that is an ordinary way to stop.
             "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
             "RAY_TRAIN_V2_ENABLED": "1",

@@ -55,7 +55,7 @@ def running_ray(address: str, *, store_bytes: int = 0) -> Iterator[None]:
                         address="local",  # never one that happens to run on this machine
                         num_cpus=available_cpus(),
                         object_store_memory=_LEAST_STORE_BYTES + int(1.1 * store_bytes),
-                        _temp_dir=str(folder),
+                        _temp_dir=str(folder / "r"),
                         **quiet,
                     )
                 else:

@@ -116,7 +116,7 @@ def _start_ray(folder: Path, *, n_cpus: int) -> None:
         object_store_memory=_OBJECT_STORE_BYTES,
         logging_level=logging.ERROR,
         namespace="vaefeat",
-        _temp_dir=str(folder),
+        _temp_dir=str(folder / "r"),
     )
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
 

@@ -26,6 +26,8 @@ def prepare_environment() -> None:
             "AUTOSCALER_METRIC_PORT": "0",
             "DASHBOARD_METRIC_PORT": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
+            # A call that comes while Ray shuts down would start another one, open to everybody.
+            "RAY_ENABLE_AUTO_CONNECT": "0",
             # It prints a stack trace for the SIGTERM that is our ordinary way to stop.
             "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",
             # Both bind to every interface.

@@ -11,7 +11,7 @@ from pathlib import Path
 __all__ = ["exchange_files", "replace_file", "sync_folder"]
 
 
-def replace_file(path: Path, content: bytes, *, private: bool = False) -> None:
+def replace_file(path: Path, content: bytes | memoryview, *, private: bool = False) -> None:
     """Write `content` to `path` so that a reader, or a crash, sees the old file or the new one and nothing between.
 
     The bytes go to a temporary file in the same folder, are flushed to the disk, and take the name by a rename.
@@ -20,7 +20,7 @@ def replace_file(path: Path, content: bytes, *, private: bool = False) -> None:
     ----------
     path : Path
         Its folder must exist.
-    content : bytes
+    content : bytes or memoryview
     private : bool
         Only the user may read or write the file, from its first byte on, whatever their umask.
 

@@ -17,6 +17,7 @@ Axes, where a comment names them: n rows, C channels, H height, W width.
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -38,6 +39,8 @@ _FORMATS = ("PNG", "JPEG", "WEBP")
 _GREY_MODES = ("1", "L", "LA", "I;16")
 #: A camera writes ten; a small file of thousands takes hours, because each is a pass over all pixels.
 _MAX_JPEG_SCANS = 100
+#: A photo may have a film behind it.
+_MAX_JPEG_BYTES = 64 * 2**20
 _JPEG, _START_OF_SCAN = b"\xff\xd8", b"\xff\xda"
 #: Where Pillow looks for an orientation.
 _ORIENTED = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
@@ -168,13 +171,15 @@ def decode_pixels(
         encoded = _content(encoded)
     must_fit = reference if image_size is None else None
     enter = room or _any_room
-    if isinstance(encoded, bytes) and (plain := plain_jpeg(encoded)) is not None:
+    plain = plain_jpeg(encoded) if isinstance(encoded, bytes) else None
+    # Pillow resizes its own image without a copy, which for large ones is more than its Python takes.
+    if plain is not None and image_size in (None, (plain.height, plain.width)):
         _check_pixels(plain.width, plain.height, max_pixels=max_pixels)
         if must_fit is not None and (plain.height, plain.width) != must_fit.size:
             raise _size_error(name, (plain.height, plain.width), must_fit)
         with enter(plain.width * plain.height):
             if (pixels := plain.pixels()) is not None:
-                return _resized(pixels, image_size)
+                return pixels
     with Image.open(encoded if isinstance(encoded, Path) else BytesIO(encoded), formats=_FORMATS) as image:
         _check_header(image, max_pixels=max_pixels)
         # Before the pixels are decoded; the orientation, which in PNG can stand behind them, may yet swap the sides.
@@ -186,27 +191,23 @@ def decode_pixels(
                 ImageOps.exif_transpose(image, in_place=True)
             if must_fit is not None and image.size[::-1] != must_fit.size:
                 raise _size_error(name, image.size[::-1], must_fit)
-            return _pixels(_resized_image(_to_grey_or_rgb(image), image_size))
+            return _pixels(_resized(_to_grey_or_rgb(image), image_size))
 
 
 def _content(path: Path) -> Path | bytes:
-    """Read a JPEG file; of others, Pillow reads what it needs."""
+    """Read a JPEG file; of others, and of what only begins like one, Pillow reads what it needs."""
     with path.open("rb") as file:
         begin = file.read(len(_JPEG))
-        return begin + file.read() if begin == _JPEG else path
+        if begin != _JPEG or os.fstat(file.fileno()).st_size > _MAX_JPEG_BYTES:
+            return path
+        return begin + file.read()
 
 
 def _any_room(n_pixels: int) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def _resized(pixels: NDArray[np.uint8], size: tuple[int, int] | None) -> NDArray[np.uint8]:
-    if size is None or pixels.shape[:2] == size:
-        return pixels
-    return _pixels(_resized_image(Image.fromarray(pixels), size))
-
-
-def _resized_image(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+def _resized(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     """Resize an image of mode L or RGB to height and width, where they are given."""
     if size is None or image.size == size[::-1]:
         return image

@@ -1,4 +1,4 @@
-"""Plain JPEG files, decoded without Pillow, which takes six times as long for a small one.
+"""Plain JPEG files, decoded without Pillow, in which a small one takes six times as long in Python as in the decoder.
 
 Plain is what needs nothing but decoding: grey or YCbCr, as every camera and library writes, and no word of an
 orientation or of other pictures behind the first. Everything else, and every file of which something is wrong, is for
@@ -17,7 +17,7 @@ __all__ = ["PlainJpeg", "plain_jpeg"]
 
 #: What it must be decoded to, by what the file says it holds.
 _SPACES = {"Gray": "GRAY", "YCbCr": "RGB"}
-#: Exif and XMP may tell an orientation; MPF, of more pictures. Where else these bytes occur, Pillow does no harm.
+#: Exif and XMP may tell an orientation; MPF, of more pictures. Where a file has these bytes by chance, it costs time.
 _MORE = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"MPF\0")
 
 
@@ -59,7 +59,7 @@ def plain_jpeg(encoded: bytes) -> PlainJpeg | None:
         return None
     try:
         height, width, found, _ = simplejpeg.decode_jpeg_header(encoded)
-    except ValueError:
+    except (ValueError, KeyError):  # a KeyError where it knows no name for how the colours are sampled
         return None
     space = _SPACES.get(found)
     if space is None or any(mark in encoded for mark in _MORE):

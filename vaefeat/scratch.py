@@ -1,10 +1,12 @@
-"""A private folder for the sockets and logs of a Ray of our own."""
+"""A private folder for the sockets and logs of a Ray of our own, on systems that are like Unix."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,9 +15,11 @@ from pathlib import Path
 __all__ = ["scratch_folder"]
 
 _PREFIX = "vaefeat-"
-_LOCK_FILE = "lock"
-# A Unix socket's path holds 107 bytes, and our folder's and Ray's own names take 82 of them.
-_MAX_PARENT_BYTES = 25
+#: What :func:`tempfile.mkdtemp` makes of it.
+_NAME = re.compile(rf"{_PREFIX}[a-z0-9_]{{8}}")
+_LOCK_FILE = ".vaefeat-lock"
+# A Unix socket's path holds 107 bytes, and the names of our folder, of one for Ray in it, and of Ray's own take 84.
+_MAX_PARENT_BYTES = 23
 #: Younger ones may be about to be locked.
 _LEAST_AGE_S = 60.0
 
@@ -24,12 +28,11 @@ _LEAST_AGE_S = 60.0
 def scratch_folder() -> Iterator[Path]:
     """Make a folder for the time of a ``with`` block, and remove those that killed processes left behind.
 
-    Ray itself would leave its folder readable for everyone.
-
     Yields
     ------
     Path
-        Short enough for Ray's Unix sockets.
+        Which nobody else can enter. For Ray, name a folder of one letter in it: Ray opens its own to everybody, and its
+        sockets' paths must be short.
     """
     parent = tempfile.gettempdir()
     if len(os.fsencode(parent)) > _MAX_PARENT_BYTES:
@@ -46,19 +49,22 @@ def scratch_folder() -> Iterator[Path]:
 def _remove_deserted(parent: Path) -> None:
     for folder in parent.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
-            found = folder.stat()
-            if found.st_uid != os.getuid() or time.time() - found.st_mtime < _LEAST_AGE_S:
-                continue
-            # Where there is no such file, the folder is somebody else's.
-            with _locked(folder / _LOCK_FILE, mode="r"):
-                shutil.rmtree(folder, ignore_errors=True)
+            found = folder.lstat()
+            ours = _NAME.fullmatch(folder.name) and stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+            if ours and time.time() - found.st_mtime > _LEAST_AGE_S:
+                # Without such a file, the folder is somebody else's after all.
+                with _locked(folder / _LOCK_FILE, make=False):
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _locked(path: Path, *, mode: str = "w") -> Iterator[None]:
+def _locked(path: Path, *, make: bool = True) -> Iterator[None]:
     """Hold a file as long as this process lives, and no longer; raises BlockingIOError where another one does."""
-    import fcntl
+    import fcntl  # not there on Windows, where nobody comes this far
 
-    with path.open(mode) as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | (os.O_CREAT if make else 0), 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    finally:
+        os.close(descriptor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipelines.embedding.arrays import ArrayHeader
 from pipelines.embedding.parts import Part
-from pipelines.embedding.readers import Batch, ahead, read_part
+from pipelines.embedding.readers import Batch, ahead, read_part, rows_of_batch
 from pipelines.embedding.sources import Source
 from vaefeat.encoder import OnnxEncoder
 from vaefeat.errors import InputError
@@ -32,8 +32,8 @@ _EMBEDDING = "embedding.list.element"
 class Encoded(NamedTuple):
     """A part that is ready to be written."""
 
-    content: Any
-    """A Parquet file of the rows that could be read, in order; a buffer of pyarrow, whose memory is used again."""
+    content: memoryview
+    """A Parquet file of the rows that could be read, in order."""
 
     quarantine: bytes | None
     """A Parquet file of the others, with reasons; None where there are none."""
@@ -77,7 +77,7 @@ class PartEncoder:
         self._threads = threads
         self._features = np.empty((0, self._width), np.float32)
 
-    def encode(self, parts: Iterable[Part]) -> Iterator[Encoded]:
+    def encode(self, parts: Iterable[Part]) -> Generator[Encoded]:
         """Read parts, embed them, and give what is to be written of each, in order.
 
         The next part is read while one is embedded.
@@ -131,7 +131,8 @@ class PartEncoder:
     def warm_up(self) -> None:
         """Take the memory, and compile the kernels, that the first batch would wait for."""
         spec = self._encoder.input
-        self._encoder.compute(np.zeros((self._encoder.batch_size, *spec.shape), spec.dtype), [self._output])
+        n_rows = min(self._encoder.batch_size, rows_of_batch(self._source, spec))
+        self._encoder.compute(np.zeros((n_rows, *spec.shape), spec.dtype), [self._output])
 
     def try_first(self, part: Part) -> None:
         """Refuse a source of which the first rows are none that the encoder takes, all for one reason.
@@ -193,7 +194,8 @@ class PartEncoder:
         vectors = pa.FixedSizeListArray.from_arrays(values, type=self._schema.field("embedding").type)
         return pa.RecordBatch.from_arrays([*carried.columns, vectors], schema=self._schema)
 
-    def _written(self, table: Any) -> Any:
+    def _written(self, table: Any) -> memoryview:
+        # Its memory goes back to pyarrow, and comes from there for the next part; new memory costs time.
         file = pa.BufferOutputStream()
         dictionaries = [name for name in table.column_names if name != "embedding"]
         with pq.ParquetWriter(
@@ -207,7 +209,7 @@ class PartEncoder:
             write_statistics=dictionaries,
         ) as writer:
             writer.write_table(table, row_group_size=_ROW_GROUP_ROWS)
-        return file.getvalue()
+        return memoryview(file.getvalue())
 
 
 def output_schema(source: Source, width: int, metadata: dict[str, str]) -> Any:

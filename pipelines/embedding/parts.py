@@ -25,8 +25,11 @@ _MAX_CUTS = 16
 _MAX_PACKED_BYTES = 4 << 30
 #: Each share is so small a portion, by encoders, of what is left: many parts first, single ones at the end.
 _SHARES_LEFT = 3
-#: Parts of a share: what an encoder that is lost leaves to the others.
-_MAX_SHARE = 16
+#: Parts of a share, what an encoder that is lost leaves to the others; more where shares would be so many, for each of
+#: which Ray Data keeps books.
+_MAX_SHARE, _MAX_SHARES = 16, 4096
+#: Of images; every encoder is sent the next share's.
+_MAX_NAMES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +148,11 @@ def shares(parts: Sequence[Part], n_encoders: int) -> list[tuple[Part, ...]]:
     list of tuple of Part
         All parts, in order.
     """
+    most = max(_MAX_SHARE, -(-len(parts) // _MAX_SHARES))
     found, start = [], 0
     while start < len(parts):
-        size = min(_MAX_SHARE, -(-(len(parts) - start) // (_SHARES_LEFT * n_encoders)))
+        size = min(most, -(-(len(parts) - start) // (_SHARES_LEFT * n_encoders)))
+        size = min(size, max(1, _MAX_NAMES // len(parts[start].names)))
         found.append(tuple(parts[start : start + size]))
         start += size
     return found

@@ -20,7 +20,7 @@ from pipelines.embedding.storage import Place
 from vaefeat.errors import InputError
 from vaefeat.input_spec import InputSpec
 
-__all__ = ["Batch", "ahead", "read_part"]
+__all__ = ["Batch", "ahead", "read_part", "rows_of_batch"]
 
 #: Small enough to stay in a processor's cache on their way through the encoder.
 _BATCH_BYTES = 4 << 20
@@ -75,16 +75,30 @@ def read_part(source: Source, headers: Mapping[str, ArrayHeader], part: Part, sp
     """
     if source.kind == "images":
         return _read_images(source.place, part)
-    rows = max(1, min(_MAX_BATCH_ROWS if spec.table is None else _TABLE_ROWS, _BATCH_BYTES // spec.row_bytes))
+    rows = rows_of_batch(source, spec)
     if source.kind == "parquet":
-        return _read_parquet(source, part, _IMAGES if source.encoded else rows, spec)
+        return _read_parquet(source, part, rows, spec)
     if source.kind == "csv":
         return _read_csv(source, part, rows, spec)
     return _read_arrays(source, headers, part, rows)
 
 
+def rows_of_batch(source: Source, spec: InputSpec) -> int:
+    """Give the number of rows in a batch, at most."""
+    if source.encoded:
+        return _IMAGES
+    return max(1, min(_MAX_BATCH_ROWS if spec.table is None else _TABLE_ROWS, _BATCH_BYTES // spec.row_bytes))
+
+
 def ahead(items: Iterable[_T], depth: int = 3) -> Iterator[_T]:
-    """Read in a thread while somebody works on what was read before."""
+    """Take items in a thread while somebody works on those before; whoever stops half way has to close it.
+
+    Parameters
+    ----------
+    items : iterable
+    depth : int
+        Items that may wait.
+    """
     waiting: queue.Queue[tuple[_T] | BaseException | None] = queue.Queue(depth)
     left = threading.Event()
 

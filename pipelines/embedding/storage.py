@@ -123,7 +123,7 @@ class Place:
         paths = find_images(self.local)
         return [Found(path.relative_to(self.local).as_posix(), *_stat(path)) for path in paths]
 
-    def write(self, name: str, content: bytes) -> None:
+    def write(self, name: str, content: bytes | memoryview) -> None:
         """Write a file below the folder that appears whole or not at all; what was there is replaced.
 
         Raises
@@ -150,7 +150,7 @@ class Place:
                 "place, and the same command goes on"
             ) from error
 
-    def _send(self, path: str, content: bytes) -> None:
+    def _send(self, path: str, content: bytes | memoryview) -> None:
         stream = self._filesystem.open_output_stream(path)
         stream.write(content)
         # Not in a `with` block, which would also close, and so publish, what was cut short by an error.

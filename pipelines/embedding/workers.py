@@ -11,7 +11,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -155,13 +155,13 @@ class EncodingActor:
         """Embed the parts of a share, each while the one before is written: that is waiting for a disk."""
         before: Future[None] | None = None
         parts = [part for part in share if part.index in undone]
-        encoded_parts = self._encoder.encode(parts)
-        for part in parts:
-            with self._failures_told(part):
-                encoded = next(encoded_parts)
-            if before is not None:
-                before.result()
-            before = self._writer.submit(self._write, part, encoded)
+        with contextlib.closing(self._encoder.encode(parts)) as encoded_parts:
+            for part in parts:
+                with self._failures_told(part, before):
+                    encoded = next(encoded_parts)
+                if before is not None:
+                    before.result()
+                before = self._writer.submit(self._write, part, encoded)
         if before is not None:
             before.result()
 
@@ -171,15 +171,14 @@ class EncodingActor:
         ray.get(self._desk.tell.remote(receipt))
 
     @contextlib.contextmanager
-    def _failures_told(self, part: Part) -> Iterator[None]:
+    def _failures_told(self, part: Part, before: Future[None] | None = None) -> Iterator[None]:
         try:
             yield
-        except VaefeatError as error:
-            ray.get(self._desk.fail.remote(error))
-            raise
         except Exception as error:
-            unforeseen = JobError(f"part {part.index} of {part.names[0]}: {type(error).__name__}: {error}")
-            ray.get(self._desk.fail.remote(unforeseen))
+            if before is not None:
+                wait([before])  # what is being written is worth keeping, and the job ends when it hears of this
+            unforeseen = f"part {part.index} of {part.names[0]}: {type(error).__name__}: {error}"
+            ray.get(self._desk.fail.remote(error if isinstance(error, VaefeatError) else JobError(unforeseen)))
             raise
 
 

@@ -123,13 +123,39 @@ def test_a_job_that_is_killed_again_and_again_ends_with_the_rows_of_a_plain_loop
 
 def test_sigterm_stops_the_job_and_says_how_far_it_was(digits_bundle: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
-    process = start(digits_bundle, data, out)
+    # Where a Ray would put its files that nobody has told where to.
+    process = start(digits_bundle, data, out, RAY_TMPDIR=str(tmp_path / "elsewhere"))
     wait_for_parts(process, out, 5)
     process.terminate()
     code, told, errors = finish(process)
     assert (code, told) == (130, "")
     assert f"of {N_PARTS} parts are done; the same command goes on" in errors
     assert "Traceback" not in errors
+    assert not (tmp_path / "elsewhere").exists(), "another Ray was started while the job's own shut down"
+
+
+def test_what_is_being_written_when_the_next_part_fails_is_kept(
+    digits_bundle: Path, digits_rows: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    rows = digits_rows[:1200].reshape(1200, -1)
+    cells = pa.FixedSizeBinaryArray.from_buffers(pa.binary(64), len(rows), [None, pa.py_buffer(rows.tobytes())])
+    settings: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "row_group_size": 100}
+    pq.write_table(pa.table({"key": pa.array(range(1200)), "pixels": cells}), tmp_path / "rows.parquet", **settings)
+    content = bytearray((tmp_path / "rows.parquet").read_bytes())
+    # The third part of a share of four, of which the first page is damaged.
+    page = pq.read_metadata(tmp_path / "rows.parquet").row_group(2).column(1).data_page_offset
+    content[page + 40 : page + 400] = bytes(360)
+    (tmp_path / "rows.parquet").write_bytes(content)
+    out = tmp_path / "out.parquet"
+    words = ("--encoders", "1", "--part-rows", "100")
+    code, told, errors = finish(start(digits_bundle, tmp_path / "rows.parquet", out, *words))
+    assert (code, told) == (2, "")
+    assert "rows.parquet" in errors
+    # Encoders may have gone on with other shares until the job heard of it.
+    assert [path.name for path in sorted(out.glob("part-*"))[:2]] == ["part-00000000.parquet", "part-00000001.parquet"]
+    assert not (out / "part-00000002.parquet").exists()
+    assert not (out / "_manifest.json").exists()
+    assert not list(out.rglob(".*.tmp"))
 
 
 @pytest.fixture

@@ -82,6 +82,9 @@ def test_what_is_not_plain_is_left_to_pillow() -> None:
     exif[0x0112] = 6
     two = io.BytesIO()
     image.save(two, "MPO", save_all=True, append_images=[image])
+    odd = bytearray(jpeg(image, subsampling=2))
+    place = odd.index(b"\xff\xc0") + 11  # how the first component is sampled
+    odd[place] = 0x14
     xmp = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta/>"
     others = {
         "exif": jpeg(image, exif=exif),
@@ -89,11 +92,13 @@ def test_what_is_not_plain_is_left_to_pillow() -> None:
         "two pictures": two.getvalue(),
         "cmyk": jpeg(image.convert("CMYK")),
         "rgb": jpeg(image, keep_rgb=True),
+        "sampled in a way without a name": bytes(odd),
         "png": b"\x89PNG\r\n\x1a\n",
         "no header": b"\xff\xd8\xff",
         "nothing": b"",
     }
     assert {name: plain_jpeg(encoded) for name, encoded in others.items()} == dict.fromkeys(others)
+    np.testing.assert_array_equal(decode_pixels("odd", bytes(odd), None), by_pillow(bytes(odd)))
 
 
 def test_file_with_a_scan_that_is_cut_short_has_no_pixels() -> None:

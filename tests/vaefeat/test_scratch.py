@@ -54,12 +54,20 @@ def test_folder_of_a_killed_process_is_removed_by_the_next_and_that_of_a_living_
     try:
         killed.send_signal(signal.SIGKILL)
         killed.communicate()
-        (strange := parent / "vaefeat-notes").mkdir()
-        os.utime(strange, (HOUR_AGO, HOUR_AGO))
+        others = [parent / "vaefeat-thesis", parent / "vaefeat-mythesis", parent / "vaefeat-my_notes"]
+        for other in others:
+            other.mkdir()
+        (others[0] / ".vaefeat-lock").write_text("")
+        (others[1] / "lock").write_text("")
+        os.mkfifo(others[2] / ".vaefeat-lock")
+        (link := parent / "vaefeat-1ink1ink").symlink_to(kept)
+        for other in others:
+            os.utime(other, (HOUR_AGO, HOUR_AGO))
         with scratch_folder():
             assert not left.exists()
             assert (kept / "log").read_text() == "left"
-            assert strange.exists()
+            assert all(other.exists() for other in others[:2])
+            assert link.exists()
     finally:
         living.communicate("\n")
     assert not kept.exists()
