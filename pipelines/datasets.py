@@ -1,4 +1,4 @@
-"""The rows of a run: training and test rows with labels to judge by, and what the encoder is trained on."""
+"""The rows of a run: training and test rows, with labels to judge by where there are some, and what is trained on."""
 
 from __future__ import annotations
 
@@ -17,35 +17,103 @@ from pipelines.finetuning.rows import NamedRows, read_ids
 from vaefeat.blocks import Blocks, open_blocks
 from vaefeat.data import Rows, Split, load_rows
 from vaefeat.errors import ConfigError, InputError, MissingSplitError
+from vaefeat.table_files import SUFFIXES as TABLE_SUFFIXES
+from vaefeat.table_files import read_frame
 from vaefeat.table_schema import TableSchema
 
-__all__ = ["Dataset", "load_dataset", "load_named_rows", "load_validation", "open_rows"]
+__all__ = [
+    "Dataset",
+    "Parts",
+    "is_labelled",
+    "load_dataset",
+    "load_named_rows",
+    "load_parts",
+    "load_validation",
+    "open_rows",
+]
 
 #: Training rows that are held back for validation, at most, and of all of them.
 _N_VALIDATION, _VALIDATION_SHARE = 10_000, 1 / 6
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Rows (n, ...) and labels (n,), training and test.
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Rows (n, ...), training and test.
 
     Attributes
     ----------
     pretraining : Rows
         What the encoder is trained on: no label is looked at there.
     train, test : ndarray of shape (n, ...)
+        There are no test rows where data have neither labels nor a split of their own.
+    """
+
+    pretraining: Rows
+    train: NDArray[Any]
+    test: NDArray[Any]
+
+    @property
+    def has_test(self) -> bool:
+        """Whether there are test rows."""
+        return len(self.test) > 0
+
+    @property
+    def shown(self) -> NDArray[Any]:
+        """What is shown to people and looked at twice: test rows, or training rows where there are none."""
+        return self.test if self.has_test else self.train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset(Parts):
+    """Rows and their labels (n,), training and test.
+
+    Attributes
+    ----------
     train_labels, test_labels : ndarray of shape (n,)
         Class indices.
     names : tuple of str
         Of the classes.
     """
 
-    pretraining: Rows
-    train: NDArray[Any]
     train_labels: NDArray[np.int64]
-    test: NDArray[Any]
     test_labels: NDArray[np.int64]
     names: tuple[str, ...]
+
+
+def is_labelled(config: DataConfig) -> bool:
+    """Tell whether the training rows come with labels.
+
+    One row is read, or the whole file of a table.
+
+    Raises
+    ------
+    InputError
+        Nothing readable.
+    """
+    if config.path == "digits":
+        return True
+    path = Path(config.path)
+    is_table = config.table or bool(config.categorical) or path.suffix.lower() == ".csv"
+    if is_table and path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
+        # One row of a table is none: a column may have no value in it.
+        return read_frame(path)[1] is not None
+    return _load(config, max_rows=1).labels is not None
+
+
+def load_parts(config: DataConfig) -> Parts:
+    """Read the rows of a run without their labels, split only where the data are.
+
+    Raises
+    ------
+    InputError
+        Nothing readable, or test rows of another shape than training rows.
+    """
+    train = _load(config)
+    if not _has_test_rows(config):
+        return Parts(pretraining=train, train=train.array, test=train.array[:0])
+    test = _load(config, split="test")
+    pretraining = _together(train, test) if config.pretrain_on == "all" else train
+    return Parts(pretraining=pretraining, train=train.array, test=test.array)
 
 
 def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
@@ -78,9 +146,10 @@ def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
             f"got test rows of the classes {[names[index] for index in unseen][:10]} in {test.source}, wanted classes "
             f"that the training rows in {train.source} have; leave these rows out, or add some of them there"
         )
-    pretraining = np.concatenate([train.array, test.array]) if config.pretrain_on == "all" else train.array
     return Dataset(
-        pretraining=Rows(array=pretraining, source=train.source),
+        pretraining=_together(train, test)
+        if config.pretrain_on == "all"
+        else Rows(array=train.array, source=train.source),
         train=train.array,
         train_labels=labels[: len(train)],
         test=test.array,
@@ -122,7 +191,7 @@ def open_rows(config: RunConfig) -> Rows | Blocks:
         return train if whole else load_dataset(data, seed=config.probe.seed).pretraining
     if data.pretrain_on == "train":
         return train
-    return Rows(array=np.concatenate([train.array, _load(data, split="test").array]), source=train.source)
+    return _together(train, _load(data, split="test"))
 
 
 def load_named_rows(config: DataConfig, *, id_column: str | None) -> NamedRows:
@@ -171,6 +240,15 @@ def _load(config: DataConfig, *, split: Split = "train", max_rows: int | None = 
         table=config.table or None,
         categorical=list(config.categorical) or None,
     )
+
+
+def _together(train: Rows, test: Rows) -> Rows:
+    if train.row_shape != test.row_shape:
+        raise InputError(
+            f"got rows of shape {train.row_shape} in {train.source} and {test.row_shape} in {test.source}, wanted one "
+            "shape to pretrain on all of them"
+        )
+    return Rows(array=np.concatenate([train.array, test.array]), source=train.source)
 
 
 def _has_test_rows(config: DataConfig) -> bool:

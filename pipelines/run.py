@@ -33,8 +33,9 @@ STAGES = (PRETRAIN, EXPORT, EMBED, CHECK, EVALUATE, FINETUNE, REPORT, TRACK)
 _LOCK_FILE = f"{RECORDS_FOLDER}/lock"
 
 
-def stages_of(config: RunConfig) -> tuple[Stage, ...]:
-    """Give the stages that a configuration asks for."""
+def stages_of(job: Job) -> tuple[Stage, ...]:
+    """Give the stages that a job's configuration asks for."""
+    config = job.config
     left_out = {FINETUNE.name: not config.finetune.files, TRACK.name: not config.track.mlflow}
     asked = [stage for stage in STAGES if not left_out.get(stage.name)]
     if FINETUNE in asked:
@@ -60,11 +61,11 @@ def run(config: RunConfig, *, console: Console, force: Collection[str] = ()) -> 
     """
     if in_group():
         raise InputError("got a whole run under torchrun, wanted the stage 'pretrain' alone; run the rest by itself")
-    stages = stages_of(config)
+    job = Job(config)
+    stages = stages_of(job)
     for name in force:
         named(stages, name)
     refuse_untrackable(config)
-    job = Job(config)
     job.draws  # noqa: B018  # an impossible number of labels is found out before anything takes long
     refuse_unlearnable(job)
     with working_in(job.folder, lock=_LOCK_FILE):
@@ -84,7 +85,8 @@ def run_stage(name: str, config: RunConfig, *, console: Console, force: bool = F
     VaefeatError
         Whatever the stage raises.
     """
-    job, stages = Job(config), stages_of(config)
+    job = Job(config)
+    stages = stages_of(job)
     if in_group() and name != PRETRAIN.name:
         raise InputError(f"got the stage {name!r} under torchrun, wanted 'pretrain'; run this one by itself")
     if force and in_group():
@@ -120,11 +122,11 @@ def show_plan(config: RunConfig, *, console: Console, force: Collection[str] = (
     """
     if only is not None:
         _refuse_unasked(only, config)
-    stages = stages_of(config)
+    job = Job(config)
+    stages = stages_of(job)
     for name in force:
         named(stages, name)
     refuse_untrackable(config)
-    job = Job(config)
     if only is None:
         job.draws  # noqa: B018  # as a run itself would refuse an impossible number of labels
     if only in (None, FINETUNE.name):
@@ -136,11 +138,20 @@ def show_plan(config: RunConfig, *, console: Console, force: Collection[str] = (
     for verdict in plan([named(stages, only)] if only else stages, job, force=force):
         stage = verdict.stage
         state = "done" if not verdict.due else "will run" if verdict.certain else "may run"
-        rows = () if stage.rows is None else (f"{stage.rows} rows",)
+        rows = () if stage.rows is None else (f"{_kind_of_rows(stage, job)} rows",)
         files = f"{', '.join((*rows, *stage.reads, *stage.outside(config)))} -> {', '.join(stage.writes)}"
         why = "; ".join(verdict.reasons) or "nothing has changed"
         table.add_row(stage.name, state, Text.assemble(f"{stage.does}: {why}\n", (files, "dim")))
     console.print(table)
+
+
+def _kind_of_rows(stage: Stage, job: Job) -> str:
+    """Say for people which rows a stage reads."""
+    if stage.rows != "parts":
+        return str(stage.rows)
+    if job.is_labelled:
+        return "labelled"
+    return "training and test" if job.parts.has_test else "all"
 
 
 def _refuse_unasked(name: str, config: RunConfig) -> None:
@@ -170,7 +181,7 @@ def _print(console: Console, job: Job) -> None:
         cells = [found for found in errors if found["features"] == name]
         table.add_row(name, *(f"{found['mean']:.1f} ± {found['standard_deviation']:.1f}" for found in cells))
     console.print(table)
-    records = [record for stage in stages_of(config) if (record := Record.read(job, stage.name))]
+    records = [record for stage in stages_of(job) if (record := Record.read(job, stage.name))]
     seconds = ", ".join(f"{record.stage} {record.seconds:.1f} s" for record in records)
     rate = json.loads((job.folder / CHECK_FILE).read_text())["rows_per_s"]
     console.print(f"{seconds}; {rate:,.0f} rows/s over HTTP", highlight=False)

@@ -76,8 +76,9 @@ class Stage:
         In a few words, for people.
     settings : callable
         Gives the part of the configuration that its result depends on, as plain values by dotted names.
-    rows : {"pretraining", "labelled", "named"} or None
-        Which rows it reads.
+    rows : {"pretraining", "parts", "labelled", "named"} or None
+        Which rows it reads: what is trained on; training and test rows, with their labels where there are some; the
+        same, which must have labels; those that files of labels speak of.
     reads, writes : tuple of str
         Files in the job's folder. What it writes may be more: :attr:`Outcome.files` has the last word.
     work : callable
@@ -91,7 +92,7 @@ class Stage:
     name: str
     does: str
     settings: Callable[[RunConfig], Mapping[str, Any]]
-    rows: Literal["pretraining", "labelled", "named"] | None
+    rows: Literal["pretraining", "parts", "labelled", "named"] | None
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     work: Callable[[Job, str], Outcome]

@@ -30,8 +30,8 @@ HAS_MLFLOW = importlib.util.find_spec("mlflow") is not None
 
 
 def test_tracking_is_a_stage_where_it_is_asked_for() -> None:
-    assert TRACK not in stages_of(RunConfig())
-    assert stages_of(RunConfig(track=TrackConfig(mlflow=True)))[-1] is TRACK
+    assert TRACK not in stages_of(Job(RunConfig()))
+    assert stages_of(Job(RunConfig(track=TrackConfig(mlflow=True))))[-1] is TRACK
 
 
 @pytest.mark.skipif(HAS_MLFLOW, reason="MLflow is installed")
