@@ -80,7 +80,8 @@ class Stage:
         Which rows it reads: what is trained on; training and test rows, with their labels where there are some; the
         same, which must have labels; those that files of labels speak of.
     reads, writes : tuple of str
-        Files in the job's folder. What it writes may be more: :attr:`Outcome.files` has the last word.
+        Files in the job's folder. What stages write that a job leaves out is not read. What it writes may be more:
+        :attr:`Outcome.files` has the last word.
     work : callable
         Does it, with the job and the name of the attempt: the same name for as long as the same thing is attempted, so
         that what an interrupted attempt left can be told from what is out of date.
