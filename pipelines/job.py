@@ -67,7 +67,9 @@ class Job:
     @cached_property
     def named_rows(self) -> NamedRows:
         """The rows that files of labels speak of, with their ids."""
-        return load_named_rows(self.config.data, id_column=self.config.finetune.id_column or None)
+        # Without labels and a split, all rows are in one place already.
+        rows = None if self.is_labelled or self.parts.has_test else self.parts.pretraining
+        return load_named_rows(self.config.data, id_column=self.config.finetune.id_column or None, rows=rows)
 
     @cached_property
     def draws(self) -> list[NDArray[np.int64]]:
