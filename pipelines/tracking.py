@@ -106,16 +106,19 @@ def _judgement(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _comparison(comparison: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Name the error of every classifier, the interval of the one that is shipped, and its error on other rows."""
+    """Name the error of every classifier, the interval of the one that is shipped, and its error on other rows.
+
+    A name that is the beginning of another one up to a slash is a file where MLflow wants a folder.
+    """
     for one in comparison["classifiers"]:
         yield f"classifier error percent/{one['name']}", one["error_percent"]
         if one["name"] == comparison["shipped"]:
             low, high = one["interval_percent"]
-            yield "classifier error percent", one["error_percent"]
-            yield "classifier error percent low", low
-            yield "classifier error percent high", high
+            yield "shipped classifier error percent", one["error_percent"]
+            yield "shipped classifier error percent low", low
+            yield "shipped classifier error percent high", high
     if (test := comparison["test"]) is not None:
-        yield "classifier test error percent", test["error_percent"]
+        yield "shipped classifier test error percent", test["error_percent"]
 
 
 TRACK = Stage(
