@@ -20,10 +20,12 @@ from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits
 
+from pipelines import report_pictures
 from pipelines.__main__ import app
 from pipelines.config import DataConfig, FinetuneConfig, RunConfig, TrackConfig, WorkersConfig, load_config
 from pipelines.datasets import Dataset, Parts, is_labelled, load_parts, open_rows
 from pipelines.features import Features, compare_features, read_features
+from pipelines.finetuning.stage import labels_in_files
 from pipelines.job import Job
 from pipelines.report_pictures import neighbourhoods
 from pipelines.run import run, run_stage, show_plan, stages_of
@@ -153,6 +155,21 @@ def test_labels_in_a_file_ship_a_classifier_and_colour_the_map(config: RunConfig
     assert any("labels.csv is new" in reason for reason in due["report"])
     run(config, console=QUIET)  # as the other tests expect it
     assert "The classifier of" not in (place / "run" / "report.html").read_text()
+
+
+def test_labels_of_files_are_at_their_rows_on_the_map(config: RunConfig, place: Path) -> None:
+    job = Job(with_labels(config, place))
+    ids = [int(line.split(",")[0]) for line in (place / "labels.csv").read_text().splitlines()[1:]]
+    found = labels_in_files(job)
+    assert found is not None
+    assert [row for row, label in enumerate(found) if label is not None] == sorted(ids)
+    # One latent that is the number of the row is the first coordinate.
+    numbers = np.arange(len(TARGET), dtype=np.float32)[:, None]
+    points, labels, _ = report_pictures._map(job, Features({"mean": numbers}, {"mean": numbers[:0]}))
+    assert labels is not None
+    assert sorted(points[:, 0]) == numbers.ravel().tolist()
+    said = {int(row): label for row, label in zip(points[:, 0], labels, strict=True) if label is not None}
+    assert said == {row: str(TARGET[row]) for row in ids}
 
 
 def test_rows_that_get_labels_are_judged_by_the_same_command(place: Path, config: RunConfig) -> None:
