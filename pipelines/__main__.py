@@ -45,7 +45,10 @@ def run(
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Do all stages that are not done: pretrain, export, embed, check, evaluate, finetune if asked for, report."""
+    """Do all stages that are not done: pretrain, export, embed, check, evaluate, finetune if asked for, report.
+
+    Rows without labels are not evaluated.
+    """
     loaded = with_workers(load_config(config, override or ()), workers)
     with shown_activity("load torch and the rest"), requiring("jobs", what="This job"):
         from pipelines.run import run as run_job
@@ -325,4 +328,4 @@ def _refuse_beside_file(context: typer.Context) -> None:
 
 
 if __name__ == "__main__":
-    run_command_line(app, again="the same command; a sweep with --resume")
+    run_command_line(app, again="the same command, of a sweep with --resume")

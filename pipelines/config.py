@@ -42,8 +42,7 @@ class DataConfig(Settings):
     Parameters
     ----------
     path : str
-        ``digits`` for scikit-learn's embedded digits, or anything with labels that :func:`vaefeat.data.load_rows`
-        reads.
+        ``digits`` for scikit-learn's embedded digits, or anything that :func:`vaefeat.data.load_rows` reads.
     pretrain_on : {"train", "all"}
         The rows that the encoder is trained on, without their labels. ``all`` includes the test rows' pixels.
     test_share : float
@@ -52,6 +51,12 @@ class DataConfig(Settings):
         Read a Parquet file with text, categories, booleans or gaps as a table; CSV always is one.
     categorical : list of str
         Columns of a table that are categories although they hold numbers.
+    image_size : int or list of int
+        Height and width to which encoded images are resized, or one number for a square; where it is not given, images
+        have to be of one size.
+    labelled : bool
+        Take labels that come with the rows. False leaves them out: of images whose sub-folders are no classes, or where
+        only some rows have one.
     """
 
     path: str = "digits"
@@ -59,9 +64,19 @@ class DataConfig(Settings):
     test_share: float = 0.28
     table: bool = False
     categorical: Sequence[str] = ()
+    image_size: int | Sequence[int] = ()
+    labelled: bool = True
 
     def __post_init__(self) -> None:
         check_bool("data.table", self.table)
+        check_bool("data.labelled", self.labelled)
+        if self.image_size != () and self.size is None:
+            raise ConfigError(
+                f"got data.image_size={self.image_size!r}, wanted [height, width], or one number for a square, such as "
+                "data.image_size=64"
+            )
+        if self.size and self.path == "digits":
+            raise ConfigError("got data.image_size for the embedded digits; it resizes images in files, leave it out")
         if not _are_texts(self.categorical):
             raise ConfigError(f"got data.categorical={self.categorical!r}, wanted a list of columns")
         if self.pretrain_on not in {"train", "all"}:
@@ -70,6 +85,15 @@ class DataConfig(Settings):
             raise ConfigError(f"got data.path={self.path!r}, wanted a text")
         if not isinstance(self.test_share, float) or not 0 < self.test_share < 1:
             raise ConfigError(f"got data.test_share={self.test_share!r}, wanted a number between 0 and 1")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width to resize images to; None where they stay as they are."""
+        given = self.image_size
+        sides = tuple(given) if isinstance(given, list | tuple) else (given, given)
+        if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+            return None
+        return sides[0], sides[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The rows of a run: training and test rows with labels to judge by, and what the encoder is trained on."""
+"""The rows of a run: training and test rows, with labels to judge by where there are some, and what is trained on."""
 
 from __future__ import annotations
 
@@ -17,35 +17,104 @@ from pipelines.finetuning.rows import NamedRows, read_ids
 from vaefeat.blocks import Blocks, open_blocks
 from vaefeat.data import Rows, Split, load_rows
 from vaefeat.errors import ConfigError, InputError, MissingSplitError
+from vaefeat.parquet import DEFAULT_LABEL_COLUMN
+from vaefeat.table_files import SUFFIXES as TABLE_SUFFIXES
+from vaefeat.table_files import read_frame
 from vaefeat.table_schema import TableSchema
 
-__all__ = ["Dataset", "load_dataset", "load_named_rows", "load_validation", "open_rows"]
+__all__ = [
+    "Dataset",
+    "Parts",
+    "is_labelled",
+    "load_dataset",
+    "load_named_rows",
+    "load_parts",
+    "load_validation",
+    "open_rows",
+]
 
 #: Training rows that are held back for validation, at most, and of all of them.
 _N_VALIDATION, _VALIDATION_SHARE = 10_000, 1 / 6
 
 
-@dataclass(frozen=True)
-class Dataset:
-    """Rows (n, ...) and labels (n,), training and test.
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Rows (n, ...), training and test.
 
     Attributes
     ----------
     pretraining : Rows
         What the encoder is trained on: no label is looked at there.
     train, test : ndarray of shape (n, ...)
+        There are no test rows where data have neither labels nor a split of their own.
+    """
+
+    pretraining: Rows
+    train: NDArray[Any]
+    test: NDArray[Any]
+
+    @property
+    def has_test(self) -> bool:
+        """Whether there are test rows."""
+        return len(self.test) > 0
+
+    @property
+    def shown(self) -> NDArray[Any]:
+        """What is shown to people and looked at twice: test rows, or training rows where there are none."""
+        return self.test if self.has_test else self.train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset(Parts):
+    """Rows and their labels (n,), training and test.
+
+    Attributes
+    ----------
     train_labels, test_labels : ndarray of shape (n,)
         Class indices.
     names : tuple of str
         Of the classes.
     """
 
-    pretraining: Rows
-    train: NDArray[Any]
     train_labels: NDArray[np.int64]
-    test: NDArray[Any]
     test_labels: NDArray[np.int64]
     names: tuple[str, ...]
+
+
+def is_labelled(config: DataConfig) -> bool:
+    """Tell whether the training rows come with labels.
+
+    One row is read, or the whole file of a table.
+
+    Raises
+    ------
+    InputError
+        Nothing readable.
+    """
+    if not config.labelled:
+        return False
+    path = Path(config.path)
+    is_table = config.table or bool(config.categorical) or path.suffix.lower() == ".csv"
+    if is_table and path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
+        # One row of a table is none: a column may have no value in it.
+        return read_frame(path)[1] is not None
+    return _load(config, max_rows=1).labels is not None
+
+
+def load_parts(config: DataConfig) -> Parts:
+    """Read the rows of a run without their labels, split only where the data are.
+
+    Raises
+    ------
+    InputError
+        Nothing readable, or test rows of another shape than training rows.
+    """
+    train = _load(config)
+    if not _has_test_rows(config):
+        return Parts(pretraining=train, train=train.array, test=train.array[:0])
+    test = _load(config, split="test")
+    pretraining = _together(train, test) if config.pretrain_on == "all" else train
+    return Parts(pretraining=pretraining, train=train.array, test=test.array)
 
 
 def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
@@ -62,8 +131,6 @@ def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
     InputError
         Nothing readable, or no labels to judge by.
     """
-    if config.path == "digits":
-        return _split(*_digits(), None, config, seed, "digits")
     train = _load(config)
     _require_labels(train)
     try:
@@ -78,9 +145,10 @@ def load_dataset(config: DataConfig, *, seed: int) -> Dataset:
             f"got test rows of the classes {[names[index] for index in unseen][:10]} in {test.source}, wanted classes "
             f"that the training rows in {train.source} have; leave these rows out, or add some of them there"
         )
-    pretraining = np.concatenate([train.array, test.array]) if config.pretrain_on == "all" else train.array
     return Dataset(
-        pretraining=Rows(array=pretraining, source=train.source),
+        pretraining=_together(train, test)
+        if config.pretrain_on == "all"
+        else Rows(array=train.array, source=train.source),
         train=train.array,
         train_labels=labels[: len(train)],
         test=test.array,
@@ -104,10 +172,8 @@ def open_rows(config: RunConfig) -> Rows | Blocks:
     """
     data = config.data
     streamed = config.workers.rows == "stream"
-    if data.path == "digits":
-        if streamed:
-            raise ConfigError("got workers.rows='stream' for the embedded digits, wanted 'load' or 'share'")
-        return load_dataset(data, seed=config.probe.seed).pretraining
+    if data.path == "digits" and streamed:
+        raise ConfigError("got workers.rows='stream' for the embedded digits, wanted 'load' or 'share'")
     has_test_rows = _has_test_rows(data)
     if streamed:
         if has_test_rows and data.pretrain_on == "all":
@@ -115,17 +181,17 @@ def open_rows(config: RunConfig) -> Rows | Blocks:
                 "got workers.rows='stream' with data.pretrain_on='all', wanted 'train': training and test rows are two "
                 "sources, and one can be streamed"
             )
-        return open_blocks(data.path)
+        return open_blocks(data.path, image_size=data.size, label_column=_label_column(data))
     train = _load(data)
     if not has_test_rows:
         whole = data.pretrain_on == "all" or train.labels is None
         return train if whole else load_dataset(data, seed=config.probe.seed).pretraining
     if data.pretrain_on == "train":
         return train
-    return Rows(array=np.concatenate([train.array, _load(data, split="test").array]), source=train.source)
+    return _together(train, _load(data, split="test"))
 
 
-def load_named_rows(config: DataConfig, *, id_column: str | None) -> NamedRows:
+def load_named_rows(config: DataConfig, *, id_column: str | None, rows: Rows | None = None) -> NamedRows:
     """Read the rows that files of labels speak of: all, or the training rows of data that come with a split.
 
     Whatever labels come with the data are not looked at.
@@ -135,6 +201,8 @@ def load_named_rows(config: DataConfig, *, id_column: str | None) -> NamedRows:
     config : DataConfig
     id_column : str, optional
         Of Parquet. Where None, the path of an image below the data's, or the row's number from 0 on.
+    rows : Rows, optional
+        These rows, where they have been read before.
 
     Raises
     ------
@@ -142,10 +210,7 @@ def load_named_rows(config: DataConfig, *, id_column: str | None) -> NamedRows:
         Rows that cannot be read; no such column, or one that the encoder is trained on; ids that are missing or come
         twice.
     """
-    if config.path == "digits":
-        rows = Rows(array=_digits()[0], source="digits")
-    else:
-        rows = _load(config)
+    rows = _load(config) if rows is None else rows
     features = rows.columns or () if rows.table is None else [column.name for column in rows.table.columns]
     if id_column in features:
         raise InputError(
@@ -157,20 +222,41 @@ def load_named_rows(config: DataConfig, *, id_column: str | None) -> NamedRows:
     return NamedRows(array=rows.array, ids=ids, source=rows.source)
 
 
-def _digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _load(config: DataConfig, *, split: Split = "train", max_rows: int | None = None) -> Rows:
+    if config.path == "digits":
+        rows = _digits(split)
+    else:
+        rows = load_rows(
+            config.path,
+            split=split,
+            image_size=config.size,
+            label_column=_label_column(config),
+            max_rows=max_rows,
+            table=config.table or None,
+            categorical=list(config.categorical) or None,
+        )
+    return rows if config.labelled else replace(rows, labels=None, names=None)
+
+
+def _digits(split: Split) -> Rows:
+    if split == "test":
+        raise MissingSplitError("got split='test' for the embedded digits, which have no splits")
     digits = load_digits()
     # The values are whole numbers from 0 to 16.
-    return digits.images.astype(np.uint8)[:, None], digits.target
+    return Rows(array=digits.images.astype(np.uint8)[:, None], labels=digits.target, source="digits")
 
 
-def _load(config: DataConfig, *, split: Split = "train", max_rows: int | None = None) -> Rows:
-    return load_rows(
-        config.path,
-        split=split,
-        max_rows=max_rows,
-        table=config.table or None,
-        categorical=list(config.categorical) or None,
-    )
+def _label_column(config: DataConfig) -> str | None:
+    return DEFAULT_LABEL_COLUMN if config.labelled else None
+
+
+def _together(train: Rows, test: Rows) -> Rows:
+    if train.row_shape != test.row_shape:
+        raise InputError(
+            f"got rows of shape {train.row_shape} in {train.source} and {test.row_shape} in {test.source}, wanted one "
+            "shape to pretrain on all of them"
+        )
+    return Rows(array=np.concatenate([train.array, test.array]), source=train.source)
 
 
 def _has_test_rows(config: DataConfig) -> bool:
@@ -199,7 +285,7 @@ def load_validation(config: DataConfig, *, seed: int) -> Dataset:
     InputError
         Nothing readable, or no labels to judge by.
     """
-    if config.path != "digits" and _has_test_rows(config):
+    if _has_test_rows(config):
         given = _load(config)
         _require_labels(given)
         rows, labels, names, table = given.array, given.labels, given.names, None
@@ -228,7 +314,8 @@ def _split(
         row = int(np.flatnonzero(labels == rare)[0])
         raise InputError(
             f"got one row of the class {found[rare]!r} in {source} (row {row}), wanted at least 2 of "
-            "each, one to learn from and one to test on; leave it out, or add another"
+            "each, one to learn from and one to test on; leave it out, or add another, or, where these are no classes, "
+            "set data.labelled=false"
         )
     try:
         train, test = train_test_split(
@@ -260,13 +347,14 @@ def _refuse_one_class(labels: NDArray[np.int64], names: Sequence[str], source: s
     if len(np.unique(labels)) < 2:
         raise InputError(
             f"got labels of one class only in {source} ({names[int(labels[0])]!r}), wanted at least 2 to judge by; "
-            "to pretrain without labels use: vaefeat pretrain DATA --out FOLDER"
+            "where that is no class, set data.labelled=false, and the rows are rows without labels"
         )
 
 
 def _require_labels(rows: Rows) -> None:
     if rows.labels is None:
         raise InputError(
-            f"got rows without labels from {rows.source}, wanted labels to judge the features by; "
-            "without labels do the stages pretrain and export alone, or use: vaefeat pretrain DATA --out FOLDER"
+            f"got rows without labels from {rows.source}, wanted labels to judge the features by: sub-folders named "
+            "after classes, or a column 'label'. Where no row has any, or data.labelled=false, python -m pipelines run "
+            "leaves judging out"
         )

@@ -1,7 +1,8 @@
-"""The stages between bundle and judgement: features of every labelled row in a file, and the proof of what is served.
+"""The stages between bundle and judgement: features of every row in a file, and the proof of what is served.
 
 ``features.parquet`` has a line for every training row and then every test row, in their order: ``split``, ``row`` (its
-number within the split), ``label`` (the name of its class), ``mean`` and ``hidden`` (lists of float32 of fixed size).
+number within the split), ``label`` (the name of its class; no such column where rows come without labels), ``mean`` and
+``hidden`` (lists of float32 of fixed size).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.progress import Progress
 
-from pipelines.datasets import Dataset
+from pipelines.datasets import Dataset, Parts
 from pipelines.job import Job
 from pipelines.progress import shown_progress
 from pipelines.server import running_server
@@ -93,7 +94,7 @@ def read_features(folder: Path) -> Features:
 
 def _embed(job: Job, attempt: str) -> Outcome:
     del attempt  # begun anew each time: it takes seconds
-    data, encoder = job.dataset, OnnxEncoder(job.folder)
+    data, encoder = job.parts, OnnxEncoder(job.folder)
     n_rows = len(data.train) + len(data.test)
     started = time.perf_counter()
     with shown_progress() as progress:
@@ -114,24 +115,27 @@ def _embed(job: Job, attempt: str) -> Outcome:
 def _embedded(
     encoder: RemoteEncoder, rows: NDArray[Any], output: str, progress: Progress, task: Any
 ) -> NDArray[np.float32]:
-    parts = []
+    features = np.empty((len(rows), encoder.outputs[output]), dtype=np.float32)
     for start in range(0, len(rows), _ROWS_A_CALL):
-        parts.append(encoder.embed(rows[start : start + _ROWS_A_CALL], output=output))
-        progress.advance(task, len(parts[-1]))
-    return np.concatenate(parts)
+        part = rows[start : start + _ROWS_A_CALL]
+        features[start : start + len(part)] = encoder.embed(part, output=output)
+        progress.advance(task, len(part))
+    return features
 
 
-def _write_features(path: Path, data: Dataset, columns: Mapping[str, NDArray[np.float32]], *, digest: str) -> None:
+def _write_features(path: Path, data: Parts, columns: Mapping[str, NDArray[np.float32]], *, digest: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     sizes = {"train": len(data.train), "test": len(data.test)}
-    labels = np.array(data.names)[np.concatenate([data.train_labels, data.test_labels])]
+    labels = {}
+    if isinstance(data, Dataset):
+        labels["label"] = pa.array(np.array(data.names)[np.concatenate([data.train_labels, data.test_labels])])
     table = pa.table(
         {
             "split": pa.array(np.repeat(list(sizes), list(sizes.values()))),
             "row": pa.array(np.concatenate([np.arange(size) for size in sizes.values()])),
-            "label": pa.array(labels),
+            **labels,
             **{
                 output: pa.FixedSizeListArray.from_arrays(pa.array(column.ravel()), column.shape[1])
                 for output, column in columns.items()
@@ -146,7 +150,7 @@ def _write_features(path: Path, data: Dataset, columns: Mapping[str, NDArray[np.
 def _check(job: Job, attempt: str) -> Outcome:
     """Embed every row over HTTP, as any client would, and compare with the file and with the library."""
     del attempt
-    kept, data, serve = read_features(job.folder), job.dataset, job.config.serve
+    kept, data, serve = read_features(job.folder), job.parts, job.config.serve
     n_rows = len(data.train) + len(data.test)
     with shown_progress() as progress:
         task = progress.add_task(f"start the service ({serve.engine})", total=None)
@@ -181,7 +185,7 @@ def compare_features(
     served: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]],
     kept: Features,
     local: OnnxEncoder,
-    data: Dataset,
+    data: Parts,
     *,
     provider: str,
 ) -> dict[str, Any]:
@@ -194,7 +198,8 @@ def compare_features(
     kept : Features
         From the file.
     local : OnnxEncoder
-    data : Dataset
+    data : Parts
+        Of which the library embeds some again: test rows, or training rows where there are none.
     provider : str
         ONNX Runtime's, in the service.
 
@@ -210,14 +215,15 @@ def compare_features(
     InputError
         The file is of other rows.
     """
-    n_again = min(_ROWS_AGAIN, len(data.test))
+    again_of, compared_with = ("test", kept.test) if data.has_test else ("training", kept.train)
+    n_again = min(_ROWS_AGAIN, len(data.shown))
     largest = 0.0
     for output, (train, test) in served.items():
-        again = local.embed(data.test[:n_again], output=output)
+        again = local.embed(data.shown[:n_again], output=output)
         for name, one, other in (
             ("the service and the file differ in training rows", train, kept.train[output]),
             ("the service and the file differ in test rows", test, kept.test[output]),
-            ("the library and the file differ in test rows", again, kept.test[output][:n_again]),
+            (f"the library and the file differ in {again_of} rows", again, compared_with[output][:n_again]),
         ):
             if one.shape != other.shape:
                 raise InputError(f"{name}: shapes {one.shape} and {other.shape}; run the stage embed again")
@@ -237,7 +243,7 @@ EMBED = Stage(
     name="embed",
     does="write the features of every row",
     settings=lambda config: {},  # the digest of the rows says where training rows end, too
-    rows="labelled",
+    rows="parts",
     reads=(MANIFEST_FILE,),
     writes=(FEATURES_FILE,),
     work=_embed,
@@ -246,7 +252,7 @@ CHECK = Stage(
     name="check",
     does="prove that HTTP, library and file agree",
     settings=lambda config: {"serve.engine": config.serve.engine},
-    rows="labelled",
+    rows="parts",
     reads=(MANIFEST_FILE, FEATURES_FILE),
     writes=(CHECK_FILE,),
     work=_check,

@@ -72,7 +72,10 @@ def draw_labels(labels: NDArray[np.int64], *, n_labels: int, seed: int) -> NDArr
     """
     classes, counts = np.unique(labels, return_counts=True)
     if n_labels < len(classes):
-        raise InputError(f"got n_labels={n_labels} for {len(classes)} classes, wanted at least one label a class")
+        raise InputError(
+            f"got n_labels={n_labels} for {len(classes)} classes, wanted at least one label a class; ask for more, or, "
+            "where these are no classes, set data.labelled=false"
+        )
     wanted = [n_labels // len(classes) + (place < n_labels % len(classes)) for place in range(len(classes))]
     if (counts < wanted).any():
         raise InputError(f"got n_labels={n_labels}, but a class has only {counts.min()} training rows; ask for fewer")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from PIL import Image
 
 from pipelines.environment import ENVIRONMENT_FILE
-from pipelines.evaluate import METRICS_FILE, OURS
+from pipelines.evaluate import EVALUATE, METRICS_FILE, OURS
 from pipelines.features import CHECK_FILE, FEATURES_FILE, read_features
 from pipelines.finetuning.stage import CLASSIFIER_FOLDER, COMPARISON, COMPARISON_PICTURE, FINETUNE
 from pipelines.job import Job
@@ -36,18 +36,19 @@ _STAGES = ("pretrain", "export", "embed", "check", "evaluate")
 def _write(job: Job, attempt: str) -> Outcome:
     del attempt
     bundle = load_bundle(job.folder)
-    history, metrics, check, environment = (
-        json.loads((job.folder / name).read_text()) for name in (HISTORY, METRICS_FILE, CHECK_FILE, ENVIRONMENT_FILE)
+    history, check, environment = (
+        json.loads((job.folder / name).read_text()) for name in (HISTORY, CHECK_FILE, ENVIRONMENT_FILE)
     )
+    # Where rows come without labels, there may be figures of a time when they had some.
+    metrics = json.loads((job.folder / METRICS_FILE).read_text()) if job.is_labelled else None
     features = read_features(job.folder)
     pictures = draw_pictures(job, bundle, history=history, metrics=metrics, features=features)
     replace_file(job.folder / _OVERVIEW_FILE, pictures["overview"])
-    stages, comparison = list(_STAGES), None
+    stages, comparison = [name for name in _STAGES if metrics is not None or name != EVALUATE.name], None
     if job.config.finetune.files:
         stages.append(FINETUNE.name)
         comparison = json.loads((job.folder / COMPARISON).read_text())
         pictures["comparison"] = (job.folder / COMPARISON_PICTURE).read_bytes()
-    probes = metrics["test_error_percent"]
     page = _template().render(
         config=job.config,
         manifest=bundle.manifest,
@@ -55,23 +56,38 @@ def _write(job: Job, attempt: str) -> Outcome:
         history=history,
         rows_per_s=float(np.median([record["rows_per_s"] for record in history])),
         metrics=metrics,
-        heads=list(HEADS),
-        probes=_by_features(probes),
-        best=_least(found for found in probes if found["features"] in OURS.values()),
-        rival=_least(found for found in probes if found["features"] not in OURS.values()),
-        least={head: _least(found for found in probes if found["head"] == head) for head in HEADS},
+        judged=None if metrics is None else _judged(metrics["test_error_percent"]),
         check=check,
         costs=[record for name in stages if (record := Record.read(job, name))],
         comparison=comparison,
+        shipped=None if comparison is None else _shipped(comparison),
         classifier_folder=CLASSIFIER_FOLDER,
         environment=environment,
         pictures={name: base64.b64encode(content).decode() for name, content in pictures.items()},
         widths={name: round(_width(content) / CHART_SCALE) for name, content in pictures.items()},
-        neighbourhoods=neighbourhoods(job.dataset, features.train["mean"], features.test["mean"], bundle),
+        neighbourhoods=neighbourhoods(job.parts, features.train["mean"], features.test["mean"], bundle),
+        kind_shown="Test" if job.parts.has_test else "Training",
         is_image=bundle.manifest.input.kind == "image",
     )
     replace_file(job.folder / REPORT_FILE, page.encode())
     return Outcome((REPORT_FILE, _OVERVIEW_FILE), f"{REPORT_FILE}, {len(page) / 2**20:.1f} MiB")
+
+
+def _judged(probes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sort errors for the page: by features, and the least of ours, of baselines and behind each head."""
+    return {
+        "heads": list(HEADS),
+        "probes": _by_features(probes),
+        "best": _least(found for found in probes if found["features"] in OURS.values()),
+        "rival": _least(found for found in probes if found["features"] not in OURS.values()),
+        "least": {head: _least(found for found in probes if found["head"] == head) for head in HEADS},
+    }
+
+
+def _shipped(comparison: Mapping[str, Any]) -> dict[str, Any]:
+    """Find the classifier that was chosen."""
+    found: dict[str, Any] = next(one for one in comparison["classifiers"] if one["name"] == comparison["shipped"])
+    return found
 
 
 def _width(picture: bytes) -> int:
@@ -105,8 +121,8 @@ REPORT = Stage(
     name="report",
     does="draw and write the report",
     settings=lambda config: config.picked("name", "probe", "serve.engine", "data.pretrain_on"),
-    rows="labelled",
-    reads=(HISTORY, MANIFEST_FILE, FEATURES_FILE, CHECK_FILE, METRICS_FILE),
+    rows="parts",
+    reads=(HISTORY, MANIFEST_FILE, FEATURES_FILE, CHECK_FILE, METRICS_FILE, *FINETUNE.writes),
     writes=(REPORT_FILE, _OVERVIEW_FILE),
     work=_write,
 )

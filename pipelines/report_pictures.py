@@ -17,9 +17,10 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
-from pipelines.datasets import Dataset
+from pipelines.datasets import Dataset, Parts
 from pipelines.evaluate import nearest
 from pipelines.features import Features
+from pipelines.finetuning.stage import labels_in_files
 from pipelines.job import Job
 from vaefeat import judging_plots, plots
 from vaefeat.bundle import Bundle
@@ -49,9 +50,9 @@ class Neighbour(NamedTuple):
     Attributes
     ----------
     label : str
-        Of its class.
+        Of its class, or its number where there are no classes.
     same : bool
-        Whether that is the class of the row whose neighbour it is.
+        Whether that is the class of the row whose neighbour it is; True where there are no classes.
     picture : str or None
         A PNG in base64; None for tables.
     """
@@ -66,41 +67,29 @@ def draw_pictures(
     bundle: Bundle,
     *,
     history: Sequence[dict[str, Any]],
-    metrics: Mapping[str, Any],
+    metrics: Mapping[str, Any] | None,
     features: Features,
 ) -> dict[str, bytes]:
-    """Draw everything that is a picture, by name."""
-    data, spec = job.dataset, bundle.manifest.input
+    """Draw everything that is a picture, by name; without metrics, where rows have no labels, what can be."""
+    data, spec = job.parts, bundle.manifest.input
     points, labels, chosen = _map(job, features)
-    classes, calibration = metrics["class_errors"], metrics["calibration"]
-    figures = {
-        "curves": judging_plots.training_curves(history),
-        "maps": judging_plots.few_label_maps(points, labels, chosen=chosen),
-        "errors": _errors(job, metrics),
-        "classes": judging_plots.class_errors(
-            [found["name"] for found in classes],
-            [found["error"] for found in classes],
-            [f"as {found['taken_for']}" if found["taken_for"] else "" for found in classes],
-        ),
-        "reliability": judging_plots.reliability(
-            calibration["confidence"],
-            calibration["accuracy"],
-            calibration["counts"],
-            error=calibration["error"],
-            n_bins=calibration["n_bins"],
-        ),
-    }
+    figures = {"curves": judging_plots.training_curves(history)}
+    if metrics is None or labels is None:
+        figures["maps"] = judging_plots.known_labels_map(points, labels)
+    else:
+        figures["maps"] = judging_plots.few_label_maps(points, labels, chosen=chosen)
+        figures |= _judgements(job, metrics)
     pictures, pairs, samples = {}, None, None
     seed = bundle.manifest.train["seed"]
     if spec.kind == "image":
-        columns = max(_LEAST_IN_LINE, _LINE_PIXELS // (_zoom(data.test) * max(data.test.shape[2:]) + _GAP))
-        shown = data.test[rows_of_all_classes(data.test_labels, count=columns)]
+        columns = max(_LEAST_IN_LINE, _LINE_PIXELS // (_zoom(data.shown) * max(data.shown.shape[2:]) + _GAP))
+        shown = data.shown[_examples(data, count=columns)]
         pairs = np.concatenate([shown, denoise(bundle, shown)])
         samples = sample(bundle, _SAMPLES, seed=seed)
         pictures["reconstructions"] = _picture(pairs, columns=len(shown), low=spec.low, high=spec.high)
         pictures["samples"] = _picture(samples[: 2 * columns], columns=columns, low=spec.low, high=spec.high)
     else:
-        some = data.test[:_EXPLAINED_ROWS]
+        some = data.shown[:_EXPLAINED_ROWS]
         known = None if spec.table is None else spec.table.columns
         # The likeliest category of every row would say nothing of how common each is.
         drawn = sample(bundle, _TABLE_SAMPLES, kind="mean" if known is None else "draw", seed=seed)
@@ -113,32 +102,55 @@ def draw_pictures(
 
 
 def neighbourhoods(
-    data: Dataset, train: NDArray[np.float32], test: NDArray[np.float32], bundle: Bundle
+    data: Parts, train: NDArray[np.float32], test: NDArray[np.float32], bundle: Bundle
 ) -> list[tuple[Neighbour, list[Neighbour]]]:
     """Give some test rows, of as many classes as there are places, each with its nearest training rows.
 
     Parameters
     ----------
-    data : Dataset
+    data : Parts
+        Where there are no test rows, training rows are given with the nearest others.
     train, test : ndarray of shape (n, d)
         Posterior means.
     bundle : Bundle
     """
-    queries = rows_of_all_classes(data.test_labels, count=_QUERIES)
-    spec = bundle.manifest.input
+    queries, spec = _examples(data, count=_QUERIES), bundle.manifest.input
 
-    def shown(row: NDArray[Any], label: int, own: int) -> Neighbour:
+    def shown(row: NDArray[Any], label: str, same: bool) -> Neighbour:
         picture = None
         if spec.kind == "image":
             picture = base64.b64encode(_picture(row[None], columns=1, low=spec.low, high=spec.high)).decode()
-        return Neighbour(data.names[label], label == own, picture)
+        return Neighbour(label, same, picture)
 
     found = []
-    for query, near in zip(queries, nearest(train, test[queries], count=_NEIGHBOURS), strict=True):
-        own = int(data.test_labels[query])
-        others = [shown(data.train[index], int(data.train_labels[index]), own) for index in near]
-        found.append((shown(data.test[query], own, own), others))
+    for query, near in zip(queries, _near(data, train, test, queries), strict=True):
+        if isinstance(data, Dataset):
+            own = data.test_labels[query]
+            labels = [(data.names[other], bool(other == own)) for other in data.train_labels[near]]
+            label = data.names[own]
+        else:
+            label, labels = f"row {query}", [(f"row {index}", True) for index in near]
+        others = [shown(data.train[index], *known) for index, known in zip(near, labels, strict=True)]
+        found.append((shown(data.shown[query], label, True), others))
     return found
+
+
+def _near(
+    data: Parts, train: NDArray[np.float32], test: NDArray[np.float32], queries: NDArray[np.int64]
+) -> list[NDArray[np.int64]]:
+    """Find the training rows that are nearest to some of the rows that are shown, and are not these themselves."""
+    if data.has_test:
+        return list(nearest(train, test[queries], count=_NEIGHBOURS))
+    # A row need not be the first among its equals.
+    near = nearest(train, train[queries], count=_NEIGHBOURS + 1)
+    return [found[found != query][:_NEIGHBOURS] for query, found in zip(queries, near, strict=True)]
+
+
+def _examples(data: Parts, *, count: int) -> NDArray[np.int64]:
+    """Choose rows to show: of all classes, or from all over where there are none."""
+    if isinstance(data, Dataset):
+        return rows_of_all_classes(data.test_labels, count=count)
+    return np.linspace(0, len(data.shown) - 1, min(count, len(data.shown))).astype(np.int64)
 
 
 def rows_of_all_classes(labels: NDArray[np.int64], *, count: int) -> NDArray[np.int64]:
@@ -201,16 +213,37 @@ def _explained(
     return kept
 
 
-def _map(job: Job, features: Features) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.bool_]]:
-    """Lay rows out in two dimensions by their means alone; labels only colour them, and the first draw's are marked."""
-    data, seed = job.dataset, job.config.probe.seed
-    drawn = job.draws[0]
-    others = np.setdiff1d(np.arange(len(data.train) + len(data.test)), drawn)
-    count = max(0, _MAP_ROWS - len(drawn))
-    some = np.concatenate([drawn, np.random.default_rng(seed).permutation(others)[:count]])
+def _map(job: Job, features: Features) -> tuple[NDArray[Any], NDArray[Any] | None, NDArray[np.bool_]]:
+    """Lay rows out in two dimensions by their means alone; labels only colour them, and the first draw's are marked.
+
+    Where rows come without labels, those that files have colour them, and are marked; there may be none.
+    """
+    data, seed = job.parts, job.config.probe.seed
+    n_rows = len(data.train) + len(data.test)
+    labels: NDArray[Any] | None
+    if isinstance(data, Dataset):
+        labels, marked = np.array(data.names)[np.concatenate([data.train_labels, data.test_labels])], job.draws[0]
+    else:
+        labels, marked = _known_labels(job, n_rows), np.arange(0)
+        if labels is not None:
+            marked = np.random.default_rng(seed).permutation(np.flatnonzero(labels != None))[:_MAP_ROWS]  # noqa: E711
+    others = np.setdiff1d(np.arange(n_rows), marked)
+    count = max(0, _MAP_ROWS - len(marked))
+    some = np.concatenate([marked, np.random.default_rng(seed).permutation(others)[:count]])
     means = np.concatenate([features.train["mean"], features.test["mean"]])[some]
-    names = np.array(data.names)[np.concatenate([data.train_labels, data.test_labels])[some]]
-    return _in_two_dimensions(means, seed=seed), names, np.arange(len(some)) < len(drawn)
+    points = _in_two_dimensions(means, seed=seed)
+    return points, None if labels is None else labels[some], np.arange(len(some)) < len(marked)
+
+
+def _known_labels(job: Job, n_rows: int) -> NDArray[Any] | None:
+    """Give what files of labels say of the rows, training rows first; None for a row of which they say nothing."""
+    found = labels_in_files(job)
+    if found is None:
+        return None
+    known: NDArray[Any] = np.full(n_rows, None, dtype=object)
+    # Files speak of training rows alone, in their order.
+    known[: len(found)] = found
+    return known
 
 
 def _in_two_dimensions(means: NDArray[np.float32], *, seed: int) -> NDArray[Any]:
@@ -220,6 +253,26 @@ def _in_two_dimensions(means: NDArray[np.float32], *, seed: int) -> NDArray[Any]
         return np.asarray(PCA(2).fit_transform(means))
     with threadpool_limits(1):  # as in vaefeat.training: on a busy machine a second thread costs more than it brings
         return np.asarray(TSNE(2, init="pca", random_state=seed, max_iter=500).fit_transform(means))
+
+
+def _judgements(job: Job, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Draw what labels tell: errors, by kind of features and by class, and calibration."""
+    classes, calibration = metrics["class_errors"], metrics["calibration"]
+    return {
+        "errors": _errors(job, metrics),
+        "classes": judging_plots.class_errors(
+            [found["name"] for found in classes],
+            [found["error"] for found in classes],
+            [f"as {found['taken_for']}" if found["taken_for"] else "" for found in classes],
+        ),
+        "reliability": judging_plots.reliability(
+            calibration["confidence"],
+            calibration["accuracy"],
+            calibration["counts"],
+            error=calibration["error"],
+            n_bins=calibration["n_bins"],
+        ),
+    }
 
 
 def _errors(job: Job, metrics: Mapping[str, Any]) -> Any:

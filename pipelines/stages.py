@@ -76,10 +76,12 @@ class Stage:
         In a few words, for people.
     settings : callable
         Gives the part of the configuration that its result depends on, as plain values by dotted names.
-    rows : {"pretraining", "labelled", "named"} or None
-        Which rows it reads.
+    rows : {"pretraining", "parts", "labelled", "named"} or None
+        Which rows it reads: what is trained on; training and test rows, with their labels where there are some; the
+        same, which must have labels; those that files of labels speak of.
     reads, writes : tuple of str
-        Files in the job's folder. What it writes may be more: :attr:`Outcome.files` has the last word.
+        Files in the job's folder. What stages write that a job leaves out is not read. What it writes may be more:
+        :attr:`Outcome.files` has the last word.
     work : callable
         Does it, with the job and the name of the attempt: the same name for as long as the same thing is attempted, so
         that what an interrupted attempt left can be told from what is out of date.
@@ -91,7 +93,7 @@ class Stage:
     name: str
     does: str
     settings: Callable[[RunConfig], Mapping[str, Any]]
-    rows: Literal["pretraining", "labelled", "named"] | None
+    rows: Literal["pretraining", "parts", "labelled", "named"] | None
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     work: Callable[[Job, str], Outcome]

@@ -342,10 +342,11 @@ def run_command_line(commands: typer.Typer, *, again: str = "the same command wi
     try:
         commands()
     except TrainingInterrupted as stop:
-        console.print(f"{stop} ({again})", style="yellow", highlight=False, markup=False)
+        told = _as_typed(stop, again)
+        console.print(told if again in told else f"{told} ({again})", style="yellow", highlight=False, markup=False)
         raise SystemExit(130) from None
     except VaefeatError as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False)
+        console.print(f"error: {_as_typed(error, again)}", style="red", highlight=False, markup=False)
         raise SystemExit(2) from None
     except OSError as error:
         # What no room foresaw of the disk and the network: a folder that vanished, a disk that filled.
@@ -355,6 +356,11 @@ def run_command_line(commands: typer.Typer, *, again: str = "the same command wi
     except KeyboardInterrupt:
         console.print("interrupted", style="yellow")
         raise SystemExit(130) from None
+
+
+def _as_typed(error: VaefeatError, again: str) -> str:
+    """Say in words of the command line what the library says in Python's."""
+    return str(error).replace("resume=True", again)
 
 
 def main() -> None:

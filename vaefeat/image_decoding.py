@@ -257,8 +257,8 @@ def _size_error(name: str, size: tuple[int, int], reference: Reference) -> Input
     height, width = reference.size
     return InputError(
         f"got images of different sizes: {reference.name} is {height} high and {width} wide, {name} is {size[0]} "
-        f"high and {size[1]} wide; wanted one size, pass image_size=(height, width), or --image-size, to resize "
-        "them all"
+        f"high and {size[1]} wide; wanted one size, pass image_size=(height, width), or --image-size, or, in a "
+        "job's TOML file, data.image_size = [height, width], to resize them all"
     )
 
 

@@ -16,7 +16,15 @@ from vaefeat.drawing import BLUE, GREY, INK, ORANGE, PALE, draw_title, style
 from vaefeat.latent_plots import draw_map
 from vaefeat.table_schema import Column
 
-__all__ = ["class_errors", "columns_explained", "few_label_maps", "marginals", "reliability", "training_curves"]
+__all__ = [
+    "class_errors",
+    "columns_explained",
+    "few_label_maps",
+    "known_labels_map",
+    "marginals",
+    "reliability",
+    "training_curves",
+]
 
 _MOST_CLASSES = 30
 _MOST_COLUMNS = 24
@@ -84,6 +92,24 @@ def few_label_maps(points: NDArray[Any], labels: NDArray[Any], *, chosen: NDArra
     few.spines[:].set_visible(False)
     draw_title(few, f"The {int(chosen.sum())} labels of one draw, by their class")
     draw_map(full, points, labels, title="All labels, which no one was shown")
+    return made
+
+
+def known_labels_map(points: NDArray[Any], labels: NDArray[Any] | None) -> Figure:
+    """Show rows in two dimensions, with the labels that are known.
+
+    Parameters
+    ----------
+    points : ndarray of shape (n, 2)
+    labels : ndarray of shape (n,) or None
+        Names of classes, and None for rows without one; None in the place of all where nothing is known.
+    """
+    with style():
+        made = Figure(figsize=(7.4, 5.6), layout="constrained")
+        axes = made.add_subplot()
+    n_known = 0 if labels is None else sum(label is not None for label in labels)
+    shown = f"{len(points):,} rows" + (f", {n_known:,} of them with a label" if n_known else "")
+    draw_map(axes, points, labels, title=shown)
     return made
 
 

@@ -28,13 +28,22 @@ __all__ = [
 ]
 
 _MOST_BARS, _FEWEST_BARS, _MOST_PANELS = 40, 12, 12
+#: Labels in a legend; more colours are not told apart.
+_MOST_NAMED = 20
 _ACTIVE_NATS = 0.01
 
 
 def draw_map(axes: Axes, points: NDArray[Any], labels: NDArray[Any] | None, *, title: str) -> None:
-    """Draw points (n, 2), coloured by their labels where those are known, and named at each label's middle."""
+    """Draw points (n, 2), coloured by their labels where those are known, and named at each label's middle.
+
+    Where some labels are None, these points are grey, and the others larger and named in a legend: few points have no
+    middle.
+    """
     if labels is None:
         axes.scatter(points[:, 0], points[:, 1], s=5, color=BLUE, linewidths=0)
+    elif not (known := np.array([label is not None for label in labels])).all():
+        axes.scatter(points[~known, 0], points[~known, 1], s=5, color=PALE, linewidths=0)
+        draw_few(axes, points[known], labels[known])
     else:
         colours = mpl.colormaps["tab10" if len(np.unique(labels)) <= 10 else "tab20"]
         for index, label in enumerate(np.unique(labels)):
@@ -52,6 +61,29 @@ def draw_map(axes: Axes, points: NDArray[Any], labels: NDArray[Any] | None, *, t
     axes.set(xticks=[], yticks=[])
     draw_title(axes, title)
     axes.spines[:].set_visible(False)
+
+
+def draw_few(axes: Axes, points: NDArray[Any], labels: NDArray[Any]) -> None:
+    """Draw a few points (n, 2) that stand for their labels, large and coloured, with a legend beneath."""
+    # Numbers in their own order: 10 after 9.
+    names = sorted(set(map(str, labels)), key=lambda name: (len(name) if name.isdecimal() else np.inf, name))
+    colours = mpl.colormaps["tab10" if len(names) <= 10 else "tab20"]
+    for index, name in enumerate(names):
+        own = points[labels.astype(str) == name]
+        shown = name if index < _MOST_NAMED else None
+        axes.scatter(
+            own[:, 0], own[:, 1], s=34, color=colours(index % colours.N), edgecolors=INK, linewidths=0.6, label=shown
+        )
+    if len(names) > _MOST_NAMED:
+        axes.scatter([], [], s=0, label=f"and {len(names) - _MOST_NAMED} more")
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        ncols=5,
+        frameon=False,
+        columnspacing=1.0,
+        handletextpad=0.1,
+    )
 
 
 def latent_map(

@@ -265,7 +265,7 @@ class _Labels:
         if self._column is None:
             return
         column = batch.column(self._column)
-        hint = "fill them with -1 (unlabelled), or read no labels with label_column=None"
+        hint = "fill them with -1 (unlabelled), or read no labels: label_column=None, of a job data.labelled=false"
         _refuse_nulls(column, self._column, path, row, hint)
         column = column.cast(_undictionaried(column.type))
         is_text = _is_text(column.type)

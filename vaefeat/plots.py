@@ -342,6 +342,7 @@ def overview(
     samples : ndarray of shape (m, C, H, W) or None
     points : ndarray of shape (n, 2)
     labels : ndarray of shape (n,) or None
+        Names of classes, and None for a row of which none is known.
     low, high : float
         Black and white.
     """

@@ -360,7 +360,7 @@ def _warn_of_checkpoint(folder: Path, *, resume: bool) -> None:
     if found and not resume and not (folder / "bundle.json").is_file():
         _LOG.warning(
             "%s holds the checkpoint of a run that was interrupted; the first checkpoint of this one replaces it "
-            "(resume=True would go on from there)",
+            "(resume=True, or --resume, would go on from there)",
             folder,
         )
 

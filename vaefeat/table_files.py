@@ -158,6 +158,6 @@ def _labels(column: Any, where: str) -> NDArray[Any]:
     if missing := [row for row, value in enumerate(values) if value is None]:
         raise InputError(
             f"got no label in row {missing[0]} of {where} ({len(missing)} are missing), wanted one for each row; fill "
-            "them with -1 (unlabelled), or read no labels with label_column=None"
+            "them with -1 (unlabelled), or read no labels: label_column=None, of a job data.labelled=false"
         )
     return np.array(values)

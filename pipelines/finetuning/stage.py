@@ -21,9 +21,10 @@ from pipelines.label_files import GivenLabels
 from pipelines.stages import Outcome, Stage
 from vaefeat.bundle import MANIFEST_FILE, Bundle, load_bundle
 from vaefeat.encoder import OnnxEncoder
+from vaefeat.labels import UNLABELLED
 from vaefeat.settings import check_choice
 
-__all__ = ["CLASSIFIER_FOLDER", "COMPARISON", "COMPARISON_PICTURE", "FINETUNE", "refuse_unlearnable"]
+__all__ = ["CLASSIFIER_FOLDER", "COMPARISON", "COMPARISON_PICTURE", "FINETUNE", "labels_in_files", "refuse_unlearnable"]
 
 #: Inside the job's folder, and what of it is in the report.
 CLASSIFIER_FOLDER = "classifier"
@@ -50,6 +51,25 @@ def refuse_unlearnable(job: Job) -> None:
     """
     if job.config.finetune.files:
         _open(job, bundle=None)
+
+
+def labels_in_files(job: Job) -> NDArray[Any] | None:
+    """Give what the files to learn from say of each row that they can speak of, in the order of the rows.
+
+    Returns
+    -------
+    ndarray of shape (n,) or None
+        Texts, and None for a row without a label; None in the place of all where no file is named.
+
+    Raises
+    ------
+    ConfigError, InputError
+        As :func:`refuse_unlearnable`.
+    """
+    if not job.config.finetune.files:
+        return None
+    found: NDArray[Any] = _open(job, bundle=None).labels
+    return np.array([None if label == UNLABELLED else str(label) for label in found], dtype=object)
 
 
 def _open(job: Job, *, bundle: Bundle | None) -> _Asked:

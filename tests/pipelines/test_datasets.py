@@ -52,7 +52,7 @@ def test_single_file_is_split(tmp_path: Path) -> None:
 
 def test_rows_without_labels_are_refused_with_what_to_do(tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", np.eye(10))
-    with pytest.raises(InputError, match="vaefeat pretrain"):
+    with pytest.raises(InputError, match="python -m pipelines run leaves judging out"):
         load_dataset(DataConfig(path=str(tmp_path / "rows.npy")), seed=0)
 
 

@@ -68,13 +68,14 @@ def with_labels(config: RunConfig, *files: Path) -> RunConfig:
 
 
 def verdicts(config: RunConfig) -> dict[str, tuple[str, ...]]:
-    return {verdict.stage.name: verdict.reasons for verdict in plan(stages_of(config), Job(config))}
+    job = Job(config)
+    return {verdict.stage.name: verdict.reasons for verdict in plan(stages_of(job), job)}
 
 
 def test_stage_is_planned_only_where_labels_are_named(config: RunConfig) -> None:
     without = replace(config, finetune=FinetuneConfig())
-    assert FINETUNE not in stages_of(without)
-    assert [stage.name for stage in stages_of(config)] == [
+    assert FINETUNE not in stages_of(Job(without))
+    assert [stage.name for stage in stages_of(Job(config))] == [
         "pretrain",
         "export",
         "embed",

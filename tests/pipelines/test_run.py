@@ -166,7 +166,8 @@ def test_run_stopped_by_sigterm_goes_on_where_it_was(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "(the same command" in errors
+    assert "nothing is lost: continue with the same command" in errors
+    assert "resume=True" not in errors
     assert "Traceback" not in errors
     assert not (out / "bundle.json").exists()
     assert list((out / "stages").glob("*.json")) == []

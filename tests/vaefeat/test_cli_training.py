@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,17 @@ def test_streaming_what_cannot_be_read_in_pieces_is_refused(tmp_path: Path) -> N
     np.savez(tmp_path / "rows.npz", X=np.zeros((3, 2)))
     with pytest.raises(InputError, match=r"\.npz"):
         run("pretrain", tmp_path / "rows.npz", "--out", tmp_path / "b", "--stream")
+
+
+def test_advice_to_resume_is_in_words_of_the_command_line(
+    rows_file: Path, tmp_path: Path, run_here: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    # A folder in the checkpoint's place: it cannot be written, as on a disk that is full.
+    (tmp_path / "b" / "training" / "checkpoint.safetensors" / "in the way").mkdir(parents=True)
+    done = run_here(app, "pretrain", rows_file, "--out", tmp_path / "b", "--set", "train.max_epochs=1", *SMALL)
+    assert done.returncode == 2
+    assert "Free some space and continue with the same command with --resume" in done.stderr
+    assert "resume=True" not in done.stderr
 
 
 def test_grid_trains_and_writes_a_bundle_for_each_combination(rows_file: Path, tmp_path: Path) -> None:

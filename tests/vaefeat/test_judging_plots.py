@@ -59,6 +59,29 @@ def test_few_label_maps_mark_the_chosen_rows_alone() -> None:
     assert [len(drawn.get_offsets()) for drawn in full.collections] == [10, 10, 10]  # type: ignore[arg-type]
 
 
+def test_known_labels_are_coloured_and_named_and_all_other_rows_grey() -> None:
+    labels = np.array([None] * 12, dtype=object)
+    labels[[1, 4, 7]] = ["10", "9", "9"]
+    (axes,) = judging_plots.known_labels_map(np.random.default_rng(0).normal(size=(12, 2)), labels).axes
+    assert [len(drawn.get_offsets()) for drawn in axes.collections] == [9, 2, 1]  # type: ignore[arg-type]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["9", "10"]
+    assert axes.get_title(loc="left") == "12 rows, 3 of them with a label"
+    (plain,) = judging_plots.known_labels_map(np.eye(2), None).axes
+    assert [len(drawn.get_offsets()) for drawn in plain.collections] == [2]  # type: ignore[arg-type]
+    assert plain.get_legend() is None
+
+
+def test_legend_of_many_labels_says_how_many_are_not_in_it() -> None:
+    labels = np.array([None, *(f"name {index}" for index in range(25))], dtype=object)
+    (axes,) = judging_plots.known_labels_map(np.random.default_rng(0).normal(size=(26, 2)), labels).axes
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()][-1] == "and 5 more"
+    assert len(legend.get_texts()) == 21
+
+
 def test_columns_are_those_that_are_explained_least_and_differ_most() -> None:
     explained = np.linspace(1, -1, 41)
     (axes,) = judging_plots.columns_explained(explained).axes
