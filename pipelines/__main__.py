@@ -124,8 +124,10 @@ def embed(
         _run_stage("embed", load_config(config, override or ()), force=force, dry_run=dry_run)
         return
     if bundle is None or data is None or out is None:
+        missing = [name for name, value in {"--bundle": bundle, "--data": data, "--out": out}.items() if not value]
         raise InputError(
-            "wanted --bundle, --data and --out to embed a data set, or a TOML file to do a stage of its job"
+            f"got no {', '.join(missing)}; wanted --bundle, --data and --out to embed a data set, or a TOML file to do "
+            "a stage of its job"
         )
     with shown_activity("load pyarrow"), requiring("jobs", what="This job"):
         from pipelines.embedding.job import EmbedOptions, summary
@@ -283,9 +285,11 @@ def finetune(
         _run_stage("finetune", load_config(config, override or ()), force=force, dry_run=dry_run)
         return
     if bundle is None or data is None or not labels or out is None or override or force or dry_run:
+        given = {"--bundle": bundle, "--data": data, "--labels": labels, "--out": out}
+        missing = [name for name, value in given.items() if not value]
         raise InputError(
-            "wanted --bundle, --data, --labels and --out to ship a classifier, or a TOML file (with --set, --force and "
-            "--dry-run where needed) to do a stage of its job"
+            f"got no {', '.join(missing) or 'TOML file'}; wanted --bundle, --data, --labels and --out to ship a "
+            "classifier, or a TOML file (with --set, --force and --dry-run where needed) to do a stage of its job"
         )
     with shown_activity("load scikit-learn and the rest"), requiring("jobs", what="This job"):
         from pipelines.finetuning.job import FinetuneOptions

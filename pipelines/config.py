@@ -286,6 +286,17 @@ class TrackConfig(Settings):
         check_text("track.experiment", self.experiment)
 
 
+def _refuse_unknown_keys(values: Mapping[str, Any], *, table: str, tables: Mapping[str, type[Settings]]) -> None:
+    """Name the table, and the one that has such a key, where another has."""
+    known = _fields_of_tables(tables)
+    for key in values:
+        if key in known[table]:
+            continue
+        if homes := [name for name, keys in known.items() if key in keys]:
+            raise ConfigError(f"got {key} in [{table}]; did you mean [{homes[0]}], which has it?")
+        raise unknown_name(f"key in [{table}]", key, known[table])
+
+
 def _fields_of_tables(tables: Mapping[str, type[Settings]]) -> dict[str, set[str]]:
     every = {"train": TrainConfig, "model": ModelConfig, **tables}
     return {name: {f.name for f in fields(table)} for name, table in every.items()}
@@ -365,6 +376,8 @@ class RunConfig:
                     raise ConfigError(f"got {key}={value!r}, wanted a table [{key}]")
             elif not (isinstance(value, str) and value):
                 raise ConfigError(f"got {key}={value!r}, wanted a text")
+            if isinstance(value, Mapping):
+                _refuse_unknown_keys(value, table=key, tables=tables)
             made[key] = tables[key].from_dict(value) if key in tables else value
         # Two jobs without a folder must not share the demo's.
         made.setdefault("out", f"runs/{made.get('name', cls.name)}")

@@ -9,7 +9,22 @@ from pathlib import Path
 
 from vaefeat.errors import InputError
 
-__all__ = ["working_in"]
+__all__ = ["at_work_in", "working_in"]
+
+
+def at_work_in(folder: Path, *, lock: str) -> bool:
+    """Tell whether a job works in a folder; nothing is made or changed."""
+    path = folder / lock
+    if os.name != "posix" or not path.is_file():
+        return False
+    import fcntl
+
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 @contextmanager

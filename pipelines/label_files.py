@@ -256,10 +256,14 @@ def _refuse_doubtful_ids(cells: Sequence[_Cell], path: Path, column: str) -> Non
 
 
 def _require_columns(path: Path, names: Sequence[str], id_column: str, label_column: str) -> None:
+    if not any(names):
+        raise InputError(
+            f"got {path}, which is empty; wanted a table with the columns {id_column!r} and {label_column!r}"
+        )
     for column, option in ((id_column, "--id"), (label_column, "--label")):
         if column not in names:
             raise InputError(
-                f"got no column {column!r} in {path}; there are: {', '.join(names) or 'none'}. Rename one of them, or "
+                f"got no column {column!r} in {path}; there are: {', '.join(names)}. Rename one of them, or "
                 f"(of finetune) name it with {option}, or finetune.{option.removeprefix('--')} in a TOML file"
             )
 

@@ -16,7 +16,7 @@ from pipelines.environment import write_description
 from pipelines.evaluate import EVALUATE, METRICS_FILE
 from pipelines.features import CHECK, CHECK_FILE, EMBED
 from pipelines.finetuning.stage import CLASSIFIER_FOLDER, FINETUNE, refuse_unlearnable
-from pipelines.folder_lock import working_in
+from pipelines.folder_lock import at_work_in, working_in
 from pipelines.group import in_group, leads_group
 from pipelines.job import Job
 from pipelines.pretrain import EXPORT, PRETRAIN
@@ -153,6 +153,12 @@ def show_plan(config: RunConfig, *, console: Console, force: Collection[str] = (
         why = "; ".join(verdict.reasons) or "nothing has changed"
         table.add_row(stage.name, state, Text.assemble(f"{stage.does}: {why}\n", (files, "dim")))
     console.print(table)
+    if at_work_in(job.folder, lock=_LOCK_FILE):
+        console.print(
+            f"another job is at work in {config.out} now: what it has begun looks interrupted here",
+            highlight=False,
+            soft_wrap=True,
+        )
     if only is None and not job.is_labelled:
         console.print(_why_unjudged(config), highlight=False, soft_wrap=True)
 

@@ -40,7 +40,11 @@ class Meta:
     async def index(self, exchange: Exchange) -> Answer:
         """Tell a person who opens the address what is here."""
         host = exchange.headers.get(b"host", b"").decode("latin-1")
-        example = f"curl --data-binary @rows.npy -H 'Content-Type: application/x-npy' http://{host}/v1/embed > out.npy"
+        # A classifier that is a whole pipeline has no features to embed with.
+        models = self._service.models.current
+        embeds = not models or any("mean" in model.names for model in models)
+        to = "embed > out.npy" if embeds else "predict"
+        example = f"curl --data-binary @rows.npy -H 'Content-Type: application/x-npy' http://{host}/v1/{to}"
         about = {
             "service": "vaefeat",
             "version": __version__,

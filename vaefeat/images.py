@@ -207,7 +207,7 @@ def _decode_block(
             if on_error == "raise":
                 raise InputError(
                     f"got an unreadable image {name} ({error}), wanted PNG, JPEG or WebP; "
-                    "mend or remove it, or leave such images out with on_error='skip'"
+                    "mend or remove it (load_rows with on_error='skip', and the job embed, leave such images out)"
                 ) from error
             decoded.append((name, None))
         else:

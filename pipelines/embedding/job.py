@@ -122,7 +122,8 @@ def embed(options: EmbedOptions) -> dict[str, Any]:
 def summary(done: dict[str, Any]) -> str:
     """Say in a line what :func:`embed` gives."""
     aside = (
-        f", {done['quarantined']:,} unreadable rows in _quarantine (most of a part: {done['quarantine_reason']})"
+        f", {done['quarantined']:,} unreadable rows in _quarantine (in the part with most of them mainly: "
+        f"{done['quarantine_reason']})"
         if done["quarantined"]
         else ""
     )

@@ -118,6 +118,11 @@ class Output:
         if other:
             # What people gave comes before what follows from it.
             key = next((name for name in ("bundle", "input") if name in other), other[0])
+            if key == "part_rows" and before.get(key):
+                raise InputError(
+                    f"got {self.place}, begun with --part-rows {before[key]}; repeat that, choose another name for the "
+                    "output, or remove the folder"
+                )
             raise InputError(
                 f"got {self.place}, begun with another {key} ({_shortly(before.get(key))}, now "
                 f"{_shortly(self.job[key])}); choose another name for the output, or remove the folder"

@@ -102,8 +102,10 @@ def finetune(options: FinetuneOptions, *, console: Console) -> Comparison:
         max_steps=options.max_steps,
     )
     found = compare(ground, labels, test_labels=test_labels, terms=options, choice=choice)
-    show(found, console=console, out=options.out)
-    return save(found, options.out, config={name: _plain(value) for name, value in vars(options).items()})
+    show(found, console=console)
+    saved = save(found, options.out, config={name: _plain(value) for name, value in vars(options).items()})
+    console.print(f"{saved.best.contender.title}: python -m serving {options.out}", highlight=False, soft_wrap=True)
+    return saved
 
 
 def _refuse_used(out: Path) -> None:

@@ -56,11 +56,13 @@ class Judged:
         In percent, one of each draw.
     interval : Interval
         Of their mean.
-    log_loss, calibrated_log_loss : float
-        Mean over the draws, in nats: of probabilities as they came, and with a temperature that was found on rows that
-        are not among those of the draw.
+    log_loss : float
+        Mean over the draws, in nats, of probabilities as they came.
+    calibrated_log_loss : float or None
+        With a temperature that was found on rows that are not among those of the draw; None where these are too few.
     confidence : float
-        Mean probability of the class that was said, calibrated, in percent; 100 - error where it is well calibrated.
+        Mean probability of the class that was said, in percent, calibrated where that is known; 100 - error where it is
+        well calibrated.
     temperature : float
         Found on all hidden labels; 1 where they are too few for one.
     seconds : float
@@ -71,7 +73,7 @@ class Judged:
     errors: tuple[float, ...]
     interval: Interval
     log_loss: float
-    calibrated_log_loss: float
+    calibrated_log_loss: float | None
     confidence: float
     temperature: float
     seconds: float
@@ -140,19 +142,22 @@ def judge(
         on_fit()
     wrong = [one.argmax(axis=1) != code for one, code in zip(found, codes, strict=True)]
     errors = tuple(100 * float(np.mean(one)) for one in wrong)
-    calibrated = [
-        tempered(one, _temperature_without(draw, draws, found, codes)) for draw, one in zip(draws, found, strict=True)
-    ]
+    temperatures = [_temperature_without(draw, draws, found, codes) for draw in draws]
+    known = None not in temperatures
+    calibrated = (
+        [tempered(one, value or 1.0) for one, value in zip(found, temperatures, strict=True)] if known else found
+    )
     return Judged(
         contender=contender,
         errors=errors,
         interval=_interval(errors, wrong, draws),
-        log_loss=float(np.mean([log_loss(one, code) for one, code in zip(found, codes, strict=True)])),
-        calibrated_log_loss=float(np.mean([log_loss(one, code) for one, code in zip(calibrated, codes, strict=True)])),
+        log_loss=_mean_log_loss(found, codes),
+        calibrated_log_loss=_mean_log_loss(calibrated, codes) if known else None,
         confidence=100 * float(np.mean([one.max(axis=1).mean() for one in calibrated])),
         temperature=_temperature(
             np.concatenate([draw.hidden for draw in draws]), np.concatenate(found), np.concatenate(codes)
-        ),
+        )
+        or 1.0,
         seconds=float(np.mean(seconds)),
     )
 
@@ -189,8 +194,8 @@ def _interval(errors: Sequence[float], wrong: Sequence[NDArray[np.bool_]], draws
 
 def _temperature_without(
     draw: Draw, draws: Sequence[Draw], found: Sequence[NDArray[np.float64]], codes: Sequence[NDArray[np.int64]]
-) -> float:
-    """Find a temperature on the hidden rows of all draws but for those that this one hides."""
+) -> float | None:
+    """Find a temperature on the hidden rows of all draws but for those that this one hides; None if they are few."""
     kept = [~np.isin(other.hidden, draw.hidden) for other in draws]
     return _temperature(
         np.concatenate([other.hidden[keep] for other, keep in zip(draws, kept, strict=True)]),
@@ -199,6 +204,10 @@ def _temperature_without(
     )
 
 
-def _temperature(rows: NDArray[np.int64], probabilities: NDArray[np.float64], codes: NDArray[np.int64]) -> float:
+def _temperature(rows: NDArray[np.int64], probabilities: NDArray[np.float64], codes: NDArray[np.int64]) -> float | None:
     n_rows = len(np.unique(rows))
-    return find_temperature(probabilities, codes, n_rows=n_rows) if n_rows >= _LEAST_TO_CALIBRATE else 1.0
+    return find_temperature(probabilities, codes, n_rows=n_rows) if n_rows >= _LEAST_TO_CALIBRATE else None
+
+
+def _mean_log_loss(probabilities: Sequence[NDArray[np.float64]], codes: Sequence[NDArray[np.int64]]) -> float:
+    return float(np.mean([log_loss(one, code) for one, code in zip(probabilities, codes, strict=True)]))

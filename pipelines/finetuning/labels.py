@@ -11,6 +11,8 @@ from vaefeat.errors import InputError
 
 __all__ = ["read_both", "refuse_mixing", "require_two_each"]
 
+_MOST_NAMED = 6
+
 
 def read_both(
     labels: Sequence[Path], test_labels: Path | None, *, id_column: str, label_column: str
@@ -55,9 +57,10 @@ def require_two_each(given: GivenLabels, *, column: str) -> None:
     if len(counts) < 2:
         raise InputError(f"got labels of one class only in {given.source} ({given.classes[0]!r}), wanted at least 2")
     if single := [label for label in given.classes if len(counts[label]) == 1]:
+        others = ", ".join(repr(label) for label in single[1:_MOST_NAMED]) + ", ..." * (len(single) > _MOST_NAMED)
         raise InputError(
             f"got one row of the class {single[0]!r} in {given.source} (id {counts[single[0]][0]!r}"
-            f"{f', and {len(single) - 1} more such classes' if len(single) > 1 else ''}), wanted at least 2 of "
+            f"{f', and one each of {others}' if others else ''}), wanted at least 2 of "
             "each: some are learned from while others are asked for; "
             f"{_near(single[0], given.classes)}label another, or take the class out"
         )

@@ -41,8 +41,8 @@ _LEGEND = (
 )
 
 
-def show(found: Comparison, *, console: Console, out: Path) -> None:
-    """Print the table, what was left out, and how to serve the best, which goes to the folder `out`."""
+def show(found: Comparison, *, console: Console) -> None:
+    """Print the table, and what was left out."""
     console.print(_as_table(found))
     for name, reason in found.left_out.items():
         console.print(f"{name} was left out: {reason}", highlight=False, soft_wrap=True)
@@ -53,7 +53,6 @@ def show(found: Comparison, *, console: Console, out: Path) -> None:
             highlight=False,
             soft_wrap=True,
         )
-    console.print(f"{found.best.contender.title}: python -m serving {out}", highlight=False, soft_wrap=True)
 
 
 def save(found: Comparison, out: Path, *, config: Mapping[str, Any]) -> Comparison:
@@ -95,11 +94,11 @@ def _as_table(found: Comparison) -> Table:
         title=found.title, title_justify="left", caption=" ".join(_notes(found.judged)), caption_justify="left"
     )
     table.add_column("classifier", no_wrap=True)
-    for column in ("error, %", "95 % interval", "log-loss", "seconds"):
+    for column in ("error, %", "95 % interval", "log-loss", "calibrated", "seconds"):
         table.add_column(column, justify="right")
     for one in found.judged:
-        name, error, interval, _, calibrated, _, _, seconds = _cells(one)
-        table.add_row(name, error, interval, calibrated, seconds, style="bold" if one is found.best else None)
+        name, error, interval, raw, calibrated, _, _, seconds = _cells(one)
+        table.add_row(name, error, interval, raw, calibrated, seconds, style="bold" if one is found.best else None)
     return table
 
 
@@ -190,7 +189,9 @@ def _draw_comparison(found: Comparison) -> bytes:
 
 def _notes(judged: Sequence[Judged]) -> list[str]:
     kinds = {one.interval.kind for one in judged}
-    return [note for kind, note in _NOTES.items() if kind in kinds]
+    notes = [note for kind, note in _NOTES.items() if kind in kinds]
+    few = any(one.calibrated_log_loss is None for one in judged)
+    return [*notes, "The draws hide too few labels to tell what a temperature is worth."] if few else notes
 
 
 def _cells(one: Judged) -> list[str]:
@@ -199,7 +200,7 @@ def _cells(one: Judged) -> list[str]:
         f"{one.error:.1f}",
         f"{one.interval.low:.1f} to {one.interval.high:.1f}{_MARKS[one.interval.kind]}",
         f"{one.log_loss:.3f}",
-        f"{one.calibrated_log_loss:.3f}",
+        "-" if one.calibrated_log_loss is None else f"{one.calibrated_log_loss:.3f}",
         f"{one.temperature:.2f}",
         f"{one.confidence:.1f}",
         f"{one.seconds:.1f}",

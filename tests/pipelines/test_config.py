@@ -65,3 +65,16 @@ def test_bad_configuration_is_refused_by_name(tmp_path: Path, text: str, overrid
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.toml"):
         load_config(tmp_path / "nothing.toml")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"train": {"max_epoch": 3}}, r"key in \[train\] 'max_epoch'; did you mean 'max_epochs'"),
+        ({"data": {"max_epochs": 3}}, r"got max_epochs in \[data\]; did you mean \[train\]"),
+        ({"probe": {"nonsense": 3}}, r"key in \[probe\] 'nonsense'; known: n_draws, n_labels, seed"),
+    ],
+)
+def test_unknown_key_is_told_with_its_table(table: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_dict(table)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.datasets import load_digits
 
-from pipelines.finetuning.judging import draw_splits, mean_interval, share_interval
+from pipelines.finetuning.contenders import CONTENDERS, Ground
+from pipelines.finetuning.judging import draw_splits, judge, mean_interval, share_interval
+from vaefeat.bundle import load_bundle
+from vaefeat.encoder import OnnxEncoder
+from vaefeat.labels import UNLABELLED
 
 
 @pytest.mark.parametrize("counts", [(2, 2, 2), (2, 98), (3, 7, 40), (20,) * 10])
@@ -39,6 +46,24 @@ def test_interval_of_draws_that_share_labels_is_wider_and_within_bounds() -> Non
     plain, shared = mean_interval(values, hidden_to_shown=0.0), mean_interval(values, hidden_to_shown=0.25)
     assert shared[1] - shared[0] == pytest.approx((plain[1] - plain[0]) * np.sqrt((1 / 4 + 1 / 4) / (1 / 4)))
     assert mean_interval([0.0, 10.0], hidden_to_shown=0.25)[0] == 0.0
+
+
+@pytest.mark.parametrize("n_a_class", [3, 30])
+def test_calibration_is_told_where_there_are_rows_to_judge_it_by(digits_bundle: Path, n_a_class: int) -> None:
+    digits = load_digits()
+    labels = np.full(len(digits.target), UNLABELLED)
+    for label in range(10):
+        labels[np.flatnonzero(digits.target == label)[:n_a_class]] = label
+    encoder = OnnxEncoder(digits_bundle)
+    rows = digits.images.astype(np.uint8)[:, None]
+    ground = Ground(bundle=load_bundle(digits_bundle), rows=rows, features=encoder.embed(rows), max_steps=1)
+    found = judge(CONTENDERS["knn"], ground, labels, draw_splits(labels, n_draws=2, seed=0), seed=0)
+    if n_a_class == 3:
+        # One hidden label of each class in either draw: ten, or fewer, that the other draw does not hide.
+        assert found.calibrated_log_loss is None
+    else:
+        assert found.calibrated_log_loss is not None
+        assert found.calibrated_log_loss != found.log_loss
 
 
 def test_interval_of_rows_without_an_error_does_not_end_at_zero() -> None:

@@ -188,7 +188,7 @@ def test_bad_labels_are_one_line_before_anything_is_trained(
     ("words", "message"),
     [
         (["job.toml", "--draws", "3"], r"got --draws beside .*wanted it in the file's table \[finetune\]"),
-        (["--bundle", "run", "--labels", "labels.csv"], "wanted --bundle, --data, --labels and --out"),
+        (["--bundle", "run", "--labels", "labels.csv"], "got no --data, --out; wanted --bundle, --data, --labels"),
         (["--bundle", "b", "--data", "d", "--labels", "l", "--out", "o", "--force"], "or a TOML file"),
     ],
 )

@@ -45,7 +45,7 @@ def test_csv_is_read_whatever_separates_it(tmp_path: Path) -> None:
     [
         ('id,label\na,one\n"b,two\nc,three\n', "up to its line 4 .*not closed"),
         ("id,label\na,one, or two\n", "3 values in line 2 of .*wanted 2: id, label; put quotes"),
-        ("", "no column 'id' .*there are: none"),
+        ("", "labels.csv, which is empty; wanted .* 'id' and 'label'"),
     ],
 )
 def test_damaged_csv_is_refused_with_its_line(content: str, message: str, tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_labels_that_are_no_classes_are_refused(labels: Any, message: str, tmp_p
     ("name", "content", "message"),
     [
         ("l.csv", b"\xff\xfe\x00", "no CSV file in UTF-8"),
-        ("l.csv", b"", "no column 'id' in .*there are: none"),
+        ("l.csv", b"", "l.csv, which is empty; wanted"),
         ("l.parquet", b"PAR1", "l.parquet"),
         ("l.txt", b"id,label", "wanted a .csv or .parquet file"),
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import DataConfig, ProbeConfig, RunConfig
-from pipelines.folder_lock import working_in
+from pipelines.folder_lock import at_work_in, working_in
 from pipelines.job import Job
 from pipelines.stages import Outcome, Record, Stage, perform, plan, run_one, run_stages
 from vaefeat.errors import ConfigError, InputError
@@ -235,9 +235,12 @@ def test_second_job_in_a_folder_is_refused_until_the_first_is_dead(tmp_path: Pat
         time.sleep(0.02)
     with pytest.raises(InputError, match="another job is at work"), working_in(tmp_path, lock="stages/lock"):
         pass
+    assert at_work_in(tmp_path, lock="stages/lock")
     assert holder.pid is not None
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
+    assert not at_work_in(tmp_path, lock="stages/lock")
+    assert not at_work_in(tmp_path / "nobody's", lock="stages/lock")
     with working_in(tmp_path, lock="stages/lock"):
         pass
 

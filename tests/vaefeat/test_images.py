@@ -350,7 +350,9 @@ def _folder_with_damage(folder: Path) -> None:
 
 def test_unreadable_image_is_named_with_the_reason(tmp_path: Path) -> None:
     _folder_with_damage(tmp_path)
-    with pytest.raises(InputError, match=rf"unreadable image {tmp_path}/ant/1\.png \(.*truncated.*on_error='skip'"):
+    with pytest.raises(
+        InputError, match=rf"unreadable image {tmp_path}/ant/1\.png \(.*truncated.*remove it.*on_error='skip'"
+    ):
         load_rows(tmp_path)
 
 
