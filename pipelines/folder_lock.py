@@ -35,7 +35,7 @@ def working_in(folder: Path, *, lock: str) -> Iterator[None]:
     ----------
     folder : Path
     lock : str
-        A file below it, made where it is missing.
+        A file below it, made where it is missing; what is in it stays.
 
     Raises
     ------
@@ -50,12 +50,11 @@ def working_in(folder: Path, *, lock: str) -> Iterator[None]:
     import fcntl
 
     # Of the process, so that one which was killed leaves no lock behind.
-    with path.open("w") as file:
+    with path.open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(
-                f"got {folder}, in which another job is at work; wait for it, or give this one a folder of its own "
-                "with --set out=FOLDER"
+                f"got {folder}, in which another job is at work; wait for it, or give this one a folder of its own"
             ) from None
         yield

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from pipelines.embedding.encoding import PartEncoder
 from pipelines.embedding.ids import refuse_doubtful_ids
-from pipelines.embedding.output import LOG_FILE, Output, Receipt
+from pipelines.embedding.output import JOB_FILE, LOG_FILE, Output, Receipt
 from pipelines.embedding.parts import Part, Plan, plan_parts
 from pipelines.embedding.sources import Request, Source, open_source
 from pipelines.embedding.storage import Place
+from pipelines.folder_lock import working_in
 from pipelines.ray_environment import prepare_environment
 from vaefeat.bundle import Bundle, load_bundle
 from vaefeat.encoder import OnnxEncoder
@@ -99,10 +100,11 @@ def embed(options: EmbedOptions) -> dict[str, Any]:
     finished = {receipt.index for receipt in done}
     left = [part for part in plan.parts if part.index not in finished]
     receipts, embedding_s = list(done), 0.0
-    if left:
-        what = (bundle, source, plan, output)
-        embedding_s = _embed(left, what, options, receipts=receipts)
-    manifest = output.finish(receipts, n_parts=len(plan.parts), n_rows=plan.n_rows)
+    with _alone_in(output.place):
+        if left:
+            what = (bundle, source, plan, output)
+            embedding_s = _embed(left, what, options, receipts=receipts)
+        manifest = output.finish(receipts, n_parts=len(plan.parts), n_rows=plan.n_rows)
     worst = max(receipts, key=lambda receipt: receipt.n_quarantined)
     return {
         "out": str(output.place),
@@ -117,6 +119,11 @@ def embed(options: EmbedOptions) -> dict[str, Any]:
         "rows_per_s": round(sum(part.n_rows for part in left) / embedding_s, 1) if left else None,
         "digest": bundle.digest,
     }
+
+
+def _alone_in(place: Place) -> AbstractContextManager[None]:
+    """Keep a folder of this machine to one job; two in a bucket do the same twice, and lose nothing."""
+    return nullcontext() if place.local is None else working_in(place.local, lock=JOB_FILE)
 
 
 def summary(done: dict[str, Any]) -> str:

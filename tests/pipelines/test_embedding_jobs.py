@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
+from pipelines.folder_lock import working_in
 from tests.pipelines.embedding_rows import Here, embedding_of
 
 CHECKOUT = Path(__file__).parents[2]
@@ -132,6 +133,12 @@ def test_sigterm_stops_the_job_and_says_how_far_it_was(digits_bundle: Path, data
     assert f"of {N_PARTS} parts are done; the same command goes on" in errors
     assert "Traceback" not in errors
     assert not (tmp_path / "elsewhere").exists(), "another Ray was started while the job's own shut down"
+    before = (out / "_job.json").read_bytes()
+    with working_in(out, lock="_job.json"):  # as another job does while it is at work
+        code, told, errors = finish(start(digits_bundle, data, out))
+    assert (code, told) == (2, "")
+    assert "another job is at work" in errors
+    assert (out / "_job.json").read_bytes() == before
 
 
 def test_what_is_being_written_when_the_next_part_fails_is_kept(
