@@ -241,7 +241,7 @@ def test_split_of_other_shapes_is_refused_to_pretrain_on(digits_rows: NDArray[np
 
 def test_mnists_test_files_are_test_rows_without_labels(data_dir: Path, tmp_path: Path) -> None:
     for name in ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"):
-        (tmp_path / name).symlink_to(data_dir / "MNIST" / "raw" / name)
+        (tmp_path / name).symlink_to((data_dir / "MNIST" / "raw" / name).resolve())
     job = Job(RunConfig(data=DataConfig(path=str(tmp_path))))
     assert not job.is_labelled
     assert (len(job.parts.train), len(job.parts.test)) == (60_000, 10_000)

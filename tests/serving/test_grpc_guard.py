@@ -245,7 +245,6 @@ def test_answers_that_a_client_does_not_take_are_counted_until_it_does(
     models = Models.from_bundles([digits_bundle], place=Place(device="cpu", threads=1))
     (model,) = models.current
     gate, compute = threading.Event(), model.compute
-    model.compute = lambda *arguments: (gate.wait(20), compute(*arguments))[1]  # type: ignore[method-assign]
     n_rows = 16_000
     rows = np.tile(digits_rows[:100], (n_rows // 100, 1, 1, 1))
     tensor = {"name": "rows", "datatype": "UINT8", "shape": list(rows.shape)}
@@ -255,6 +254,8 @@ def test_answers_that_a_client_does_not_take_are_counted_until_it_does(
     assert n_bytes > 2 * MIB, "more than lies in sockets"
 
     async def talk(channel: grpc.aio.Channel, relay: Relay, service: Service) -> None:
+        # Not before: the service computes something itself before it is ready.
+        model.compute = lambda *arguments: (gate.wait(20), compute(*arguments))[1]  # type: ignore[method-assign]
         call = channel.unary_unary(INFER)(asked.SerializeToString())
         while not service.batcher.busy:
             await asyncio.sleep(0.005)

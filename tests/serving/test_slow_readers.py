@@ -187,11 +187,12 @@ def test_features_take_room_from_when_they_are_to_be_computed(
 ) -> None:
     gate, model = threading.Event(), digits_models.current[0]
     compute = model.compute
-    monkeypatch.setattr(model, "compute", lambda *arguments: (gate.wait(20), compute(*arguments))[1])
     n_rows = 1000
     n_bytes = n_rows * (64 + 4 * model.outputs["hidden"])
     limits = Limits(max_body_bytes=2**20, max_in_flight_bytes=2 * n_bytes - 1)
     with running(digits_models, limits=limits) as service:
+        # Not before: the service computes something itself before it is ready.
+        monkeypatch.setattr(model, "compute", lambda *arguments: (gate.wait(20), compute(*arguments))[1])
         answers: list[httpx.Response] = []
         asking = threading.Thread(target=lambda: answers.append(embed(service, n_rows=n_rows)))
         asking.start()

@@ -123,6 +123,8 @@ def test_embed_with_an_error_in_one_part_cancels_what_is_not_sent(server: Faulty
     over = threading.Event()
     server.faults.extend([until(over), answering(422)])
     server.always = until(over)
+    # Answers that are under way are waited for, where a thread waits.
+    threading.Timer(5, over.set).start()
     with pytest.raises(InputError, match="422"):
         embed(server.url, ROWS, batch_size=1, in_flight=3)
     assert len(server.queries) <= 3
