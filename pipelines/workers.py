@@ -40,8 +40,8 @@ __all__ = ["train_on_workers"]
 _API: Any = ray.train
 _TICK_S = 0.2
 _LISTEN_S = 1.0
-#: For Ray Train to end by itself, once a worker has told why it did: whoever shuts Ray down under it may be ended by Ray's
-#: core with a status of its own, or leave processes behind.
+#: For Ray Train to end by itself, once a worker has told why it did: whoever shuts Ray down under it may be ended by
+#: Ray's core with a status of its own, or leave processes behind.
 _GRACE_S = 30.0
 _LOG_FILE = "ray.log"
 
