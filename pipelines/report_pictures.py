@@ -226,7 +226,7 @@ def _map(job: Job, features: Features) -> tuple[NDArray[Any], NDArray[Any] | Non
     else:
         labels, marked = _known_labels(job, n_rows), np.arange(0)
         if labels is not None:
-            marked = np.random.default_rng(seed).permutation(np.flatnonzero(labels != None))[:_MAP_ROWS]  # noqa: E711
+            marked = np.random.default_rng(seed).permutation(np.flatnonzero(labels != None))[:_MAP_ROWS]  # noqa: E711 - an array, element by element
     others = np.setdiff1d(np.arange(n_rows), marked)
     count = max(0, _MAP_ROWS - len(marked))
     some = np.concatenate([marked, np.random.default_rng(seed).permutation(others)[:count]])

@@ -168,7 +168,7 @@ def _refuse_unusable(job: Job) -> None:
     if job.is_labelled:
         job.draws  # noqa: B018  # computed once, and kept
     else:
-        job.parts  # noqa: B018
+        job.parts  # noqa: B018  # read once, and kept
 
 
 def _why_unjudged(config: RunConfig) -> str:
